@@ -1,0 +1,177 @@
+"""The only module that prints: results to stdout, progress and hints to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from diffsynth_ray.errors import DsrayError, JobFileError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+    from diffsynth_ray.launch.runs import RunView
+    from diffsynth_ray.run_dir import Progress
+
+_RAYS_OWN = ("Running entrypoint for job ", "Runtime env is setting up.")
+
+
+def result(text: str) -> None:
+    """A line of the result."""
+    print(text, flush=True)
+
+
+def result_json(content: object) -> None:
+    """The one object of --json."""
+    print(json.dumps(content, indent=2, default=str), flush=True)
+
+
+def say(text: str) -> None:
+    """Progress or a hint."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def error(problem: DsrayError) -> None:
+    """A problem that the user can mend."""
+    say(f"error: {problem.message}")
+    if problem.hint:
+        say(f"hint: {problem.hint}")
+
+
+def error_json(problem: DsrayError) -> None:
+    """The same under --json."""
+    content: dict[str, Any] = {
+        "kind": type(problem).__name__,
+        "message": problem.message,
+        "hint": problem.hint,
+        "exit_code": int(problem.exit_code),
+    }
+    if isinstance(problem, JobFileError):
+        content["problems"] = [{"key": each.key, "message": each.message} for each in problem.problems]
+    result_json({"error": content})
+
+
+class LogView:
+    """The running log: a progress bar on a terminal, else the lines as they are."""
+
+    def __init__(self) -> None:
+        self._bar: Bar | None = None
+        self._is_terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> LogView:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def line(self, text: str) -> None:
+        """Show one line of the log."""
+        if any(mark in text for mark in _RAYS_OWN):
+            return
+        progress = None
+        if self._is_terminal:
+            from diffsynth_ray.run_dir import parse_progress
+
+            progress = parse_progress(text)
+        if progress is not None:
+            self._advance(progress)
+        elif self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            say(text)
+
+    def _advance(self, progress: Progress) -> None:
+        if self._bar is None:
+            self._bar = _start_bar()
+        self._bar.update(
+            self._bar.task_ids[0],
+            total=progress.num_steps,
+            completed=progress.step,
+            loss=f"{progress.loss:.4g}",
+            speed=f"{progress.step_s:.2f} s/step, {progress.samples_per_s:.2f} samples/s",
+            left=duration(progress.left_s),
+        )
+
+
+def _start_bar() -> Bar:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TextColumn("{task.fields[speed]}"),
+        TextColumn("{task.fields[left]} left"),
+        console=Console(stderr=True),
+    )
+    bar.add_task("train", loss="", speed="", left="")
+    bar.start()
+    return bar
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, the largest two."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def plan(lines: list[str], tell: Callable[[str], None]) -> None:
+    """A plan, to stdout or stderr as `tell` has it."""
+    for line in lines:
+        tell(line)
+
+
+def status(view: RunView) -> None:
+    """Everything about one run."""
+    rows = [("run", view.run), ("state", view.state + (f" (attempt {view.attempt})" if view.attempt else ""))]
+    if view.num_steps:
+        rows.append(("steps", f"{view.step} of {view.num_steps}"))
+    if view.progress is not None:
+        left = f", {duration(view.progress.left_s)} left" if view.state == "RUNNING" else ""
+        rows.append(("progress", f"loss {view.progress.loss:.4g}, {view.progress.step_s:.2f} s/step{left}"))
+    rows += [("started", _clock(view.started)), ("ended", _clock(view.ended))]
+    rows += [("output", view.output), ("dashboard", view.address or ""), ("files", ", ".join(view.files))]
+    rows += [("cause", view.cause or ""), ("note", view.note or "")]
+    for name, text in rows:
+        if text:
+            first, *more = text.splitlines()
+            result(f"{name:<10}{first}")
+            for line in more:
+                result(f"{'':<10}{line}")
+
+
+def _clock(moment: float | None) -> str:
+    return datetime.fromtimestamp(moment).isoformat(sep=" ", timespec="seconds") if moment else ""
+
+
+def run_list(views: list[RunView]) -> None:
+    """One line a run."""
+    rows = [("RUN", "STATE", "STEP", "STARTED", "OUTPUT")]
+    for view in views:
+        steps = f"{view.step}/{view.num_steps}" if view.num_steps else "-"
+        rows.append((view.run, view.state, steps, _clock(view.started) or "-", view.output))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)]
+        result("  ".join([*cells, row[4]]).rstrip())
+
+
+def close_quietly() -> None:
+    """After the reader of a pipe has gone (`dsray logs | head`), nothing more can be said."""
+    with suppress(OSError):
+        sys.stdout.close()

@@ -1,0 +1,171 @@
+"""TOML file and `--set` overrides -> `Job`; every problem of the file in one error."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from diffsynth_ray.config import schema
+from diffsynth_ray.config.schema import Job
+from diffsynth_ray.errors import JobFileError, Problem
+
+_PACKAGE_DIR = Path(__file__).resolve().parent.parent
+
+
+def recipes_dir() -> Path:
+    """Folder of the shipped recipes: inside the installed package, or `jobs/` of a source checkout."""
+    installed = _PACKAGE_DIR / "jobs"
+    return installed if installed.is_dir() else _PACKAGE_DIR.parent / "jobs"
+
+
+def recipe_names() -> list[str]:
+    """Names that `dsray submit NAME` accepts besides paths."""
+    return sorted(path.stem for path in recipes_dir().glob("*.toml"))
+
+
+def find_job_file(reference: str) -> Path:
+    """Path of a job file given as a path or as the name of a shipped recipe.
+
+    Raises JobFileError where neither exists.
+    """
+    path = Path(reference)
+    if path.is_file():
+        return path
+    recipe = recipes_dir() / f"{path.stem}.toml"
+    if recipe.is_file() and path.parent in (Path("."), Path("jobs")):
+        return recipe
+    near = difflib.get_close_matches(path.stem, recipe_names(), n=1)
+    advice = f"; did you mean the recipe {near[0]}?" if near else ""
+    names = ", ".join(recipe_names())
+    raise JobFileError(reference, [Problem("", f"no such file, and no shipped recipe of that name ({names}){advice}")])
+
+
+def load_job(reference: str, overrides: list[str] | None = None) -> Job:
+    """Read, override and check a job file.
+
+    `overrides` are "section.key=value" strings; values are TOML, or plain strings where that does not parse.
+    Raises JobFileError with all problems.
+    """
+    path = find_job_file(reference)
+    try:
+        raw = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise JobFileError(str(path), [Problem("", f"not valid TOML: {error}")]) from error
+    problems = [problem for text in overrides or [] if (problem := _apply_override(raw, text))]
+    raw.setdefault("name", path.stem)
+    if path.parent == recipes_dir() and not Path(reference).is_file():
+        _anchor_shipped_data(raw)
+    job = _validate(raw, str(path), problems)
+    problems += _check_not_built(job)
+    if problems:
+        raise JobFileError(str(path), problems)
+    return job
+
+
+def _anchor_shipped_data(raw: dict[str, Any]) -> None:
+    # A recipe called by its name must find its photographs from any directory.
+    dataset = raw.get("dataset", {})
+    for key in ("base_path", "metadata_path"):
+        value = dataset.get(key)
+        if isinstance(value, str) and value.startswith("jobs/") and not Path(value).exists():
+            dataset[key] = str(recipes_dir() / value.removeprefix("jobs/"))
+
+
+def _apply_override(raw: dict[str, Any], text: str) -> Problem | None:
+    dotted, equals, value = text.partition("=")
+    parts = dotted.strip().split(".")
+    if not equals or not all(parts):
+        return Problem(f"--set {text}", "expected section.key=value, as in --set training.learning_rate=2e-5")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    table = raw
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            return Problem(f"--set {text}", f"{part} is a key, not a section")
+    table[parts[-1]] = parsed
+    return None
+
+
+def _validate(raw: dict[str, Any], source: str, problems: list[Problem]) -> Job:
+    try:
+        return Job.model_validate(raw)
+    except ValidationError as error:
+        found: dict[str, list[Problem]] = {}
+        for item in error.errors(include_url=False):
+            problem = _problem(dict(item))
+            found.setdefault(problem.key, []).append(problem)
+        # A union reports one error a branch: one line a key is enough.
+        raise JobFileError(source, problems + [_merge(group) for group in found.values()]) from None
+
+
+def _merge(group: list[Problem]) -> Problem:
+    if len(group) == 1:
+        return group[0]
+    return Problem(group[0].key, "; or ".join(dict.fromkeys(problem.message for problem in group)))
+
+
+def _problem(item: dict[str, Any]) -> Problem:
+    known = schema.keys()
+    dotted = ".".join(str(part) for part in item["loc"][:2])
+    if item["type"] == "extra_forbidden":
+        return Problem(dotted, f"unknown key{_suggestion(dotted, known)}")
+    if len(item["loc"]) > 1 and dotted not in known:
+        dotted = str(item["loc"][0])  # a top-level key whose value has parts of its own
+    got = _short(item["input"])
+    return Problem(dotted, f"got {got}; {item['msg'][0].lower()}{item['msg'][1:]}")
+
+
+def _suggestion(dotted: str, known: dict[str, Any]) -> str:
+    sections = {name.split(".")[0] for name in known if "." in name}
+    section, _, leaf = dotted.rpartition(".")
+    elsewhere = [name for name in known if name.split(".")[-1] == (leaf or dotted)]
+    without_prefix = [name for name in known if name.replace(".", "_") == dotted.split(".")[-1]]
+    near = without_prefix or elsewhere or difflib.get_close_matches(dotted, known, n=1, cutoff=0.7)
+    if not near and not section:
+        near = difflib.get_close_matches(dotted, sections, n=1)
+        return f" or section; did you mean [{near[0]}]?" if near else f"; sections are {', '.join(sorted(sections))}"
+    if near:
+        return f"; did you mean {near[0]}?"
+    names = ", ".join(name.split(".")[1] for name in known if name.startswith(f"{section}."))
+    return f"; [{section}] has {names}" if names else ""
+
+
+def _short(value: object) -> str:
+    try:
+        text = json.dumps(value)
+    except TypeError:
+        text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _check_not_built(job: Job) -> list[Problem]:
+    problems = []
+    for dotted, field in schema.keys().items():
+        value = lookup(job, dotted)
+        feature = schema.mark(field, "not_built")
+        if feature is None or value == field.get_default(call_default_factory=True):
+            values = schema.NOT_BUILT_VALUES.get(dotted, {})
+            feature = values.get(value) if isinstance(value, (str, int, bool)) else None
+        if feature:
+            problems.append(Problem(dotted, f"got {_short(value)}; {feature}: not in this version; remove the key"))
+    if isinstance(job.distributed.num_workers, list):
+        problems.append(
+            Problem("distributed.num_workers", "[min, max] (elastic) is not in this version; give a number")
+        )
+    return problems
+
+
+def lookup(job: Job, dotted: str) -> Any:
+    """A key's value by its dotted name."""
+    value: Any = job
+    for part in dotted.split("."):
+        value = getattr(value, part)
+    return value

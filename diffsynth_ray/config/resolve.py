@@ -1,0 +1,248 @@
+"""Job + resources -> `ResolvedJob`: defaults, batch arithmetic, stages, absolute paths and the run's name.
+
+From here on one frozen class travels through every process, as JSON, validated again at each boundary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from diffsynth_ray.config import schema
+from diffsynth_ray.config.load import lookup
+from diffsynth_ray.config.schema import Job
+from diffsynth_ray.errors import JobFileError, Problem
+
+READ_CPUS = 0.1
+"""CPUs of the Ray Data task that computes positions, one a training worker."""
+MIN_DECODE_CPUS = 0.1
+"""Fewest CPUs that a decoding task can be given."""
+
+
+class Resources(BaseModel):
+    """What a machine or cluster has in all."""
+
+    model_config = ConfigDict(frozen=True)
+    cpus: float
+    gpus: float
+
+
+class ResolvedJob(BaseModel):
+    """Everything that a run needs to know. `job` has absolute paths; `given` is what the run's name was made of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    job: Job
+    run: str
+    """Name of the run: the job's name and a hash of `given`."""
+    given: dict[str, Any]
+    """The keys that change what a step computes, as the user gave them."""
+    stages: list[Literal["encode", "train"]]
+    num_workers: int
+    device: Literal["cuda", "cpu"]
+    resources_per_worker: dict[str, float]
+    decode_cpus: float
+    """CPUs of one decoding task."""
+    decode_tasks: int
+    """Decoding tasks of one training worker."""
+    micro_steps: int
+    """Micro steps of a full optimizer step on each worker."""
+    global_batch_size: int
+    """Samples of an optimizer step."""
+
+    @property
+    def output_path(self) -> Path:
+        """Folder of the run."""
+        return Path(self.job.output.path)
+
+
+def local_resources() -> Resources:
+    """CPUs that this process may use and GPUs that it can see, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        gpus = len([entry for entry in Path("/dev").glob("nvidia[0-9]*") if entry.name[6:].isdigit()])
+    else:
+        gpus = len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])
+    return Resources(cpus=float(len(os.sched_getaffinity(0))), gpus=float(gpus))
+
+
+def resolve(job: Job, resources: Resources, *, source: str = "job", remote: bool = False) -> ResolvedJob:
+    """Fill in everything that depends on the resources; raises JobFileError with all problems.
+
+    `remote`: the files are on a cluster, so that relative paths mean nothing there and are errors.
+    """
+    problems = _check_rules(job)
+    num_workers, device = _workers(job, resources)
+    per_worker = job.distributed.resources_per_worker or (
+        {"GPU": 1.0, "CPU": 1.0} if device == "cuda" else {"CPU": 0.5}
+    )
+    decode_cpus, decode_tasks, starved = _data_cpus(job, resources, num_workers=num_workers, per_worker=per_worker)
+    global_batch = job.dataset.global_batch_size or (
+        job.dataset.batch_size * num_workers * job.gradient.accumulation_steps
+    )
+    given = identity(job, global_batch)
+    located, path_problems = _absolute_paths(job, remote=remote)
+    problems += path_problems + starved
+    if problems:
+        raise JobFileError(source, problems)
+    digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:8]
+    return ResolvedJob(
+        job=located,
+        run=f"{job.name}-{digest}",
+        given=given,
+        stages=["train"],
+        num_workers=num_workers,
+        device=device,
+        resources_per_worker=per_worker,
+        decode_cpus=decode_cpus,
+        decode_tasks=decode_tasks,
+        micro_steps=math.ceil(global_batch / (job.dataset.batch_size * num_workers)),
+        global_batch_size=global_batch,
+    )
+
+
+def identity(job: Job, global_batch_size: int) -> dict[str, Any]:
+    """The keys that change what a step computes, by dotted name (DESIGN: identity of a run)."""
+    given = {dotted: lookup(job, dotted) for dotted, field in schema.keys().items() if schema.mark(field, "identity")}
+    given["dataset.global_batch_size"] = global_batch_size
+    return given
+
+
+def _workers(job: Job, resources: Resources) -> tuple[int, Literal["cuda", "cpu"]]:
+    asked = job.distributed.num_workers
+    wants_gpu = (job.distributed.resources_per_worker or {"GPU": 1.0}).get("GPU", 0.0) > 0
+    device: Literal["cuda", "cpu"] = "cuda" if resources.gpus >= 1 and wants_gpu else "cpu"
+    if isinstance(asked, int):
+        return max(asked, 1), device
+    if isinstance(asked, list):
+        return max(asked), device
+    return (int(resources.gpus) if device == "cuda" else 1), device
+
+
+def _data_cpus(
+    job: Job, resources: Resources, *, num_workers: int, per_worker: dict[str, float]
+) -> tuple[float, int, list[Problem]]:
+    """CPUs and number of the decoding tasks of one worker, from what the workers leave free."""
+    problems = []
+    gpus = per_worker.get("GPU", 0.0) * num_workers
+    if gpus > resources.gpus:
+        problems.append(
+            Problem(
+                "distributed.num_workers",
+                f"{num_workers} workers need {gpus:g} GPUs, there are {resources.gpus:g}; "
+                "use fewer workers or another cluster",
+            )
+        )
+    worker_cpus = per_worker.get("CPU", 0.0)
+    share = round((resources.cpus - num_workers * worker_cpus) / num_workers, 4)
+    if share < READ_CPUS + MIN_DECODE_CPUS:
+        most = int(resources.cpus / (worker_cpus + READ_CPUS + MIN_DECODE_CPUS))
+        cure = f"at most {most} workers of that size fit" if most else "use a larger machine"
+        problems.append(
+            Problem(
+                "distributed.num_workers",
+                f"{num_workers} workers x {worker_cpus:g} CPU leave {max(share, 0) * num_workers:g} of {resources.cpus:g} "
+                f"CPUs for reading and decoding, which needs {READ_CPUS + MIN_DECODE_CPUS:g} a worker, or the run would "
+                f"wait forever; {cure}, or lower distributed.resources_per_worker",
+            )
+        )
+        return MIN_DECODE_CPUS, 1, problems
+    free = round(share - READ_CPUS, 4)
+    decode_cpus = min(1.0, free)
+    tasks = max(1, int(free / decode_cpus))
+    return decode_cpus, min(tasks, job.dataset.num_workers or tasks), problems
+
+
+def _check_rules(job: Job) -> list[Problem]:
+    """Rules between keys."""
+    problems = []
+    dataset, training = job.dataset, job.training
+    if dataset.base_path is None:
+        problems.append(Problem("dataset.base_path", "required: the folder of the media files"))
+    if (dataset.height is None) != (dataset.width is None):
+        problems.append(Problem("dataset.height", "height and width go together; give both or none"))
+    if training.min_timestep_boundary >= training.max_timestep_boundary:
+        problems.append(Problem("training.min_timestep_boundary", "must be below training.max_timestep_boundary"))
+    if not training.trainable_models and job.lora.base_model is None:
+        problems.append(
+            Problem(
+                "training.trainable_models",
+                'nothing is trained; name components, as in ["dit"], or set lora.base_model',
+            )
+        )
+    if job.lora.base_model is not None and job.lora.base_model in training.trainable_models:
+        problems.append(
+            Problem(
+                "lora.base_model",
+                f"{job.lora.base_model!r} is also in training.trainable_models; a component has one or the other",
+            )
+        )
+    if job.lora.base_model is None and job.lora.checkpoint is not None:
+        problems.append(Problem("lora.checkpoint", "needs lora.base_model"))
+    if len(set(training.trainable_models)) != len(training.trainable_models):
+        problems.append(Problem("training.trainable_models", "a component is named twice"))
+    if training.precision == "fp32" and not training.master_weights:
+        problems.append(Problem("training.master_weights", 'false has no meaning with precision = "fp32"; remove it'))
+    if isinstance(job.distributed.num_workers, int) and job.distributed.num_workers < 1:
+        problems.append(Problem("distributed.num_workers", "must be at least 1"))
+    return problems + _check_model(job)
+
+
+def _check_model(job: Job) -> list[Problem]:
+    problems = []
+    if job.model.tiny:
+        if job.model.paths:
+            problems.append(Problem("model.tiny", "random weights and model.paths exclude each other"))
+        if job.model.family is None:
+            problems.append(Problem("model.family", 'required with model.tiny; as in family = "qwen_image"'))
+        return problems
+    if not job.model.paths:
+        problems.append(Problem("model.paths", "required: the weight files (or model.tiny = true)"))
+    if job.model.paths and job.model.tokenizer_path is None:
+        problems.append(Problem("model.tokenizer_path", "required with model.paths: the tokenizer's folder"))
+    return problems
+
+
+def _absolute_paths(job: Job, *, remote: bool) -> tuple[Job, list[Problem]]:
+    """The job with paths made absolute; remote relative ones are problems."""
+    problems: list[Problem] = []
+    sections: dict[str, dict[str, Any]] = {}
+    for dotted, field in schema.keys().items():
+        value = lookup(job, dotted)
+        if not schema.mark(field, "path") or value in (None, []):
+            continue
+        section, _, leaf = dotted.partition(".")
+        if dotted == "output.path":
+            value = value.replace("{name}", job.name)
+        if (
+            remote
+            and (relative := [path for path in _flat(value) if not _is_absolute(path)])
+            and dotted != "split.cache_path"
+        ):
+            problems.append(
+                Problem(
+                    dotted, f"got {relative[0]!r}; with a remote cluster paths must be absolute, as the nodes see them"
+                )
+            )
+        sections.setdefault(section, {})[leaf] = _absolute(value)
+    updates = {name: getattr(job, name).model_copy(update=values) for name, values in sections.items()}
+    return job.model_copy(update=updates), problems
+
+
+def _is_absolute(path: str) -> bool:
+    return "://" in path or os.path.isabs(os.path.expanduser(path))
+
+
+def _flat(value: str | list[Any]) -> list[str]:
+    return [value] if isinstance(value, str) else [path for item in value for path in _flat(item)]
+
+
+def _absolute(value: str | list[Any]) -> str | list[Any]:
+    if isinstance(value, str):
+        return value if "://" in value else os.path.abspath(os.path.expanduser(value))
+    return [_absolute(item) for item in value]

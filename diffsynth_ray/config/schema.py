@@ -1,0 +1,329 @@
+"""The job file: one frozen class a section, every key with its bounds, default, unit and meaning.
+
+The reference of the job file (docs in README) is generated from here. Three marks travel with a key:
+
+* ``identity``: it changes what a step computes, so it is part of a run's name (see `resolve.identity`);
+* ``not_built``: the key is reserved for a later version; setting it to anything but its default is refused;
+* ``path``: it names a file or folder, relative to the directory the command is run in.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+
+def _key(
+    default: Any = None, *, identity: bool = False, not_built: str | None = None, path: bool = False, **rules: Any
+) -> Any:
+    extra: dict[str, Any] = {"identity": identity, "not_built": not_built, "path": path}
+    if isinstance(default, (list, dict)):
+        return Field(default_factory=lambda: default.copy(), json_schema_extra=extra, **rules)
+    return Field(default, json_schema_extra=extra, **rules)
+
+
+class Section(BaseModel):
+    """Frozen; unknown keys are errors; attribute docstrings are the keys' descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=False)
+
+
+class DatasetSection(Section):
+    """What is trained on."""
+
+    base_path: str | None = _key(path=True)
+    """Folder that the paths in the metadata are relative to. Required."""
+    metadata_path: str | None = _key(identity=True, path=True)
+    """csv, json or jsonl file with one row a sample. Unset: the folder's images with .txt captions of the same name."""
+    repeat: int = _key(1, identity=True, ge=1)
+    """How often each row appears in one epoch. Costs no memory."""
+    num_workers: int = _key(0, ge=0)
+    """Upper bound of Ray Data CPU tasks that decode for one training worker; 0 = automatic."""
+    data_file_keys: list[str] = _key(["image", "video"], identity=True)
+    """Columns that hold media files. Columns absent from the metadata are skipped, but one must be there."""
+    height: int | None = _key(identity=True, ge=16)
+    """Fixed height in pixels (needs width); unset = dynamic resolution."""
+    width: int | None = _key(identity=True, ge=16)
+    """Fixed width in pixels (needs height); unset = dynamic resolution."""
+    max_pixels: int = _key(1048576, identity=True, ge=256)
+    """Dynamic resolution: larger images are scaled down to this area; nothing is ever enlarged."""
+    num_frames: int = _key(81, identity=True, ge=1)
+    """Frames of a video sample."""
+    frame_rate: float | None = _key(identity=True, gt=0, not_built="video families")
+    """Frames a second that a video is sampled at; unset = the file's own."""
+    batch_size: int = _key(1, identity=True, ge=1)
+    """Samples a worker processes in one micro step."""
+    global_batch_size: int | None = _key(identity=True, ge=1)
+    """Samples of one optimizer step. Default: batch_size x most workers x gradient.accumulation_steps."""
+    bad_sample: Literal["error", "skip"] = _key("error", not_built="the data plane (skipping bad samples)")
+    """What a file that cannot be decoded does: end the run with its name, or be replaced and listed."""
+    bad_sample_limit: float = _key(0.01, ge=0, not_built="the data plane (skipping bad samples)")
+    """Share of bad samples (with bad_sample = "skip") above which the run fails."""
+
+
+class ModelSection(Section):
+    """Which weights are trained."""
+
+    family: str | None = _key(identity=True)
+    """Model family ("qwen_image"). Inferred from the files where possible; required with tiny."""
+    paths: list[str | list[str]] = _key([], identity=True, path=True)
+    """Local weight files, one entry a component; a nested list holds the shards of one component."""
+    id_with_origin_paths: list[str] = _key([], identity=True, not_built="downloads from ModelScope and Hugging Face")
+    """"Repository:pattern" entries, downloaded where they are not there yet."""
+    tokenizer_path: str | None = _key(identity=True, path=True)
+    """Folder of the tokenizer (required with paths)."""
+    tokenizer_1_path: str | None = _key(path=True, not_built="families with two tokenizers")
+    """Folder of the first of two tokenizers."""
+    tokenizer_2_path: str | None = _key(path=True, not_built="families with two tokenizers")
+    """Folder of the second of two tokenizers."""
+    processor_path: str | None = _key(path=True, not_built="families with a processor")
+    """Folder of the image processor of edit families."""
+    extra_inputs: list[str] = _key([], identity=True, not_built="families with extra inputs")
+    """Further columns that the model is conditioned on ("edit_image", "input_image", ...)."""
+    fp8_models: list[str] = _key([], identity=True, not_built="FP8 storage")
+    """Frozen components kept in scaled FP8."""
+    source: Literal["modelscope", "huggingface"] | None = _key(not_built="downloads from ModelScope and Hugging Face")
+    """Where ids are downloaded from; default DIFFSYNTH_DOWNLOAD_SOURCE, else ModelScope."""
+    base_path: str | None = _key(path=True, not_built="downloads from ModelScope and Hugging Face")
+    """Where downloaded models are kept; default DIFFSYNTH_MODEL_BASE_PATH, else ./models."""
+    skip_download: bool | None = _key(not_built="downloads from ModelScope and Hugging Face")
+    """Use only what is there; default DIFFSYNTH_SKIP_DOWNLOAD."""
+    options: dict[str, Any] = _key({}, identity=True, not_built="families with options")
+    """Settings of one family."""
+    tiny: bool = _key(False, identity=True)
+    """Random weights of the family's tiny size, without any file: for trying things out."""
+
+
+class TrainingSection(Section):
+    """How the weights are trained."""
+
+    learning_rate: float = _key(1e-4, identity=True, gt=0)
+    """Peak learning rate."""
+    num_epochs: int = _key(1, ge=1)
+    """Passes over rows x repeat."""
+    max_steps: int | None = _key(ge=1)
+    """Optimizer steps; wins over num_epochs."""
+    trainable_models: list[str] = _key([], identity=True)
+    """Components trained in full; any number, also beside a LoRA on another component."""
+    find_unused_parameters: bool | Literal["auto"] = _key("auto")
+    """Whether DDP looks for parameters without a gradient each step; "auto" looks once, before step 0."""
+    weight_decay: float = _key(0.01, identity=True, ge=0)
+    """Decoupled weight decay of AdamW."""
+    optimizer: str = _key("torch.optim.AdamW", identity=True)
+    """Dotted name of an optimizer class (`--customized_optimizer`)."""
+    optimizer_args: dict[str, Any] = _key({}, identity=True)
+    """Further arguments of the optimizer class."""
+    lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = _key(
+        "constant", identity=True
+    )
+    """Course of the learning rate after the warm-up."""
+    warmup_steps: int = _key(0, identity=True, ge=0)
+    """Optimizer steps over which the learning rate rises from 0."""
+    max_grad_norm: float = _key(1.0, identity=True, ge=0)
+    """Gradients are scaled down to this norm; 0 = never, as in DiffSynth-Studio."""
+    precision: Literal["bf16", "fp32"] = _key("bf16", identity=True)
+    """Number format of the computation."""
+    master_weights: bool = _key(True, identity=True)
+    """Under bf16, keep float32 copies of the trained weights, so that small updates are not rounded away."""
+    ema_decay: float | None = _key(identity=True, gt=0, lt=1, not_built="EMA weights")
+    """Decay of the moving average of the weights."""
+    resume_from_checkpoint: str | None = _key(identity=True, path=True)
+    """Weights (.safetensors) that the trained components start from: an initialisation, not a resume."""
+    min_timestep_boundary: float = _key(0.0, identity=True, ge=0, le=1)
+    """First trained timestep, as a fraction of the timestep ids (0 = most noise)."""
+    max_timestep_boundary: float = _key(1.0, identity=True, ge=0, le=1)
+    """Last trained timestep, as a fraction of the timestep ids (1 = least noise)."""
+    compile: bool | Literal["auto"] = _key("auto", not_built="compiled blocks")
+    """Compile the repeated blocks."""
+
+
+class OutputSection(Section):
+    """What is written where."""
+
+    path: str = _key("./outputs/{name}", path=True)
+    """Folder of the run; {name} stands for the job's name. It belongs to one run."""
+    remove_prefix_in_ckpt: str | None = _key()
+    """Prefix taken off the exported key names. Default: the component's own ("pipe.dit.")."""
+    save_steps: int | None = _key(ge=1)
+    """Export weights every so many optimizer steps and at the end; unset = after every epoch."""
+    formats: list[Literal["diffsynth", "diffusers", "comfyui", "kohya"]] = _key(["diffsynth"])
+    """Key names of the exports; formats other than diffsynth go to {path}/{format}/."""
+    checkpoint_minutes: float | None = _key(15.0, gt=0)
+    """Minutes between two checkpoints (resume state)."""
+    checkpoint_steps: int | None = _key(ge=1)
+    """Optimizer steps between two checkpoints, besides checkpoint_minutes."""
+    keep_checkpoints: int = _key(2, ge=1)
+    """Checkpoints kept; exported weights are never deleted."""
+
+
+class LoraSection(Section):
+    """A low-rank adapter on one component."""
+
+    base_model: str | None = _key(identity=True)
+    """Component that gets the LoRA ("dit"); unset = no LoRA."""
+    target_modules: list[str] | None = _key(identity=True)
+    """Module names; unset = the family's recipe, [] = every large Linear of the repeated blocks."""
+    rank: int = _key(32, identity=True, ge=1)
+    """Rank r of A [r, in] and B [out, r]."""
+    alpha: float | None = _key(identity=True, gt=0)
+    """Scale alpha / rank; default alpha = rank."""
+    checkpoint: str | None = _key(identity=True, path=True)
+    """LoRA weights to start from."""
+    preset_path: str | None = _key(identity=True, path=True, not_built="preset LoRA")
+    """LoRA merged into the base before training (differential LoRA)."""
+    preset_model: str | None = _key(identity=True, not_built="preset LoRA")
+    """Component that the preset LoRA is merged into."""
+
+
+class GradientSection(Section):
+    """Gradients: recomputation and accumulation."""
+
+    checkpointing: bool | Literal["auto"] = _key(True)
+    """Recompute the blocks' activations in the backward pass: much less memory, about a third more time."""
+    checkpointing_offload: bool = _key(False, not_built="activation offload")
+    """Keep the blocks' inputs in host memory."""
+    accumulation_steps: int = _key(1, ge=1)
+    """Micro steps of one optimizer step, where global_batch_size is unset."""
+
+
+class OffloadSection(Section):
+    """Layerwise CPU offload."""
+
+    cpu_offload: bool = _key(False, not_built="layerwise CPU offload")
+    """Keep every component's weights in host memory and load block by block."""
+    optimize_on_cpu: bool = _key(False, not_built="layerwise CPU offload")
+    """Optimizer and float32 masters on the host."""
+    param_size_threshold: float | None = _key(gt=0, not_built="layerwise CPU offload")
+    """Largest unit that is loaded at once, in MB."""
+    vram_budget_gib: float | None = _key(gt=0, not_built="layerwise CPU offload")
+    """Device memory to use for weights that stay, in GiB."""
+
+
+class DistributedSection(Section):
+    """Workers and strategy."""
+
+    num_workers: int | Annotated[list[int], Field(min_length=2, max_length=2)] | None = _key()
+    """Training workers; unset = all GPUs, else 1; [min, max] = elastic (a later version)."""
+    strategy: Literal["ddp", "deepspeed"] = _key("ddp")
+    """How gradients and optimizer state are shared."""
+    zero_stage: Literal[1, 2, 3] = _key(2, not_built="DeepSpeed")
+    """ZeRO stage of DeepSpeed."""
+    offload_optimizer_device: Literal["none", "cpu"] = _key("none", not_built="DeepSpeed")
+    """Where DeepSpeed keeps the optimizer state."""
+    offload_param_device: Literal["none", "cpu"] = _key("none", not_built="DeepSpeed")
+    """Where DeepSpeed keeps the parameters (stage 3)."""
+    deepspeed_config: str | None = _key(path=True, not_built="DeepSpeed")
+    """DeepSpeed configuration merged in."""
+    resources_per_worker: dict[str, float] | None = _key()
+    """Ray resources of a worker; default {GPU = 1, CPU = 1} with GPUs, else {CPU = 0.5}."""
+    max_failures: int = _key(3, ge=0)
+    """Restarts after a lost worker before the run fails."""
+    priority: int = _key(0, not_built="the queue")
+    """Order among waiting jobs."""
+    timeout_s: float = _key(1800.0, gt=0)
+    """Seconds after which a collective operation that does not finish is an error."""
+
+
+class SplitSection(Section):
+    """Two-stage split training."""
+
+    enabled: bool = _key(False, not_built="split training")
+    """Encode everything first, then train with the trained components alone."""
+    cache_path: str = _key("./cache/dsray", path=True)
+    """Folder of encoded samples, shared by jobs."""
+    num_workers: int | None = _key(ge=1, not_built="split training")
+    """Encoding workers."""
+    resources_per_worker: dict[str, float] | None = _key(not_built="split training")
+    """Ray resources of an encoding worker."""
+
+
+class LoggingSection(Section):
+    """Where the figures go."""
+
+    csv: bool = _key(True)
+    """Write loss.csv (step,key,value)."""
+    tensorboard: bool = _key(True)
+    """Write {path}/tensorboard."""
+    wandb_project: str | None = _key(not_built="Weights & Biases")
+    """Weights & Biases project."""
+    swanlab_project: str | None = _key(not_built="SwanLab")
+    """SwanLab project."""
+    mlflow_tracking_uri: str | None = _key(not_built="MLflow")
+    """MLflow server."""
+    every_steps: int = _key(1, ge=1)
+    """Optimizer steps between two logged figures; each costs one synchronisation with the host."""
+
+
+class ValidationSection(Section):
+    """Samples and validation loss during training."""
+
+    prompts: list[str] = _key([], not_built="validation")
+    """Prompts of the sample pictures."""
+    inputs: list[str] = _key([], not_built="validation")
+    """Input media of the sample pictures."""
+    every_steps: int | None = _key(ge=1, not_built="validation")
+    """Steps between two validations."""
+    num_inference_steps: int = _key(30, ge=1, not_built="validation")
+    """Denoising steps of a sample."""
+    guidance_scale: float = _key(4.0, ge=0, not_built="validation")
+    """Classifier-free guidance of a sample."""
+    size: list[int] | None = _key(not_built="validation")
+    """Height and width of a sample."""
+    seed: int = _key(0, not_built="validation")
+    """Seed of the samples' noise."""
+    holdout: float | str | None = _key(not_built="validation")
+    """Share of the rows, or a metadata file, kept for the validation loss."""
+    early_stopping: int | None = _key(ge=1, not_built="validation")
+    """Validations without improvement after which training ends."""
+    keep_best: bool = _key(False, not_built="validation")
+    """Export the weights with the best validation loss."""
+
+
+class Job(Section):
+    """A job file as the user gave it, checked."""
+
+    name: str = _key(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
+    """Name of the job: letters, digits, '_', '.', '-'. Default: the file's name."""
+    task: Literal["sft", "direct_distill"] = _key("sft", identity=True)
+    """Training task."""
+    seed: int = _key(0, identity=True, ge=0, lt=2**63)
+    """Seed of order, noise, timesteps and new weights."""
+    dataset: DatasetSection = Field(default_factory=DatasetSection)
+    model: ModelSection = Field(default_factory=ModelSection)
+    training: TrainingSection = Field(default_factory=TrainingSection)
+    output: OutputSection = Field(default_factory=OutputSection)
+    lora: LoraSection = Field(default_factory=LoraSection)
+    gradient: GradientSection = Field(default_factory=GradientSection)
+    offload: OffloadSection = Field(default_factory=OffloadSection)
+    distributed: DistributedSection = Field(default_factory=DistributedSection)
+    split: SplitSection = Field(default_factory=SplitSection)
+    logging: LoggingSection = Field(default_factory=LoggingSection)
+    validation: ValidationSection = Field(default_factory=ValidationSection)
+
+
+NOT_BUILT_VALUES: dict[str, dict[Any, str]] = {
+    "task": {"direct_distill": "direct distillation"},
+    "distributed.strategy": {"deepspeed": "DeepSpeed"},
+    "gradient.checkpointing": {"auto": "selective recomputation"},
+}
+"""Single values of otherwise built keys that a later version brings."""
+
+
+def keys() -> dict[str, FieldInfo]:
+    """All keys by dotted name, in the order of the reference."""
+    found: dict[str, FieldInfo] = {}
+    for name, field in Job.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            found.update({f"{name}.{inner}": info for inner, info in section.model_fields.items()})
+        else:
+            found[name] = field
+    return found
+
+
+def mark(field: FieldInfo, name: Literal["identity", "not_built", "path"]) -> Any:
+    """A key's mark, as given to `_key`."""
+    extra = field.json_schema_extra
+    return extra.get(name) if isinstance(extra, dict) else None

@@ -1,0 +1,301 @@
+"""A dataset's metadata file to checked rows.
+
+A row maps columns to values; a file column (one of `data_file_keys`) holds a path, a URL or a list of them. An empty
+cell, null, NaN and a missing key are all the empty string: a prompt is never "nan". CSV cells stay text, JSON and
+Parquet keep their types.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from diffsynth_ray.data.media import MEDIA_EXTENSIONS, STATIC_IMAGE_EXTENSIONS, is_url, media_extension
+from diffsynth_ray.data.tables import RawTable, read_table
+from diffsynth_ray.errors import DataError
+
+Value = str | int | float | bool | list[Any] | dict[str, Any]
+Row = dict[str, Value]
+
+DEFAULT_DATA_FILE_KEYS = ("image", "video")
+METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl", "metadata.parquet")
+
+_MAX_LISTED = 10
+# File systems over the network answer in milliseconds, so many questions are kept open; local ones do not mind.
+_NUM_STAT_THREADS = 32
+_PATHS_PER_TASK = 500
+_ROWS_PER_DIGEST = 10_000
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The rows of a dataset, checked."""
+
+    rows: list[Row]
+    """Every row has every column."""
+    columns: tuple[str, ...]
+    file_columns: tuple[str, ...]
+    """The columns among `columns` that hold media files."""
+    base_path: str
+    """Directory that the rows' paths are relative to; "" means the working directory."""
+    digest: str
+    """Hexadecimal, of columns and rows: equal for equal content in whatever format or place."""
+    notes: tuple[str, ...] = ()
+    """What the user should be told about how the data was understood."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def files(self, row_index: int, column: str) -> list[str]:
+        """Return the paths or URLs of a file cell, ready to open; empty where the cell is."""
+        return [resolve_path(self.base_path, path) for path in _cell_files(self.rows[row_index][column])]
+
+
+def read_metadata(
+    base_path: str | Path,
+    metadata_path: str | Path | None,
+    data_file_keys: Sequence[str] = DEFAULT_DATA_FILE_KEYS,
+    *,
+    required_columns: Sequence[str] = (),
+    check_files: bool = True,
+) -> Metadata:
+    """Read and check a dataset's metadata; all problems come in one DataError.
+
+    base_path: directory (or file:// URL) that paths in the rows are relative to.
+    metadata_path: .csv, .json (a list), .jsonl or .parquet; None takes the images and videos in base_path, with
+        captions in .txt files of the same names.
+    data_file_keys: the file columns. `image` and `video` may be absent as long as another one is there; others may not.
+    required_columns: columns that must be there besides, such as prompt.
+    check_files: whether to look for every file (not for http(s) URLs); some seconds for a million files.
+    """
+    base = local_path(base_path)
+    if base and not Path(base).is_dir():
+        raise DataError(f"dataset.base_path: {base_path} is not a directory; paths in the metadata are relative to it")
+    notes: list[str] = []
+    if metadata_path is None or str(metadata_path) == "":
+        table = _read_folder(base, data_file_keys, notes)
+    else:
+        table = read_table(_find_metadata(local_path(metadata_path), base))
+    columns, rows = _fill(table)
+    file_columns = tuple(key for key in data_file_keys if key in columns)
+    _check_columns(table, columns, data_file_keys, required_columns)
+    problems = _check_cells(table, rows, file_columns)
+    if check_files:
+        problems += _check_files(table, rows, file_columns, base)
+    if problems:
+        raise DataError(_summary(table.name, problems, len(rows)))
+    return Metadata(
+        rows=rows,
+        columns=columns,
+        file_columns=file_columns,
+        base_path=base,
+        digest=_digest(columns, rows),
+        notes=tuple(notes),
+    )
+
+
+def local_path(path: str | Path) -> str:
+    """Return a path without a file:// in front; other schemes are an error."""
+    text = str(path)
+    if text.startswith("file://"):
+        return text.removeprefix("file://")
+    if "://" in text:
+        raise DataError(f"{text}: must be a local path or file://; mount or download remote storage first")
+    return text
+
+
+def resolve_path(base_path: str, path: str) -> str:
+    """Return a row's path ready to open: URLs and absolute paths as they are, others under base_path."""
+    if is_url(path):
+        return path
+    return os.path.join(base_path, path.removeprefix("file://"))
+
+
+def _find_metadata(path: str, base: str) -> Path:
+    if Path(path).is_file():
+        return Path(path)
+    hint = f"it is relative to the working directory, {Path.cwd()}"
+    directory = Path(path).parent
+    names = [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
+    near = get_close_matches(Path(path).name, names, n=1)
+    if Path(base, path).is_file():
+        hint = f"did you mean {Path(base, path)}?"
+    elif Path(path).is_dir():
+        hint = "it is a directory; name a .csv, .json, .jsonl or .parquet file"
+    elif near:
+        hint = f"did you mean {directory / near[0]}?"
+    raise DataError(f"dataset.metadata_path: no such file {path}; {hint}")
+
+
+def _fill(table: RawTable) -> tuple[tuple[str, ...], list[Row]]:
+    """Give every row every column, and empty values their one form."""
+    columns = tuple(table.columns)
+    if table.has_text_cells:
+        return columns, table.rows
+    for row in table.rows:
+        values = row.values()
+        if len(row) == len(columns) and None not in values and not any(value != value for value in values):
+            continue
+        for column in columns:
+            value = row.get(column)
+            # NaN is the one value that differs from itself.
+            row[column] = "" if value is None or value != value else value
+    return columns, table.rows
+
+
+def _check_columns(
+    table: RawTable, columns: Sequence[str], data_file_keys: Sequence[str], required_columns: Sequence[str]
+) -> None:
+    problems = []
+    if not any(key in columns for key in data_file_keys):
+        problems.append(f"no file column: none of {_quoted(data_file_keys)} (dataset.data_file_keys) is a column")
+    missing = [key for key in data_file_keys if key not in columns and key not in DEFAULT_DATA_FILE_KEYS]
+    for column in dict.fromkeys([*missing, *(column for column in required_columns if column not in columns)]):
+        near = get_close_matches(column.lower(), [name.lower() for name in columns], n=1)
+        hint = next((f"; did you mean '{name}'?" for name in columns if near and name.lower() == near[0]), "")
+        problems.append(f"no column '{column}'{hint}")
+    if not problems:
+        return
+    if table.column_hint:
+        problems.append(table.column_hint)
+    raise DataError(f"{table.name}: " + "\n  ".join([*problems, f"columns present: {_quoted(columns)}"]))
+
+
+def _check_cells(table: RawTable, rows: Sequence[Row], file_columns: Sequence[str]) -> list[str]:
+    """Return what is wrong with the file cells' text; decodes the JSON arrays of CSV cells in place."""
+    problems = []
+    main_columns = [column for column in file_columns if column in DEFAULT_DATA_FILE_KEYS] or list(file_columns)
+    for index, row in enumerate(rows):
+        num_files = 0
+        for column in file_columns:
+            value = row[column]
+            num_files += bool(value) and column in main_columns
+            # The quick way for what nearly every cell is: this loop runs a million times.
+            if isinstance(value, str) and value.rpartition(".")[2] in MEDIA_EXTENSIONS:
+                continue
+            if isinstance(value, str) and table.has_text_cells and value[:1] == "[" and value[-1:] == "]":
+                try:
+                    row[column] = value = json.loads(value)
+                except json.JSONDecodeError as error:
+                    problem = f"is not a JSON array of files ({error.msg}): {value[:80]}"
+                    problems.append(f"{table.where(index)}: '{column}' {problem}")
+                    continue
+            problems += (f"{table.where(index)}: '{column}' {problem}" for problem in _file_problems(value))
+        if not num_files:
+            names = _quoted(main_columns)
+            problems.append(f"{table.where(index)}: no file, {names} is empty; fill in or remove the row")
+    return problems
+
+
+def _file_problems(value: Value) -> Iterator[str]:
+    if not isinstance(value, str | list) or not all(isinstance(path, str) and path for path in _cell_files(value)):
+        yield f"must be a path or a list of paths, got {json.dumps(value, default=str)[:80]}"
+        return
+    for path in _cell_files(value):
+        if not _has_media_extension(path):
+            yield f"has an unknown extension: {path}; known are {', '.join(sorted(MEDIA_EXTENSIONS))}"
+
+
+def _has_media_extension(path: str) -> bool:
+    # Most paths are like x.png; only the others need the careful look.
+    return path.rpartition(".")[2] in MEDIA_EXTENSIONS or media_extension(path) in MEDIA_EXTENSIONS
+
+
+def _check_files(table: RawTable, rows: Sequence[Row], file_columns: Sequence[str], base: str) -> list[str]:
+    """Return the files that do not exist, each at its first row."""
+    first_use: dict[str, tuple[int, str]] = {}
+    for index, row in enumerate(rows):
+        for column in file_columns:
+            for path in _cell_files(row[column]):
+                # Other cells have been complained about already.
+                if isinstance(path, str) and _has_media_extension(path) and not is_url(path):
+                    first_use.setdefault(path, (index, column))
+    paths = list(first_use)
+
+    def find_missing(first: int) -> list[str]:
+        chunk = paths[first : first + _PATHS_PER_TASK]
+        return [path for path in chunk if not os.path.isfile(resolve_path(base, path))]
+
+    with ThreadPoolExecutor(_NUM_STAT_THREADS) as pool:
+        missing = [path for part in pool.map(find_missing, range(0, len(paths), _PATHS_PER_TASK)) for path in part]
+    problems = []
+    for path in missing:
+        index, column = first_use[path]
+        problems.append(f"{table.where(index)}: '{column}' no such file: {resolve_path(base, path)}")
+    if len(missing) == len(paths) > 0:
+        place = f"dataset.base_path ({base or 'not set'})"
+        problems.insert(0, f"none of the {len(paths)} files exists; is {place} the right directory?")
+    return problems
+
+
+def _read_folder(base: str, data_file_keys: Sequence[str], notes: list[str]) -> RawTable:
+    """List the images and videos of a directory and its subdirectories, with same-named .txt files as prompts."""
+    if not base:
+        raise DataError("dataset.metadata_path and dataset.base_path are both unset; set one of them")
+    names = sorted(
+        os.path.relpath(os.path.join(directory, name), base) for directory, _, files in os.walk(base) for name in files
+    )
+    captions = {name for name in names if name.endswith(".txt")}
+    rows: list[dict[str, Any]] = []
+    num_captions = 0
+    for name in names:
+        extension = media_extension(name)
+        column = "image" if extension in STATIC_IMAGE_EXTENSIONS else "video"
+        if extension not in MEDIA_EXTENSIONS or column not in data_file_keys:
+            continue
+        caption = os.path.splitext(name)[0] + ".txt"
+        num_captions += caption in captions
+        rows.append({column: name, "prompt": _read_caption(Path(base, caption)) if caption in captions else ""})
+    metadata = next((name for name in METADATA_NAMES if name in names), None)
+    if metadata and not num_captions:
+        path = Path(base, metadata)
+        raise DataError(f"dataset.metadata_path is not set, but {base} has a {metadata}; set it to {path}")
+    if not rows:
+        raise DataError(
+            f"dataset.base_path: {base} has no images or videos ({', '.join(sorted(MEDIA_EXTENSIONS))}), "
+            "and dataset.metadata_path is not set; set it to the dataset's .csv, .json, .jsonl or .parquet file"
+        )
+    notes.append(
+        f"dataset.metadata_path is not set: trains on the {len(rows)} images and videos found in {base}, "
+        f"{num_captions} with a caption (a .txt file of the same name), {len(rows) - num_captions} with an empty prompt"
+    )
+    columns = [column for column in (*DEFAULT_DATA_FILE_KEYS, "prompt") if any(column in row for row in rows)]
+    return RawTable(name=base, columns=columns, rows=rows)
+
+
+def _read_caption(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}; save the caption as UTF-8") from error
+
+
+def _cell_files(value: Value) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    return [value] if value != "" else []
+
+
+def _digest(columns: Sequence[str], rows: Sequence[Row]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps(sorted(columns)).encode())
+    for first in range(0, len(rows), _ROWS_PER_DIGEST):
+        # Sorted keys: CSV and JSON may name the same columns in another order.
+        digest.update(json.dumps(rows[first : first + _ROWS_PER_DIGEST], sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _summary(name: str, problems: Sequence[str], num_rows: int) -> str:
+    lines = [f"{name}: {len(problems)} problem(s) in {num_rows} rows", *problems[:_MAX_LISTED]]
+    if len(problems) > _MAX_LISTED:
+        lines.append(f"... and {len(problems) - _MAX_LISTED} more")
+    return "\n  ".join(lines)
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)

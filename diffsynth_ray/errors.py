@@ -1,0 +1,103 @@
+"""The error tree and the exit codes. Standard library only: every module may import it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of `dsray`; 100-103 describe how a run ended."""
+
+    DONE = 0
+    UNEXPECTED = 1
+    USAGE = 2
+    CLUSTER = 3
+    RUN_FAILED = 100
+    NOT_FINISHED = 101
+    NOT_FOUND = 102
+    STOPPED = 103
+    INTERRUPTED = 130
+
+
+class DsrayError(Exception):
+    """A problem that the user can understand and mend: shown as its message, without a traceback."""
+
+    exit_code: ExitCode = ExitCode.USAGE
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.message, self.hint))
+
+
+def _rebuild(kind: type[DsrayError], message: str, hint: str | None) -> DsrayError:
+    # Errors cross process boundaries; keyword arguments are lost by the default pickling of exceptions.
+    error = kind.__new__(kind)
+    DsrayError.__init__(error, message, hint=hint)
+    return error
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem of a job file."""
+
+    key: str
+    """Dotted key, or a file's name."""
+    message: str
+    """What was got, what is allowed, what to do."""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}" if self.key else self.message
+
+
+class JobFileError(DsrayError):
+    """All problems of one job file at once."""
+
+    def __init__(self, source: str, problems: list[Problem]) -> None:
+        count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
+        super().__init__("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in problems)]))
+        self.source = source
+        self.problems = problems
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (JobFileError, (self.source, self.problems))
+
+
+class DataError(DsrayError):
+    """Metadata or media that cannot be used."""
+
+
+class ModelError(DsrayError):
+    """Weights, components or LoRA targets that cannot be used."""
+
+
+class OutputError(DsrayError):
+    """An output path that cannot be used, or belongs to another run."""
+
+
+class ClusterError(DsrayError):
+    """The cluster does not answer, refuses us, or lacks the resources."""
+
+    exit_code = ExitCode.CLUSTER
+
+
+class RunError(DsrayError):
+    """The run failed."""
+
+    exit_code = ExitCode.RUN_FAILED
+
+
+class RunNotFoundError(DsrayError):
+    """No such run."""
+
+    exit_code = ExitCode.NOT_FOUND
+
+
+class RunStopped(DsrayError):
+    """The run was stopped on request; its checkpoint is on disk."""
+
+    exit_code = ExitCode.STOPPED

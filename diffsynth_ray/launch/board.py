@@ -1,0 +1,39 @@
+"""Where the processes of a run leave what the driver tells the user: lines of the log, and a failure that ends the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ray
+
+from diffsynth_ray.errors import DsrayError
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error that no restart mends."""
+
+    rank: int | None
+    error: DsrayError
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class Board:
+    """One actor a run, on the driver's node."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._failure: Failure | None = None
+
+    def say(self, line: str) -> None:
+        """Leave a line."""
+        self._lines.append(line)
+
+    def fail(self, rank: int | None, error: DsrayError) -> None:
+        """Leave a failure; the first one counts, later ones follow from it."""
+        self._failure = self._failure or Failure(rank, error)
+
+    def take(self) -> tuple[list[str], Failure | None]:
+        """The lines since the last call, and the failure if there is one."""
+        lines, self._lines = self._lines, []
+        return lines, self._failure

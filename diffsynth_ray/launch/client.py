@@ -1,0 +1,421 @@
+"""A cluster as its dashboard shows it, and Ray Jobs on it: connect, submit, follow, stop.
+
+Small requests go straight to the REST interface, because they need a time-out, a readable error and no import of ray;
+submitting and tailing go through Ray's JobSubmissionClient.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import shlex
+import socket
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from diffsynth_ray.config.resolve import ResolvedJob, Resources
+from diffsynth_ray.errors import ClusterError, ExitCode
+from diffsynth_ray.launch import embedded
+from diffsynth_ray.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+ACTIVE = ("PENDING", "RUNNING")
+_TIMEOUT_S = 8.0
+_STATUS_S = 1.0
+_KILL_S = 30.0
+_LOST_S = 60.0
+"""How long `follow` tries to reach a cluster that no longer answers."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A reachable cluster."""
+
+    url: str
+    """Of the dashboard, which is also the job server."""
+    token: str | None
+    local: embedded.LocalRay | None = None
+    """Set where it is the local Ray of this user."""
+
+    def headers(self) -> dict[str, str]:
+        """Headers of every request."""
+        return {"Authorization": f"Bearer {self.token}"} if self.token else {}
+
+    def request(self, path: str, *, method: str = "GET", timeout_s: float = _TIMEOUT_S) -> Any:
+        """The JSON answer of the REST interface. Raises ClusterError with address, cause and cure."""
+        request = urllib.request.Request(self.url + path, method=method, headers=self.headers())
+        host = urlsplit(self.url).hostname or ""
+        loopback = host == "localhost" or host.startswith("127.")
+        opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if loopback else []))
+        try:
+            with opener.open(request, timeout=timeout_s) as reply:
+                return json.load(reply)
+        except urllib.error.HTTPError as error:
+            raise self._refused(error, path) from error
+        except json.JSONDecodeError as error:
+            raise ClusterError(f"{self.url} does not speak Ray's REST interface", hint=_ADDRESS_HINT) from error
+        except OSError as error:  # URLError, time-outs and resets alike
+            cause = getattr(error, "reason", None) or error
+            raise ClusterError(f"the cluster at {self.url} does not answer: {cause}", hint=_ADDRESS_HINT) from error
+
+    def _refused(self, error: urllib.error.HTTPError, path: str) -> ClusterError:
+        if error.code in (401, 403):
+            given = "the token was refused" if self.token else "it wants a token and none was found"
+            return ClusterError(
+                f"the cluster at {self.url} refuses us: {given} (HTTP {error.code})",
+                hint="set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that the head was started with",
+            )
+        body = error.read(500).decode(errors="replace").strip()
+        return ClusterError(f"{self.url}{path} answers HTTP {error.code}: {body}", hint=_ADDRESS_HINT)
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """All submitted jobs: submission_id, status, metadata, driver_exit_code, message, start_time, end_time."""
+        return [job for job in self.request("/api/jobs/") if job.get("submission_id")]
+
+    def job(self, submission_id: str) -> dict[str, Any] | None:
+        """One job, or None where the cluster does not know it."""
+        return next((job for job in self.jobs() if job["submission_id"] == submission_id), None)
+
+
+_ADDRESS_HINT = (
+    "give the dashboard's address, as in --address http://HEAD:8265 (RAY_API_SERVER_ADDRESS, RAY_ADDRESS), "
+    "and check that it can be reached from here"
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended."""
+
+    state: str
+    """SUCCEEDED, FAILED or STOPPED."""
+    exit_code: ExitCode
+    message: str | None = None
+    """Ray's words on a failure."""
+
+
+def named_address(address: str | None) -> str | None:
+    """The cluster that the user names by option or environment; None or "local" = the local Ray."""
+    named = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    return None if named in (None, "", "local") else named
+
+
+def connect(address: str) -> Cluster:
+    """A named cluster, checked to answer and to accept us. Raises ClusterError within about ten seconds."""
+    token = _user_token()
+    cluster = Cluster(url=_dashboard_url(address, token), token=token)
+    cluster.request("/api/version")
+    return cluster
+
+
+def connect_local() -> Cluster | None:
+    """The local Ray where one runs."""
+    local = embedded.find()
+    return _of_local(local) if local else None
+
+
+@contextmanager
+def open_cluster(address: str | None, resources: Resources, *, say: Callable[[str], None]) -> Iterator[Cluster]:
+    """The cluster to submit to; inside the context a local Ray does not go away for lack of jobs."""
+    named = named_address(address)
+    if named is not None:
+        yield connect(named)
+        return
+    with embedded.lock(say=say):
+        yield _of_local(embedded.find_or_start(resources, say=say))
+
+
+def _of_local(local: embedded.LocalRay) -> Cluster:
+    return Cluster(url=local.dashboard_url, token=local.token(), local=local)
+
+
+def _user_token() -> str | None:
+    """The token of a named cluster, from where Ray itself looks for it."""
+    if os.environ.get("RAY_AUTH_MODE") == "disabled":
+        return None
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token.strip()
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    try:
+        return path.read_text().strip() or None
+    except OSError:
+        return None
+
+
+def _dashboard_url(address: str, token: str | None) -> str:
+    """http(s) addresses as they are; a GCS address (host:6379, ray://) is asked for its dashboard."""
+    if address.startswith(("http://", "https://")):
+        return address.rstrip("/")
+    if address != "auto":
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        try:
+            host, port = parts.hostname, parts.port
+        except ValueError as error:
+            raise ClusterError(f"{address!r} is not an address: {error}", hint=_ADDRESS_HINT) from error
+        if host is None:
+            raise ClusterError(f"{address!r} is not an address", hint=_ADDRESS_HINT)
+        try:
+            socket.create_connection((host, port or 8265), timeout=_TIMEOUT_S).close()
+        except OSError as error:
+            raise ClusterError(f"the cluster at {address} does not answer: {error}", hint=_ADDRESS_HINT) from error
+        if parts.scheme == "" and _speaks_http(host, port or 8265, token):
+            return f"http://{host}:{port or 8265}"
+    _set_auth_mode(token)
+    from ray.dashboard.utils import get_address_for_submission_client
+
+    try:
+        return str(get_address_for_submission_client(address)).rstrip("/")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"the cluster at {address} tells no dashboard: {error}", hint=_ADDRESS_HINT) from error
+
+
+def _speaks_http(host: str, port: int, token: str | None) -> bool:
+    try:
+        Cluster(url=f"http://{host}:{port}", token=token).request("/api/version", timeout_s=3)
+    except ClusterError as error:
+        return "refuses us" in error.message
+    return True
+
+
+def _set_auth_mode(token: str | None) -> None:
+    # Ray's client never turns authentication on by itself, and a wrong mode fails late with a misleading message.
+    os.environ["RAY_AUTH_MODE"] = "token" if token else "disabled"
+    if token:
+        os.environ["RAY_AUTH_TOKEN"] = token
+
+
+def _job_client(cluster: Cluster) -> JobSubmissionClient:
+    if cluster.local:
+        os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"]))
+    # The Authorization header is given explicitly, so that Ray's own reading of tokens must not add another.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    from ray.job_submission import JobSubmissionClient
+
+    logging.getLogger("ray").setLevel(logging.WARNING)  # "Uploading package", "WebSocket closed"
+    cluster.request("/api/version")  # Ray's client waits without limit for a host that does not answer
+    return JobSubmissionClient(cluster.url, headers=cluster.headers())
+
+
+def cluster_resources(cluster: Cluster) -> Resources:
+    """CPUs and GPUs of all live nodes."""
+    if cluster.local:
+        return Resources(cpus=cluster.local.cpus, gpus=cluster.local.gpus)
+    answer = cluster.request("/api/v0/nodes?limit=10000")
+    totals = [
+        node.get("resources_total") or {}
+        for node in answer["data"]["result"]["result"]
+        if node.get("state") == "ALIVE"
+    ]
+    return Resources(
+        cpus=sum(total.get("CPU", 0.0) for total in totals), gpus=sum(total.get("GPU", 0.0) for total in totals)
+    )
+
+
+def run_of(submission_id: str) -> tuple[str, int] | None:
+    """Run and attempt of a submission id, or None where it is not one of ours."""
+    found = re.fullmatch(r"(.+)-a(\d+)", submission_id)
+    return (found[1], int(found[2])) if found else None
+
+
+def job_states(cluster: Cluster, run: str) -> dict[int, dict[str, Any]]:
+    """The jobs of a run on the cluster, by attempt."""
+    found = {}
+    for job in cluster.jobs():
+        parsed = run_of(job["submission_id"])
+        if parsed and parsed[0] == run:
+            found[parsed[1]] = job
+    return found
+
+
+def active_job(cluster: Cluster, run: str) -> dict[str, Any] | None:
+    """The run's pending or running job on the cluster, or None."""
+    jobs = job_states(cluster, run)
+    return next((jobs[number] for number in sorted(jobs, reverse=True) if jobs[number]["status"] in ACTIVE), None)
+
+
+def next_attempt(cluster: Cluster, resolved: ResolvedJob) -> int:
+    """One more than the highest attempt that the cluster or the output path knows."""
+    known = [*job_states(cluster, resolved.run)]
+    for entry in RunDir(resolved.output_path).attempts():
+        parsed = run_of(str(entry.get("submission_id", "")))
+        if parsed is None or parsed[0] == resolved.run:
+            known.append(int(entry["attempt"]))
+    return 1 + max(known, default=0)
+
+
+def entrypoint(submission_id: str, *, python: str = sys.executable) -> str:
+    """Command line of the driver. The interpreter is absolute: `python` of the head's PATH may lack ray."""
+    return f"{shlex.quote(python)} -m diffsynth_ray.launch.driver --job job.json --submission-id {submission_id}"
+
+
+def submit(resolved: ResolvedJob, cluster: Cluster) -> str:
+    """Submit a new attempt; returns its submission id. `job.json` is all that travels."""
+    submission_id = f"{resolved.run}-a{next_attempt(cluster, resolved)}"
+    return submit_entrypoint(
+        cluster,
+        submission_id=submission_id,
+        command=entrypoint(submission_id),
+        job_json=resolved.model_dump_json(indent=2),
+        metadata={"run": resolved.run, "job": resolved.job.name, "output": str(resolved.output_path)},
+    )
+
+
+def submit_entrypoint(
+    cluster: Cluster, *, submission_id: str, command: str, job_json: str, metadata: dict[str, str]
+) -> str:
+    """Submit a command whose working directory holds job.json."""
+    client = _job_client(cluster)
+    with tempfile.TemporaryDirectory(prefix="dsray-job-") as folder:
+        (Path(folder) / "job.json").write_text(job_json)
+        try:
+            return str(client.submit_job(
+                entrypoint=command,
+                submission_id=submission_id,
+                runtime_env={"working_dir": folder},
+                entrypoint_num_cpus=0,
+                metadata=metadata,
+            ))  # fmt: skip
+        except (RuntimeError, OSError) as error:
+            raise ClusterError(f"{cluster.url} did not take the job {submission_id}: {error}") from error
+
+
+def follow(
+    cluster: Cluster, submission_id: str, on_line: Callable[[str], None], *, say: Callable[[str], None] | None = None
+) -> Ended:
+    """Give every line of the job's log once to `on_line`, until the job has ended.
+
+    A stream that ends is not a job that ended, and a reconnected one starts from the log's beginning: the lines seen
+    are counted. Raises ClusterError where the cluster stays away for a minute.
+    """
+    reader = _LogReader(on_line)
+    lost_since: float | None = None
+    while True:
+        try:
+            client = _job_client(cluster)
+            lost_since = None
+            job = asyncio.run(_read_until_end(reader, client, cluster, submission_id))
+            if job["status"] not in ACTIVE:
+                reader.finish(_whole_log(cluster, submission_id))
+                return ended(job)
+        except ClusterError as error:
+            gone = cluster.local is not None and not cluster.local.alive()
+            lost_since = lost_since or time.monotonic()
+            if gone or isinstance(error, _ForgottenError) or time.monotonic() - lost_since > _LOST_S:
+                raise
+            if say:
+                say(f"{error.message}; trying again ...")
+        time.sleep(0.5)
+
+
+async def _read_until_end(
+    reader: _LogReader, client: JobSubmissionClient, cluster: Cluster, submission_id: str
+) -> dict[str, Any]:
+    """Read the stream until it ends, or until the job does: Ray closes it seconds later, or not at all."""
+    stream = asyncio.create_task(reader.read(client, submission_id))
+    try:
+        while True:
+            await asyncio.wait({stream}, timeout=_STATUS_S)
+            job = await asyncio.to_thread(cluster.job, submission_id)
+            if job is None:
+                raise _ForgottenError(f"{cluster.url} no longer knows the job {submission_id}")
+            if stream.done() or job["status"] not in ACTIVE:
+                return job
+    finally:
+        stream.cancel()
+        await asyncio.gather(stream, return_exceptions=True)
+
+
+class _ForgottenError(ClusterError):
+    """The cluster answers, but does not know the job: it was started anew."""
+
+
+class _LogReader:
+    """Splits the stream into lines and skips what was given before."""
+
+    def __init__(self, on_line: Callable[[str], None]) -> None:
+        self.on_line = on_line
+        self.num_chars = 0
+        """Characters of the log that were given to on_line, always whole lines."""
+
+    async def read(self, client: JobSubmissionClient, submission_id: str) -> None:
+        """Read one stream to its end, however it ends."""
+        import aiohttp
+
+        skip, rest = self.num_chars, ""
+        stream = client.tail_job_logs(submission_id)
+        try:
+            async for chunk in stream:
+                skipped = min(skip, len(chunk))
+                skip -= skipped
+                rest = self._give(rest + chunk[skipped:])
+        except (TimeoutError, aiohttp.ClientError, OSError, RuntimeError):
+            return  # the caller asks the job's status, which tells whether this was the end
+        finally:
+            await stream.aclose()
+
+    def finish(self, log: str | None) -> None:
+        """Give what the stream did not bring, and a last line without an end."""
+        if log is not None and (rest := self._give(log[self.num_chars :])):
+            self.num_chars += len(rest)
+            self.on_line(rest)
+
+    def _give(self, text: str) -> str:
+        """Give the whole lines of `text`; returns the rest."""
+        *lines, rest = text.split("\n")
+        for line in lines:
+            self.num_chars += len(line) + 1
+            self.on_line(line)
+        return rest
+
+
+def _whole_log(cluster: Cluster, submission_id: str) -> str | None:
+    try:
+        return str(cluster.request(f"/api/jobs/{submission_id}/logs")["logs"])
+    except ClusterError:
+        return None  # the stream brought all or nearly all of it, and the run has its own copy
+
+
+def ended(job: dict[str, Any]) -> Ended:
+    """How a job in a terminal state ended. The driver's exit code says more than Ray's status."""
+    status, code = str(job["status"]), job.get("driver_exit_code")
+    if status == "SUCCEEDED":
+        return Ended("SUCCEEDED", ExitCode.DONE)
+    if status == "STOPPED" or code == ExitCode.STOPPED:
+        return Ended("STOPPED", ExitCode.STOPPED)
+    return Ended("FAILED", ExitCode.RUN_FAILED, job.get("message"))
+
+
+def request_end(cluster: Cluster, submission_id: str) -> None:
+    """SIGTERM to the driver, which takes it as a wish to stop."""
+    cluster.request(f"/api/jobs/{submission_id}/stop", method="POST")
+
+
+def wait_until_ended(cluster: Cluster, submission_id: str, *, say: Callable[[str], None]) -> Ended:
+    """Wait for the job's terminal state; a driver of the local Ray that ignores SIGTERM is killed after a while."""
+    began = told = time.monotonic()
+    while True:
+        job = cluster.job(submission_id)
+        if job is None:
+            return Ended("STOPPED", ExitCode.STOPPED, "the cluster no longer knows the job")
+        if job["status"] not in ACTIVE:
+            return ended(job)
+        if time.monotonic() - told > 5:
+            told = time.monotonic()
+            say(f"waiting for {submission_id} to end, {told - began:.0f} s ...")
+            if cluster.local and told - began > _KILL_S:
+                cluster.local.kill_job(submission_id)
+        time.sleep(0.3)

@@ -1,0 +1,293 @@
+"""What is known about a run, from its output path first and its cluster second; and how it is stopped."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from diffsynth_ray.config.load import load_job
+from diffsynth_ray.config.resolve import ResolvedJob
+from diffsynth_ray.errors import ClusterError, DsrayError, ExitCode, JobFileError, OutputError, RunNotFoundError
+from diffsynth_ray.launch import client, registry
+from diffsynth_ray.launch.client import ACTIVE, Cluster, Ended
+from diffsynth_ray.launch.registry import Submission
+from diffsynth_ray.run_dir import Progress, RunDir
+
+_EXIT_OF_STATE = {"SUCCEEDED": ExitCode.DONE, "FAILED": ExitCode.RUN_FAILED, "STOPPED": ExitCode.STOPPED}
+_DIED = "its process ended without a word (killed, or the machine went down); submit the job again to continue it"
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run as `status` and `list` show it."""
+
+    run: str
+    state: str
+    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+    output: str
+    attempt: int = 0
+    submission_id: str = ""
+    address: str | None = None
+    """Dashboard of the cluster, where it answers."""
+    step: int = 0
+    num_steps: int = 0
+    started: float | None = None
+    ended: float | None = None
+    cause: str | None = None
+    """Why it failed."""
+    note: str | None = None
+    """What limits this view, as an unreachable cluster."""
+    progress: Progress | None = None
+    files: list[str] = field(default_factory=list)
+    """Exported weights, relative to `output`."""
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """Exit code of `dsray status`."""
+        return _EXIT_OF_STATE.get(self.state, ExitCode.NOT_FINISHED)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return asdict(self)
+
+
+def find_run(reference: str) -> Submission:
+    """A run by its name, submission id, job file or output path. Raises RunNotFoundError."""
+    found = registry.match(reference) or _in_folder(reference) or _of_job_file(reference) or _on_cluster(reference)
+    if found is not None:
+        return found
+    names = sorted({submission.run for submission in registry.submissions()})
+    near = difflib.get_close_matches(reference, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else "`dsray list` shows the runs that are known here"
+    raise RunNotFoundError(
+        f"no run {reference!r}: neither a run's name, nor a job file or output path of a run", hint=hint
+    )
+
+
+def _in_folder(reference: str) -> Submission | None:
+    path = Path(os.path.abspath(os.path.expanduser(reference)))
+    owner = RunDir(path).owner() if path.is_dir() else None
+    if owner is None:
+        return None
+    known = registry.match(owner.run)
+    if known is not None and known.output == str(path):
+        return known
+    address = client.named_address(None)
+    return Submission(run=owner.run, output=str(path), job_file="", address=address, submission_id="")
+
+
+def _of_job_file(reference: str) -> Submission | None:
+    try:
+        job = load_job(reference)
+    except JobFileError:
+        return None
+    return _in_folder(job.output.path.replace("{name}", job.name))
+
+
+def _on_cluster(reference: str) -> Submission | None:
+    address = client.named_address(None)
+    cluster = client.connect(address) if address else client.connect_local()
+    for job in cluster.jobs() if cluster else []:
+        metadata = job.get("metadata") or {}
+        if reference in (metadata.get("run"), job["submission_id"]):
+            return Submission(
+                run=metadata.get("run", reference), output=metadata.get("output", ""), job_file="", address=address,
+                submission_id=job["submission_id"],
+            )  # fmt: skip
+    return None
+
+
+def cluster_of(submission: Submission) -> tuple[Cluster | None, str | None]:
+    """The run's cluster where it answers, else None and why."""
+    if submission.pid is not None:
+        return None, None
+    try:
+        return (client.connect(submission.address) if submission.address else client.connect_local()), None
+    except ClusterError as error:
+        return None, error.message
+
+
+def run_dir_of(submission: Submission) -> RunDir | None:
+    """The run's output directory where it is visible here and still belongs to the run."""
+    path = Path(submission.output) if submission.output else None
+    for candidate in (path, path / "previous" / submission.run) if path else ():
+        run_dir = RunDir(candidate)
+        owner = run_dir.owner()
+        if owner is not None and owner.run == submission.run:
+            return run_dir
+    return None
+
+
+def view(submission: Submission, *, cluster: Cluster | None = None) -> RunView:
+    """Everything that is known about a run."""
+    note = None
+    if cluster is None:
+        cluster, note = cluster_of(submission)
+    run_dir = run_dir_of(submission)
+    jobs = client.job_states(cluster, submission.run) if cluster else {}
+    view_of_files = _from_files(submission, run_dir, note) if run_dir else None
+    newest = jobs.get(max(jobs, default=0))
+    if view_of_files is None or (newest and _is_newer(newest, run_dir)):
+        return _from_cluster(submission, cluster, newest, note)
+    url = cluster.url if cluster else None
+    shown = {"address": url}
+    if view_of_files.state == "RUNNING":
+        return _replace(view_of_files, **shown, **_liveness(submission, view_of_files, jobs, note))
+    return _replace(view_of_files, **shown)
+
+
+def _is_newer(job: dict[str, Any], run_dir: RunDir | None) -> bool:
+    """Whether a job on the cluster came after everything that the output path knows of."""
+    attempts = run_dir.attempts() if run_dir else []
+    if any(entry["submission_id"] == job["submission_id"] for entry in attempts):
+        return False
+    started = _seconds(job.get("start_time")) or 0
+    return not attempts or job["status"] in ACTIVE or started > attempts[-1]["time"]
+
+
+def _from_files(submission: Submission, run_dir: RunDir, note: str | None) -> RunView | None:
+    attempts = run_dir.attempts()
+    if not attempts:
+        return None
+    last = attempts[-1]
+    starts = [entry for entry in attempts if entry["event"] == "started" and entry["attempt"] == last["attempt"]]
+    progress = run_dir.progress()
+    has_ended = last["event"] == "ended"
+    parsed = client.run_of(last["submission_id"])
+    return RunView(
+        run=submission.run,
+        state=last["state"] if has_ended else "RUNNING",
+        output=str(run_dir.path),
+        attempt=parsed[1] if parsed else last["attempt"],
+        submission_id=last["submission_id"],
+        step=last["step"] if has_ended else (progress.step if progress else 0),
+        num_steps=last["num_steps"] if has_ended else (progress.num_steps if progress else 0),
+        started=starts[-1]["time"] if starts else None,
+        ended=last["time"] if has_ended else None,
+        cause=last.get("cause"),
+        note=note,
+        progress=progress,
+        files=exports(run_dir),
+    )
+
+
+def _from_cluster(
+    submission: Submission, cluster: Cluster | None, job: dict[str, Any] | None, note: str | None
+) -> RunView:
+    if job is None:
+        alive = submission.pid is not None and psutil.pid_exists(submission.pid)
+        unknown = "RUNNING" if alive or (note and not cluster) else "FAILED"
+        return RunView(
+            run=submission.run, state=unknown, output=submission.output, submission_id=submission.submission_id,
+            cause=None if unknown == "RUNNING" else "it ended before it wrote anything to its output path", note=note,
+        )  # fmt: skip
+    parsed = client.run_of(job["submission_id"])
+    end = None if job["status"] in ACTIVE else client.ended(job)
+    return RunView(
+        run=submission.run,
+        state=end.state if end else job["status"],
+        output=submission.output,
+        attempt=parsed[1] if parsed else 0,
+        submission_id=job["submission_id"],
+        address=cluster.url if cluster else None,
+        started=_seconds(job.get("start_time")),
+        ended=_seconds(job.get("end_time")),
+        cause=end.message if end else None,
+        note=note,
+    )
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return milliseconds / 1000 if milliseconds else None
+
+
+def _liveness(
+    submission: Submission, seen: RunView, jobs: dict[int, dict[str, Any]], note: str | None
+) -> dict[str, Any]:
+    """Whether an attempt without an end still runs."""
+    if submission.pid is not None:
+        alive = psutil.pid_exists(submission.pid)
+        return {} if alive else {"state": "FAILED", "cause": _DIED}
+    job = next((job for job in jobs.values() if job["submission_id"] == seen.submission_id), None)
+    if job is not None:
+        end = None if job["status"] in ACTIVE else client.ended(job)
+        return {} if end is None else {"state": end.state, "cause": end.message}
+    if note is not None:
+        return {"note": f"as its output path shows it; {note}"}
+    return {"state": "FAILED", "cause": _DIED}
+
+
+def _replace(seen: RunView, **changes: Any) -> RunView:
+    values = {name: getattr(seen, name) for name in RunView.__dataclass_fields__}
+    return RunView(**(values | changes))
+
+
+def exports(run_dir: RunDir) -> list[str]:
+    """Exported weights in the order in which they were written."""
+    found = [path for path in run_dir.path.glob("*.safetensors") if not path.name.startswith(".")]
+    return [path.name for path in sorted(found, key=lambda path: (path.stat().st_mtime, path.name))]
+
+
+def is_finished(run_dir: RunDir, *, num_steps: int) -> bool:
+    """Whether the run has done at least `num_steps` steps and ended well."""
+    attempts = run_dir.attempts()
+    if not attempts or attempts[-1]["event"] != "ended":
+        return False
+    return attempts[-1]["state"] == "SUCCEEDED" and int(attempts[-1]["num_steps"]) >= num_steps
+
+
+def claim_output(resolved: ResolvedJob, cluster: Cluster | None, *, new: bool) -> Path | None:
+    """Check that the run may use its output path; with `new`, move older content aside and return its folder."""
+    run_dir = RunDir(resolved.output_path)
+    owner = run_dir.owner()
+    if owner is None:
+        return None
+    if not new:
+        run_dir.check_owner(resolved)
+        return None
+    active = client.active_job(cluster, owner.run) if cluster else None
+    if active is not None:
+        raise OutputError(
+            f"{run_dir.path} is being written by {active['submission_id']}", hint=f"first `dsray stop {owner.run}`"
+        )
+    return run_dir.move_aside()
+
+
+def stop(submission: Submission, *, now: bool, say: Callable[[str], None]) -> Ended | None:
+    """Ask a run to stop after the running step, or (`now`) end it and wait. None: asked, it is still running.
+
+    Raises DsrayError where nothing of the run is active.
+    """
+    cluster, note = cluster_of(submission)
+    seen = view(submission, cluster=cluster)
+    if seen.state not in ACTIVE:
+        raise DsrayError(f"{seen.run} is not running: it {_WORDS[seen.state]}")
+    run_dir = run_dir_of(submission)
+    has_started = run_dir is not None and any(
+        entry["event"] == "started" and entry["submission_id"] == seen.submission_id for entry in run_dir.attempts()
+    )
+    if not now and run_dir is not None and has_started:
+        run_dir.request_stop(reason="dsray stop")
+        return None
+    if submission.pid is not None:
+        for _ in range(2 if now else 1):
+            os.kill(submission.pid, signal.SIGINT)  # as Ctrl-C would
+            time.sleep(0.5)
+        return None
+    if cluster is None:
+        raise ClusterError(note or f"the local Ray of {seen.run} does not run")
+    client.request_end(cluster, seen.submission_id)
+    return client.wait_until_ended(cluster, seen.submission_id, say=say) if now else None
+
+
+_WORDS = {"SUCCEEDED": "has finished", "FAILED": "has failed", "STOPPED": "was stopped"}
+
+

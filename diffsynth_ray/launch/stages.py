@@ -1,0 +1,57 @@
+"""The stages of a run as Ray tasks. They run on the driver's node and take no CPU of their own.
+
+Importing the training code costs seconds a process, so that only the training workers do it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+from diffsynth_ray.config.resolve import ResolvedJob
+from diffsynth_ray.data.samples import build_sample_index
+from diffsynth_ray.run_dir import RunDir
+
+
+def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
+    from diffsynth_ray.train.worker import train_loop
+
+    return train_loop(**config)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -> dict[str, Any]:
+    """Train; returns {"state", "step", "num_steps"}. `attempt_name` is fresh for every attempt.
+
+    Ray Train would otherwise take up what it finds under the name of an earlier run; our checkpoints alone say where a run is.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    resolved = ResolvedJob.model_validate_json(resolved_json)
+
+    def say(line: str) -> None:
+        board.say.remote(line)
+
+    index = build_sample_index(resolved, say)
+    say(f"starting {resolved.num_workers} training worker(s)")
+    trainer = TorchTrainer(
+        _train_loop,
+        # Ray's dashboard shows it: JSON and handles, no secrets.
+        train_loop_config={"resolved_json": resolved_json, "token": token, "index": ray.put(index), "board": board},
+        torch_config=TorchConfig(timeout_s=int(resolved.job.distributed.timeout_s)),
+        scaling_config=ScalingConfig(
+            num_workers=resolved.num_workers,
+            use_gpu=resolved.device == "cuda",
+            resources_per_worker=resolved.resources_per_worker,
+        ),
+        run_config=RunConfig(
+            name=attempt_name,
+            storage_path=str(RunDir(resolved.output_path).ray_dir),
+            failure_config=FailureConfig(max_failures=resolved.job.distributed.max_failures),
+        ),
+    )
+    result = trainer.fit()
+    assert isinstance(result.return_value, dict), result  # rank 0's
+    return result.return_value

@@ -1,0 +1,294 @@
+"""What the trainer knows of a model: the `ModelFamily` interface, `EncodedBatch`, and the registry of families.
+
+A family is a set of components (`dit`, `text_encoder`, `vae`) and the way from a prompt and pixels to a prediction.
+This module imports neither diffusers nor transformers; a family's own module is imported when it is first asked for.
+
+Shapes: b batch, c latent channels, f latent frames, h/w latent height and width, n text tokens, d embedding width.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffsynth_ray.errors import ModelError
+
+MASK_SUFFIX = "_mask"
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Samples after the encoders: what stage one writes, stage two reads, and the train step consumes."""
+
+    latents: Tensor
+    """[b, c, h, w] for images, [b, c, f, h, w] for videos; normalised as the DiT wants them."""
+    conditions: dict[str, Tensor]
+    """By name, e.g. `prompt_embeds` [b, n, d] and, only where lengths differ, `prompt_embeds_mask` [b, n] bool."""
+    sample_ids: tuple[int | str, ...] = ()
+    """One a sample; for messages and the cache only."""
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> EncodedBatch:
+        """The same batch on `device`; floating tensors in `dtype` where given, masks and ids untouched."""
+
+        def move(tensor: Tensor) -> Tensor:
+            cast = dtype if tensor.is_floating_point() else None
+            return tensor.to(device=device, dtype=cast, non_blocking=True)
+
+        conditions = {name: move(tensor) for name, tensor in self.conditions.items()}
+        return EncodedBatch(move(self.latents), conditions, self.sample_ids)
+
+    def samples(self) -> list[EncodedBatch]:
+        """The batch as batches of one, padding taken off: what a cache stores."""
+        singles = []
+        for index in range(self.latents.shape[0]):
+            conditions = {}
+            for name, tensor in self.conditions.items():
+                if name.endswith(MASK_SUFFIX):
+                    continue
+                mask = self.conditions.get(name + MASK_SUFFIX)
+                row = tensor[index : index + 1]
+                conditions[name] = row if mask is None else row[:, mask[index]]
+            singles.append(
+                EncodedBatch(self.latents[index : index + 1], conditions, self.sample_ids[index : index + 1])
+            )
+        return singles
+
+    @staticmethod
+    def stack(batches: Sequence[EncodedBatch]) -> EncodedBatch:
+        """Several batches of one latent size as one; texts of different lengths are padded and get a mask."""
+        shapes = {tuple(batch.latents.shape[1:]) for batch in batches}
+        if len(shapes) != 1:
+            raise ModelError(f"a batch has one latent size, got {sorted(shapes)}")
+        return EncodedBatch(
+            latents=torch.cat([batch.latents for batch in batches]),
+            conditions=stack_conditions([batch.conditions for batch in batches]),
+            sample_ids=tuple(sample_id for batch in batches for sample_id in batch.sample_ids),
+        )
+
+
+def stack_conditions(conditions: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Join conditions along the batch.
+
+    Sequences [b, n, ...] of unequal n are padded with zeros and get a bool mask [b, n], True where there is a token.
+    """
+    names = {name for one in conditions for name in one if not name.endswith(MASK_SUFFIX)}
+    stacked: dict[str, Tensor] = {}
+    for name in sorted(names):
+        if any(name not in one for one in conditions):
+            raise ModelError(f"condition {name!r} is missing from some samples of a batch")
+        tensors = [one[name] for one in conditions]
+        masks = [one.get(name + MASK_SUFFIX) for one in conditions]
+        if len({tuple(tensor.shape[1:]) for tensor in tensors}) == 1 and all(mask is None for mask in masks):
+            stacked[name] = torch.cat(tensors)
+            continue
+        length = max(tensor.shape[1] for tensor in tensors)
+        padded, padded_masks = [], []
+        for tensor, mask in zip(tensors, masks, strict=True):
+            valid = mask if mask is not None else tensor.new_ones(tensor.shape[:2], dtype=torch.bool)
+            missing = length - tensor.shape[1]
+            padded.append(torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], dim=1))
+            padded_masks.append(torch.cat([valid, valid.new_zeros(valid.shape[0], missing)], dim=1))
+        stacked[name] = torch.cat(padded)
+        stacked[name + MASK_SUFFIX] = torch.cat(padded_masks)
+    return stacked
+
+
+@dataclass(frozen=True)
+class KeyLayout:
+    """How a component's weight files are told from others by their key names."""
+
+    prefixes: tuple[str, ...]
+    """Every key of every shard begins with one of these."""
+    markers: tuple[tuple[str, ...], ...]
+    """Alternatives: the component is recognised when all keys of one of them are there."""
+
+
+@dataclass(frozen=True)
+class ComponentFiles:
+    """Where one component's weights are."""
+
+    config: dict[str, Any]
+    """Arguments of the component's class: config.json beside the weights, else inferred from tensor shapes."""
+    paths: tuple[Path, ...]
+    """All shards."""
+    tensors: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    """Key in the files -> shape."""
+
+
+class ModelFamily(ABC):
+    """One family of models. An instance holds the components that were loaded, all frozen and in eval mode.
+
+    Methods never switch gradients off: frozen parameters record no graph, and a trained text encoder needs one.
+    """
+
+    name: ClassVar[str]
+    component_names: ClassVar[tuple[str, ...]]
+    key_layouts: ClassVar[dict[str, KeyLayout]]
+    """By component."""
+    config_names: ClassVar[dict[str, str]]
+    """By component: `_class_name` or `model_type` that its config.json must have to be believed."""
+    scheduler_table: ClassVar[str]
+    """Name of the sigma table in `flow_matching`."""
+    default_lora_targets: ClassVar[dict[str, tuple[str, ...]]]
+    """By component: module name endings, the family's recipe."""
+    text_components: ClassVar[tuple[str, ...]]
+    """Needed for `encode_text`."""
+    image_components: ClassVar[tuple[str, ...]]
+    """Needed for `encode_image`."""
+    predict_components: ClassVar[tuple[str, ...]]
+    """Needed for `predict`."""
+    size_multiple: ClassVar[int]
+    """Pixels; height and width must be multiples of it."""
+
+    def __init__(self, components: dict[str, nn.Module], *, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.components = components
+        self.dtype = dtype
+        """What the components compute in."""
+        self.device = torch.device(device)
+        """Where inputs go; under CPU offload the weights may be elsewhere."""
+
+    @classmethod
+    @abstractmethod
+    def load(
+        cls,
+        files: Mapping[str, ComponentFiles],
+        *,
+        components: Sequence[str] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        tokenizer_paths: Mapping[str, Path] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> ModelFamily:
+        """Load `components` (None = all that `files` has). `tokenizer_paths` by job key: `tokenizer_path`, ..."""
+
+    @classmethod
+    @abstractmethod
+    def build_tiny(
+        cls,
+        seed: int,
+        *,
+        components: Sequence[str] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> ModelFamily:
+        """The family at a tiny size with random weights that depend on (seed, parameter name) alone."""
+
+    @classmethod
+    @abstractmethod
+    def infer_config(cls, component: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """The component's configuration from the shapes in its files, for files without a config.json beside them."""
+
+    @abstractmethod
+    def encode_text(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Prompts -> conditions, batch b = len(prompts)."""
+
+    @abstractmethod
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """uint8 pixels [b, f, h, w, 3] (f = 1 for images) -> latents."""
+
+    @abstractmethod
+    def latents_shape(self, height: int, width: int, num_frames: int = 1) -> tuple[int, ...]:
+        """Shape of one sample's latents, without the batch, for a size in pixels and frames."""
+
+    @abstractmethod
+    def predict(
+        self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor, *, gradient_checkpointing: bool
+    ) -> Tensor:
+        """The DiT's prediction, shaped like `noisy_latents`; `timesteps` [b] in 0..1000, float32."""
+
+    @abstractmethod
+    def repeated_blocks(self, component: str) -> list[nn.Module]:
+        """The component's like blocks in forward order: units of compilation, offload and sharding."""
+
+    @classmethod
+    @abstractmethod
+    def checkpoint_key(cls, component: str, name: str) -> str:
+        """In-memory parameter name -> the key that DiffSynth-Studio exports it under (without `pipe.{component}.`)."""
+
+    @classmethod
+    @abstractmethod
+    def memory_key(cls, component: str, key: str) -> str | None:
+        """Key in a weight file, original or exported -> in-memory parameter name; None for a tensor not loaded."""
+
+    def encode(self, prompts: Sequence[str], pixels: Tensor, *, sample_ids: Sequence[int | str] = ()) -> EncodedBatch:
+        """Prompts and uint8 pixels [b, f, h, w, 3] -> one encoded batch."""
+        return EncodedBatch(self.encode_image(pixels), self.encode_text(prompts), tuple(sample_ids))
+
+    def to(self, device: torch.device | str) -> ModelFamily:
+        """Move every component, in place."""
+        self.device = torch.device(device)
+        for module in self.components.values():
+            module.to(self.device)
+        return self
+
+    def component(self, name: str) -> Any:
+        """A loaded component (typed Any: its attributes are its own class's), or an error that names what is loaded."""
+        if name not in self.components:
+            have = ", ".join(self.components) or "none"
+            raise ModelError(
+                f"{self.name}: component {name!r} is needed but not loaded (loaded: {have}); check [model] paths"
+            )
+        return self.components[name]
+
+
+# Name -> module; "register_family" runs when the module is imported.
+_FAMILY_MODULES: dict[str, str] = {"qwen_image": "diffsynth_ray.models.qwen_image"}
+_FAMILIES: dict[str, type[ModelFamily]] = {}
+
+
+def register_family(family: type[ModelFamily]) -> type[ModelFamily]:
+    """Class decorator: make a family known under its name."""
+    _FAMILIES[family.name] = family
+    return family
+
+
+def family_names() -> list[str]:
+    """All families, imported or not."""
+    return sorted({*_FAMILY_MODULES, *_FAMILIES})
+
+
+def get_family(name: str) -> type[ModelFamily]:
+    """The family's class; imports its module, but neither diffusers nor transformers yet."""
+    if name not in _FAMILIES and name in _FAMILY_MODULES:
+        importlib.import_module(_FAMILY_MODULES[name])
+    if name not in _FAMILIES:
+        raise ModelError(f"model family {name!r} is not known; known: {', '.join(family_names())}")
+    return _FAMILIES[name]
+
+
+def shard_candidates(keys: Iterable[str], *, family: str | None = None) -> set[tuple[str, str]]:
+    """The (family, component) pairs that a shard with these keys may be a part of."""
+    keys = list(keys)
+    names = [family] if family else family_names()
+    return {
+        (name, component)
+        for name in names
+        for component, layout in get_family(name).key_layouts.items()
+        if keys and all(key.startswith(layout.prefixes) for key in keys)
+    }
+
+
+def detect_component(keys: Iterable[str], *, family: str | None = None) -> tuple[str, str]:
+    """(family, component) of a component's keys, all shards together; `family` narrows the search."""
+    keys = set(keys)
+    for name in [family] if family else family_names():
+        for component, layout in get_family(name).key_layouts.items():
+            if any(keys.issuperset(marker) for marker in layout.markers):
+                return name, component
+    # An incomplete set of shards may lack the markers; the prefixes still say what it is, and the missing keys are
+    # reported when it is loaded.
+    candidates = shard_candidates(keys, family=family)
+    if len(candidates) == 1:
+        return candidates.pop()
+    known = ", ".join([family] if family else family_names())
+    raise ModelError(
+        f"these weights belong to no component known here (families: {known}); "
+        f"{len(keys)} keys, first: {', '.join(sorted(keys)[:5]) or 'none'}"
+    )

@@ -1,0 +1,116 @@
+"""What will run where: stages, workers, batch arithmetic, steps and files. Needs neither a GPU, a cluster nor torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+from diffsynth_ray.config.resolve import ResolvedJob
+from diffsynth_ray.data.metadata import read_metadata
+from diffsynth_ray.schedule import build_schedule, export_file_names, trained_components
+
+_SHOWN_FILES = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a resolved job, ready to be shown."""
+
+    run: str
+    stages: list[str]
+    num_workers: int
+    device: str
+    resources_per_worker: dict[str, float]
+    decode_tasks: int
+    decode_cpus: float
+    trained: list[str]
+    num_rows: int
+    repeat: int
+    batch_size: int
+    micro_steps: int
+    global_batch_size: int
+    steps_per_epoch: int
+    num_steps: int
+    num_exports: int
+    files: list[str]
+    output_path: str
+    notes: list[str]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one epoch."""
+        return self.num_rows * self.repeat
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return asdict(self) | {"num_samples": self.num_samples}
+
+    def lines(self) -> list[str]:
+        """For people; the arithmetic is written out."""
+        resources = ", ".join(f"{amount:g} {name}" for name, amount in self.resources_per_worker.items())
+        per_worker = self.batch_size * self.micro_steps
+        whole = per_worker * self.num_workers
+        batch = f"{self.batch_size} x {self.micro_steps} micro steps x {self.num_workers} workers = {whole}"
+        if whole != self.global_batch_size:
+            batch += f", of which {self.global_batch_size} are used"
+        epochs = self.num_steps / self.steps_per_epoch
+        shown = ", ".join(self.files[:_SHOWN_FILES])
+        more = f" ... {self.files[-1]}" if len(self.files) > _SHOWN_FILES else ""
+        return [
+            f"run       {self.run}",
+            f"stages    {' -> '.join(self.stages)} on {self.device}, training {', '.join(self.trained)}",
+            f"workers   {self.num_workers} x ({resources}), {self.decode_tasks} decoding task(s) of "
+            f"{self.decode_cpus:g} CPU each",
+            f"samples   {self.num_rows} rows x repeat {self.repeat} = {self.num_samples} an epoch",
+            f"batch     {batch} samples a step",
+            f"steps     ceil({self.num_samples} / {self.global_batch_size}) = {self.steps_per_epoch} an epoch, "
+            f"{self.num_steps} in all ({epochs:.3g} epochs)",
+            f"output    {self.output_path}",
+            f"files     {shown}{more} ({self.num_exports} exports), job.json, loss.csv, checkpoints/",
+            *(f"note      {note}" for note in self.notes),
+        ]
+
+
+def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
+    """Plan a run; reads the metadata. Raises DataError where they cannot be used."""
+    job = resolved.job
+    assert job.dataset.base_path is not None  # resolve has checked it
+    metadata = read_metadata(
+        job.dataset.base_path,
+        job.dataset.metadata_path,
+        data_file_keys=job.dataset.data_file_keys,
+        check_files=check_files,
+    )
+    num_rows = len(metadata.rows)
+    schedule = build_schedule(
+        job, num_samples=num_rows * job.dataset.repeat, global_batch_size=resolved.global_batch_size
+    )
+    every = job.output.save_steps or schedule.steps_per_epoch
+    num_exports = -(-schedule.num_steps // every)
+    stems = list(islice(schedule.export_stems(), _SHOWN_FILES + 1))
+    if num_exports > len(stems):
+        last = schedule.export_stem(schedule.num_steps)
+        assert last is not None  # the last step always exports
+        stems.append(last)
+    return Plan(
+        run=resolved.run,
+        stages=list(resolved.stages),
+        num_workers=resolved.num_workers,
+        device=resolved.device,
+        resources_per_worker=resolved.resources_per_worker,
+        decode_tasks=resolved.decode_tasks,
+        decode_cpus=resolved.decode_cpus,
+        trained=trained_components(job),
+        num_rows=num_rows,
+        repeat=job.dataset.repeat,
+        batch_size=job.dataset.batch_size,
+        micro_steps=resolved.micro_steps,
+        global_batch_size=resolved.global_batch_size,
+        steps_per_epoch=schedule.steps_per_epoch,
+        num_steps=schedule.num_steps,
+        num_exports=num_exports,
+        files=[name for stem in stems for name in export_file_names(job, stem).values()],
+        output_path=str(resolved.output_path),
+        notes=list(metadata.notes),
+    )

@@ -1,0 +1,214 @@
+"""The output directory of a run: whom it belongs to, its attempts, its files.
+
+`job.json` names the run that owns the directory. `attempt.json` holds the fencing token of the newest attempt: an attempt
+whose token is no longer there commits nothing. Whatever appears under its final name is complete: files are written
+beside it and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from diffsynth_ray.config.resolve import ResolvedJob
+from diffsynth_ray.errors import OutputError
+
+_PROGRESS = re.compile(
+    r"step (?P<step>\d+)/(?P<num_steps>\d+) \| loss (?P<loss>[-\d.einfa]+) \| lr (?P<lr>[-\d.e]+)"
+    r" \| grad norm (?P<grad_norm>[-\d.einfa]+) \| (?P<step_s>[\d.]+) s/step \| (?P<samples_per_s>[\d.]+) samples/s"
+    r" \| data wait (?P<data_wait_s>[\d.]+) s \| (?P<left_s>\d+) s left"
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training is. One line of the log, and `progress.json`."""
+
+    step: int
+    num_steps: int
+    loss: float
+    lr: float
+    grad_norm: float
+    step_s: float
+    samples_per_s: float
+    data_wait_s: float
+    left_s: int
+
+    def line(self) -> str:
+        """One line of the log; `parse_progress` reads it back."""
+        return (
+            f"step {self.step}/{self.num_steps} | loss {self.loss:.6g} | lr {self.lr:.3g} | grad norm {self.grad_norm:.4g}"
+            f" | {self.step_s:.3f} s/step | {self.samples_per_s:.2f} samples/s | data wait {self.data_wait_s:.3f} s"
+            f" | {self.left_s} s left"
+        )
+
+
+def parse_progress(line: str) -> Progress | None:
+    """The progress that a log line tells, or None."""
+    match = _PROGRESS.search(line)
+    if match is None:
+        return None
+    values: dict[str, Any] = match.groupdict()
+    counts = {"step", "num_steps", "left_s"}
+    return Progress(**{name: int(text) if name in counts else float(text) for name, text in values.items()})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run. `token` is its right to commit."""
+
+    number: int
+    token: str
+    submission_id: str
+
+
+class RunDir:
+    """Paths and small files of one run's output directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.job_path = path / "job.json"
+        self.attempt_path = path / "attempt.json"
+        self.attempts_path = path / "attempts.jsonl"
+        self.error_path = path / "error.json"
+        self.progress_path = path / "progress.json"
+        self.stop_path = path / "stop.json"
+        self.loss_path = path / "loss.csv"
+        self.tensorboard_dir = path / "tensorboard"
+        self.checkpoints_dir = path / "checkpoints"
+        self.ray_dir = path / ".ray"
+
+    def owner(self) -> ResolvedJob | None:
+        """The job of the run that owns the directory, or None where it is free."""
+        try:
+            text = self.job_path.read_text()
+        except FileNotFoundError:
+            return None
+        return ResolvedJob.model_validate_json(text)
+
+    def check_owner(self, resolved: ResolvedJob) -> None:
+        """Raise OutputError, with the differing keys, where another run owns the directory."""
+        owner = self.owner()
+        if owner is None or owner.run == resolved.run:
+            return
+        keys = sorted(owner.given.keys() | resolved.given.keys())
+        differing = [key for key in keys if owner.given.get(key) != resolved.given.get(key)]
+        lines = [f"  {key}: {owner.given.get(key)!r} there, {resolved.given.get(key)!r} here" for key in differing]
+        raise OutputError(
+            "\n".join(
+                [f"{self.path} belongs to the run {owner.run}, this job is {resolved.run}; they differ in", *lines]
+            ),
+            hint="use another output.path, or --new to move the old content to "
+            f"{self.path / 'previous' / owner.run} and start afresh",
+        )
+
+    def check_writable(self) -> None:
+        """Create the directory and write one file into it; raises OutputError with the cause."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe-{secrets.token_hex(4)}"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise OutputError(
+                f"output.path: {self.path} cannot be written: {error.strerror or error}; "
+                "choose another folder or mend its permissions"
+            ) from error
+
+    def move_aside(self) -> Path | None:
+        """Move everything to previous/{run}; returns that folder, or None where there was nothing."""
+        owner = self.owner()
+        if owner is None:
+            return None
+        target = self.path / "previous" / owner.run
+        number = 1
+        while target.exists():
+            number += 1
+            target = self.path / "previous" / f"{owner.run}.{number}"
+        target.mkdir(parents=True)
+        for entry in self.path.iterdir():
+            if entry.name != "previous":
+                shutil.move(str(entry), str(target / entry.name))
+        return target
+
+    def begin_attempt(self, resolved: ResolvedJob, submission_id: str) -> Attempt:
+        """Claim the directory for a new attempt; the one before loses its right to commit."""
+        self.check_writable()
+        self.check_owner(resolved)
+        number = max((entry["attempt"] for entry in self.attempts()), default=0) + 1
+        attempt = Attempt(number=number, token=secrets.token_hex(8), submission_id=submission_id)
+        write_whole(self.job_path, resolved.model_dump_json(indent=2))
+        write_whole(self.attempt_path, json.dumps(asdict(attempt)))
+        self.stop_path.unlink(missing_ok=True)
+        self.error_path.unlink(missing_ok=True)
+        self.note_attempt(attempt, "started", num_workers=resolved.num_workers, device=resolved.device)
+        return attempt
+
+    def holds_token(self, token: str) -> bool:
+        """Whether the attempt with this token may still commit."""
+        try:
+            return json.loads(self.attempt_path.read_text())["token"] == token
+        except FileNotFoundError:
+            return False
+
+    def note_attempt(self, attempt: Attempt, event: str, **details: Any) -> None:
+        """Append one line to attempts.jsonl."""
+        entry = {"attempt": attempt.number, "event": event, "time": time.time(), "submission_id": attempt.submission_id}
+        with self.attempts_path.open("a") as file:
+            file.write(json.dumps(entry | details) + "\n")
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """The lines of attempts.jsonl; a line cut by a crash is left out."""
+        return list(_read_jsonl(self.attempts_path))
+
+    def request_stop(self, *, reason: str) -> None:
+        """Ask the running attempt to checkpoint and end; rank 0 reads it after each step."""
+        write_whole(self.stop_path, json.dumps({"time": time.time(), "reason": reason}))
+
+    def stop_reason(self) -> str | None:
+        """Why the run should stop, or None."""
+        try:
+            return str(json.loads(self.stop_path.read_text())["reason"])
+        except FileNotFoundError:
+            return None
+
+    def write_progress(self, progress: Progress) -> None:
+        """Keep the newest progress for `dsray status`."""
+        write_whole(self.progress_path, json.dumps(asdict(progress)))
+
+    def progress(self) -> Progress | None:
+        """The newest progress, or None before the first logged step."""
+        try:
+            return Progress(**json.loads(self.progress_path.read_text()))
+        except FileNotFoundError:
+            return None
+
+
+def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that it appears under its name only when complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

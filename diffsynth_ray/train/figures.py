@@ -1,0 +1,51 @@
+"""The figures of a run on disk: loss.csv (step,key,value) and TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffsynth_ray.config.schema import LoggingSection
+from diffsynth_ray.run_dir import RunDir, write_whole
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_HEADER = "step,key,value\n"
+
+
+class FigureWriter:
+    """Written by rank 0. A resumed run first forgets what came after the step that it resumes from."""
+
+    def __init__(self, run_dir: RunDir, logging: LoggingSection, *, start_step: int) -> None:
+        self._csv_path = run_dir.loss_path if logging.csv else None
+        self._tensorboard: SummaryWriter | None = None
+        if self._csv_path is not None:
+            write_whole(self._csv_path, _HEADER + "".join(_rows_up_to(self._csv_path, start_step)))
+        if logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(run_dir.tensorboard_dir), purge_step=start_step + 1, flush_secs=10)
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Append the figures of optimizer step `step` (from 1)."""
+        if self._csv_path is not None:
+            with self._csv_path.open("a") as file:
+                file.writelines(f"{step},{key},{value:.9g}\n" for key, value in figures.items())
+        if self._tensorboard is not None:
+            for key, value in figures.items():
+                self._tensorboard.add_scalar(f"train/{key}", value, step)
+
+    def close(self) -> None:
+        """Flush everything."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def _rows_up_to(path: Path, step: int) -> list[str]:
+    try:
+        lines = path.read_text().splitlines(keepends=True)[1:]
+    except FileNotFoundError:
+        return []
+    return [line for line in lines if line.endswith("\n") and int(line.partition(",")[0]) <= step]

@@ -1,0 +1,144 @@
+"""Optimizer with float32 masters, the course of the learning rate, gradient clipping.
+
+Under bf16 the trained parameters compute in bf16 and the optimizer updates float32 copies of them (masters): an update of
+1e-4 relative to the weight is lost in bf16's 8 bits otherwise. Gradients of several micro steps are summed in float32.
+Under fp32, and with master_weights = false, the masters are the parameters themselves.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from diffsynth_ray.config.schema import TrainingSection
+from diffsynth_ray.errors import JobFileError, Problem
+
+
+def lr_factor(name: str, *, step: int, warmup_steps: int, num_steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0) as a fraction of its peak.
+
+    The shapes are those of transformers' schedules: a linear warm-up, then the named course down to 0 at `num_steps`.
+    A pure function of the step, so that a resumed run needs no scheduler state.
+    """
+    if step < warmup_steps:
+        return step / warmup_steps
+    if name == "constant":
+        return 1.0
+    done = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
+    if name == "linear":
+        return 1.0 - done
+    if name == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+    if name == "cosine_with_restarts":
+        return 0.5 * (1.0 + math.cos(math.pi * (4 * done % 1.0))) if done < 1.0 else 0.0
+    assert name == "polynomial", name  # the schema allows no other
+    return 1e-3 + (1.0 - 1e-3) * (1.0 - done)
+
+
+def load_optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """The class of a dotted name; raises JobFileError where there is none."""
+    module_name, _, class_name = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise JobFileError(
+            "job",
+            [Problem("training.optimizer", f"got {name!r}; cannot be imported here: {error}; as in torch.optim.AdamW")],
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise JobFileError(
+            "job", [Problem("training.optimizer", f"{name!r} is not a subclass of torch.optim.Optimizer")]
+        )
+    return found
+
+
+class MasterOptimizer:
+    """A torch optimizer over the masters of named parameters."""
+
+    def __init__(self, named_parameters: Mapping[str, nn.Parameter], training: TrainingSection) -> None:
+        self.names = list(named_parameters)
+        self.params = list(named_parameters.values())
+        keep_masters = training.master_weights and any(p.dtype != torch.float32 for p in self.params)
+        self.masters = [nn.Parameter(p.detach().float().clone()) for p in self.params] if keep_masters else self.params
+        self.keeps_masters = keep_masters
+        self.max_grad_norm = training.max_grad_norm
+        optimizer_class = load_optimizer_class(training.optimizer)
+        arguments = {"lr": training.learning_rate, "weight_decay": training.weight_decay} | training.optimizer_args
+        try:
+            self.optimizer = optimizer_class(self.masters, **arguments)
+        except (TypeError, ValueError) as error:
+            raise JobFileError(
+                "job",
+                [Problem("training.optimizer_args", f"{training.optimizer}({arguments}) is not accepted: {error}")],
+            ) from error
+
+    def collect_gradients(self) -> None:
+        """Add the parameters' gradients to their masters' in float32 and drop them."""
+        if not self.keeps_masters:
+            return
+        sums: list[Tensor] = []
+        added: list[Tensor] = []
+        for param, master in zip(self.params, self.masters, strict=True):
+            if param.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = param.grad.float()
+            else:
+                sums.append(master.grad)
+                added.append(param.grad)
+            param.grad = None
+        if sums:
+            torch._foreach_add_(sums, added)
+
+    def step(self, lr: float) -> Tensor:
+        """Clip, update, write the masters back; returns the gradient norm before clipping (a 0-d tensor, not synchronised)."""
+        self.collect_gradients()
+        grads = [master.grad for master in self.masters if master.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if self.max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.masters, self.max_grad_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.write_back()
+        return norm
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Round the masters into the parameters."""
+        if self.keeps_masters:
+            torch._foreach_copy_([*self.params], [*self.masters])
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Masters ("master/NAME") and the optimizer's tensors ("KEY/NAME") by parameter name."""
+        tensors = {f"master/{name}": master.detach() for name, master in zip(self.names, self.masters, strict=True)}
+        for name, master in zip(self.names, self.masters, strict=True):
+            for key, value in self.optimizer.state.get(master, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{key}/{name}"] = value.detach()
+        return tensors
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `state_tensors` gave; the caller has checked that the names agree."""
+        by_name = dict(zip(self.names, self.masters, strict=True))
+        for master in self.masters:
+            self.optimizer.state[master] = {}
+        for full_name, tensor in tensors.items():
+            key, _, name = full_name.partition("/")
+            master = by_name[name]
+            if key == "master":
+                master.copy_(tensor)
+            elif tensor.ndim == 0:  # AdamW keeps its step count on the CPU
+                self.optimizer.state[master][key] = tensor.clone()
+            else:
+                self.optimizer.state[master][key] = tensor.to(master.device)
+        for master in self.masters:
+            if not self.optimizer.state[master]:
+                del self.optimizer.state[master]  # a parameter that never had a gradient has no state
+        self.write_back()

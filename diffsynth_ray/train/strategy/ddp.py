@@ -1,0 +1,78 @@
+"""Data parallel training with torch's DistributedDataParallel; plain training with one worker.
+
+DistributedDataParallel gets the trained parameters only. Gradients of the micro steps of one step are summed in float32: in
+fp32 by DDP's own accumulation without communication in between; in bf16 every micro step's gradients are averaged over the
+workers and added to the float32 masters' gradients, because DDP cannot accumulate in another number format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from diffsynth_ray.train.optim import MasterOptimizer
+
+
+class DDPStrategy:
+    """Every worker has the whole model and the whole optimizer state."""
+
+    def __init__(self, graph: nn.Module, optimizer: MasterOptimizer, *, find_unused_parameters: bool) -> None:
+        self.optimizer = optimizer
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.module = graph
+        self.ddp: DistributedDataParallel | None = None
+        if self.world_size > 1:
+            frozen = {name for name, param in graph.named_parameters() if not param.requires_grad}
+            frozen |= {name for name, _ in graph.named_buffers()}
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(graph, frozen)
+            self.ddp = DistributedDataParallel(
+                graph,
+                find_unused_parameters=find_unused_parameters,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,
+            )
+
+    def forward(self, *inputs: Any, last: bool) -> Tensor:
+        """See Strategy."""
+        if self.ddp is None:
+            return self.module(*inputs)
+        with self._no_sync(last):
+            return self.ddp(*inputs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """See Strategy. DDP averages over the workers, so that the share is scaled up by their number first."""
+        if self.ddp is None:
+            loss.backward()
+        else:
+            with self._no_sync(last):
+                (loss * self.world_size).backward()
+        if not last:
+            self.optimizer.collect_gradients()
+
+    def _no_sync(self, last: bool) -> Any:
+        assert self.ddp is not None
+        return nullcontext() if last or self.optimizer.keeps_masters else self.ddp.no_sync()
+
+    def step(self, lr: float) -> Tensor:
+        """See Strategy."""
+        return self.optimizer.step(lr)
+
+    def sum_over_workers(self, value: Tensor) -> Tensor:
+        """See Strategy."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """See Strategy."""
+        return self.optimizer.state_tensors()
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """See Strategy."""
+        self.optimizer.load_state_tensors(tensors)

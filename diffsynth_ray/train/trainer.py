@@ -1,0 +1,306 @@
+"""The training state and one step of it. Knows nothing of Ray, files or the network.
+
+b batch of a micro step, c latent channels, f frames, h/w height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffsynth_ray.config.schema import Job
+from diffsynth_ray.errors import JobFileError, ModelError, Problem
+from diffsynth_ray.models.family import EncodedBatch, ModelFamily, get_family
+from diffsynth_ray.models.flow_matching import (
+    draw_noise_and_timestep,
+    flow_matching_table,
+    make_targets,
+    per_sample_loss,
+    timestep_id_range,
+)
+from diffsynth_ray.models.lora import add_lora, load_lora
+from diffsynth_ray.models.weights import load_components, load_state_dict
+from diffsynth_ray.schedule import Schedule, trained_components
+from diffsynth_ray.train.optim import MasterOptimizer, lr_factor
+from diffsynth_ray.train.strategy.base import Strategy
+from diffsynth_ray.train.strategy.ddp import DDPStrategy
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """Decoded samples of one micro step on one worker."""
+
+    pixels: np.ndarray
+    """uint8 [b, f, h, w, 3]."""
+    prompts: tuple[str, ...]
+    rows: tuple[int, ...]
+    """Positions in the metadata."""
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Height and width in pixels, number of frames."""
+        _, num_frames, height, width, _ = self.pixels.shape
+        return height, width, num_frames
+
+
+@dataclass(frozen=True)
+class MicroInput:
+    """What one worker computes in one micro step."""
+
+    batch: SampleBatch | EncodedBatch
+    indices: tuple[int, ...]
+    """[b] positions in the global batch: with seed and step they name each sample's noise and timestep."""
+    is_dummy: bool = False
+    """Computed only to keep collectives in step with the other workers; counts nothing."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step. Tensors are on the device and not synchronised."""
+
+    loss_sum: Tensor
+    """Sum of this worker's real samples' losses."""
+    grad_norm: Tensor
+    lr: float
+
+
+class TrainGraph(nn.Module):
+    """The way from encoded or decoded samples to their losses, as one module for DDP and its like.
+
+    Frozen encoders run without recording gradients; a trained one is part of the graph.
+    """
+
+    def __init__(self, family: ModelFamily, *, trained: Sequence[str], gradient_checkpointing: bool) -> None:
+        super().__init__()
+        self.components = nn.ModuleDict(family.components)
+        self.family = family
+        self.gradient_checkpointing = gradient_checkpointing
+        self.table = flow_matching_table(family.scheduler_table)
+        self.text_is_trained = any(name in trained for name in family.text_components)
+        self.image_is_trained = any(name in trained for name in family.image_components)
+
+    def encode(self, batch: SampleBatch) -> EncodedBatch:
+        """Decoded samples -> encoded ones."""
+        pixels = torch.from_numpy(batch.pixels).to(self.family.device, non_blocking=True)
+        with torch.set_grad_enabled(self.image_is_trained):
+            latents = self.family.encode_image(pixels)
+        with torch.set_grad_enabled(self.text_is_trained):
+            conditions = self.family.encode_text(batch.prompts)
+        return EncodedBatch(latents=latents, conditions=conditions, sample_ids=batch.rows)
+
+    def forward(self, batch: SampleBatch | EncodedBatch, noise: Tensor, timestep_ids: Tensor) -> Tensor:
+        """Weighted losses [b], float32; noise is shaped like the latents, timestep_ids [b] index the table."""
+        encoded = self.encode(batch) if isinstance(batch, SampleBatch) else batch
+        targets = make_targets(encoded.latents, noise, timestep_ids, self.table)
+        pred = self.family.predict(
+            encoded,
+            targets.noisy_latents.to(self.family.dtype),
+            targets.timesteps,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+        return per_sample_loss(pred, targets.target, targets.loss_weight)
+
+
+def load_family(job: Job, *, device: torch.device) -> ModelFamily:
+    """The job's model on `device`: from its files, or at the family's tiny size with random weights."""
+    dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
+    if job.model.tiny:
+        assert job.model.family is not None  # resolve has checked it
+        return get_family(job.model.family).build_tiny(job.seed, dtype=dtype, device=device)
+    name, files = load_components(job.model.paths, family=job.model.family)
+    assert job.model.tokenizer_path is not None  # resolve has checked it
+    tokenizers = {"tokenizer_path": Path(job.model.tokenizer_path)}
+    return get_family(name).load(files, dtype=dtype, device=device, tokenizer_paths=tokenizers)
+
+
+def load_initial_weights(family: ModelFamily, job: Job) -> None:
+    """Start from given weights: an initialisation, not a resume."""
+    if job.lora.checkpoint is not None:
+        assert job.lora.base_model is not None  # resolve has checked it
+        load_lora(family.component(job.lora.base_model), Path(job.lora.checkpoint))
+    if job.training.resume_from_checkpoint is not None:
+        component = next((name for name in trained_components(job) if name != job.lora.base_model), None)
+        if component is None:
+            raise JobFileError(
+                "job",
+                [
+                    Problem(
+                        "training.resume_from_checkpoint",
+                        "needs training.trainable_models; a LoRA starts from lora.checkpoint",
+                    )
+                ],
+            )
+        load_exported(family, component, Path(job.training.resume_from_checkpoint))
+
+
+def load_exported(family: ModelFamily, component: str, path: Path) -> None:
+    """Load a component's exported weights in place; raises ModelError for keys or shapes that do not fit."""
+    module = family.component(component)
+    own = dict(module.named_parameters())
+    state = {}
+    unknown = []
+    for key, tensor in load_state_dict([path]).items():
+        name = family.memory_key(component, key.removeprefix(f"pipe.{component}."))
+        if name is None:
+            continue
+        if name not in own or own[name].shape != tensor.shape:
+            unknown.append(key)
+        else:
+            state[name] = tensor
+    missing = sorted(own.keys() - state.keys())
+    if unknown or missing:
+        raise ModelError(
+            f"training.resume_from_checkpoint: {path} does not fit {component}: {len(unknown)} keys are unknown there or "
+            f"of another shape (first: {unknown[:3]}), {len(missing)} of its parameters are missing (first: {missing[:3]})"
+        )
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
+
+
+def select_trained(family: ModelFamily, job: Job) -> None:
+    """Freeze everything, then make the job's components trainable: in full, or by a LoRA.
+
+    Raises JobFileError for components that the family does not have.
+    """
+    known = family.component_names
+    problems = [
+        Problem(key, f"the family {family.name} has no component {name!r}; it has {', '.join(known)}")
+        for key, names in (
+            ("training.trainable_models", job.training.trainable_models),
+            ("lora.base_model", [job.lora.base_model] if job.lora.base_model else []),
+        )
+        for name in names
+        if name not in known
+    ]
+    if problems:
+        raise JobFileError("job", problems)
+    for module in family.components.values():
+        module.requires_grad_(False)
+        module.eval()
+    for name in job.training.trainable_models:
+        family.component(name).requires_grad_(True)
+    if job.lora.base_model is not None:
+        _add_job_lora(family, job)
+
+
+def _add_job_lora(family: ModelFamily, job: Job) -> None:
+    component = job.lora.base_model
+    assert component is not None
+    targets = job.lora.target_modules
+    if targets is None:
+        if component not in family.default_lora_targets:
+            raise JobFileError(
+                "job",
+                [
+                    Problem(
+                        "lora.target_modules",
+                        f"the family {family.name} has no recipe for {component!r}; name the modules",
+                    )
+                ],
+            )
+        targets = list(family.default_lora_targets[component])
+    add_lora(
+        family.component(component),
+        target_modules=targets,
+        rank=job.lora.rank,
+        alpha=job.lora.alpha,
+        seed=job.seed,
+        dtype=family.dtype,
+    )
+
+
+class Trainer:
+    """All state of a run on one worker."""
+
+    def __init__(self, job: Job, family: ModelFamily, schedule: Schedule) -> None:
+        self.job = job
+        self.family = family
+        self.schedule = schedule
+        checkpointing = job.gradient.checkpointing is True
+        self.graph = TrainGraph(family, trained=trained_components(job), gradient_checkpointing=checkpointing)
+        self.trained = {
+            name.removeprefix("components."): param
+            for name, param in self.graph.named_parameters()
+            if param.requires_grad
+        }
+        self.id_range = timestep_id_range(job.training.min_timestep_boundary, job.training.max_timestep_boundary)
+        self.optimizer = MasterOptimizer(self.trained, job.training)
+        self.strategy: Strategy | None = None
+        self.step = 0
+        """Optimizer steps done."""
+
+    def start(self, probe: MicroInput | None) -> None:
+        """Build the strategy; `probe` is run once forward and backward and thrown away.
+
+        The probe finds parameters without a gradient ("auto") and an out-of-memory before the first step.
+        """
+        find_unused = self.job.training.find_unused_parameters
+        if probe is not None:
+            has_unused = self._probe(probe)
+            find_unused = has_unused if find_unused == "auto" else find_unused
+        self.strategy = DDPStrategy(self.graph, self.optimizer, find_unused_parameters=find_unused is not False)
+
+    def _probe(self, probe: MicroInput) -> bool:
+        """Run a micro batch and forget it; whether some trained parameter got no gradient."""
+        noise, timestep_ids = self._draw(probe, step=0)
+        self.graph(probe.batch, noise, timestep_ids).sum().backward()
+        num_unused = sum(param.grad is None for param in self.trained.values())
+        for param in self.trained.values():
+            param.grad = None
+        if num_unused == len(self.trained):
+            raise ModelError("no trained parameter has a gradient: the trained components take no part in the loss")
+        return num_unused > 0
+
+    def _draw(self, micro: MicroInput, *, step: int) -> tuple[Tensor, Tensor]:
+        """Noise [b, c, (f,) h, w] float32 and timestep ids [b] int64 of a micro batch, on the CPU."""
+        if isinstance(micro.batch, SampleBatch):
+            shape = self.family.latents_shape(*micro.batch.size)
+        else:
+            shape = tuple(micro.batch.latents.shape[1:])
+        draws = [
+            draw_noise_and_timestep(self.job.seed, step, index, shape=shape, id_range=self.id_range)
+            for index in micro.indices
+        ]
+        noise = torch.stack([noise for noise, _ in draws])
+        if self.family.device.type == "cuda":
+            noise = noise.pin_memory().to(self.family.device, non_blocking=True)
+        return noise, torch.tensor([timestep_id for _, timestep_id in draws])
+
+    def masters(self) -> dict[str, Tensor]:
+        """Float32 (or only) copies of the trained weights by "component.parameter"."""
+        return {
+            name: master.detach() for name, master in zip(self.optimizer.names, self.optimizer.masters, strict=True)
+        }
+
+    def lr(self, step: int) -> float:
+        """Learning rate of a step (from 0)."""
+        training = self.job.training
+        factor = lr_factor(
+            training.lr_scheduler, step=step, warmup_steps=training.warmup_steps, num_steps=self.schedule.num_steps
+        )
+        return training.learning_rate * factor
+
+    def train_step(self, micro_inputs: Sequence[MicroInput], *, num_samples: int) -> StepResult:
+        """One optimizer step from this worker's micro batches.
+
+        `num_samples` counts the real samples of all workers; the step's loss is the mean over them, however they are dealt.
+        """
+        assert self.strategy is not None, "start() comes first"
+        loss_sum = torch.zeros((), device=self.family.device)
+        for number, micro in enumerate(micro_inputs, start=1):
+            last = number == len(micro_inputs)
+            noise, timestep_ids = self._draw(micro, step=self.step)
+            losses = self.strategy.forward(micro.batch, noise, timestep_ids, last=last)
+            micro_loss = losses.sum() * (0.0 if micro.is_dummy else 1.0)
+            self.strategy.backward(micro_loss / num_samples, last=last)
+            loss_sum += micro_loss.detach()
+        lr = self.lr(self.step)
+        grad_norm = self.strategy.step(lr)
+        self.step += 1
+        return StepResult(loss_sum=loss_sum, grad_norm=grad_norm, lr=lr)

@@ -1,0 +1,302 @@
+"""The command line without a cluster: exit codes, --json, the error boundary, what is imported."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from diffsynth_ray import __version__
+from diffsynth_ray.cli import app, inspect
+from diffsynth_ray.config.load import load_job
+from diffsynth_ray.config.resolve import Resources, resolve
+from diffsynth_ray.errors import ExitCode, RunError
+from diffsynth_ray.launch import registry
+from diffsynth_ray.run_dir import Progress, RunDir
+
+JOB = """
+[dataset]
+base_path = "{folder}"
+height = 32
+width = 32
+[model]
+family = "qwen_image"
+tiny = true
+[lora]
+base_model = "dit"
+[training]
+max_steps = {steps}
+[output]
+path = "{folder}/out"
+"""
+
+
+@pytest.fixture(autouse=True)
+def state_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSRAY_STATE_DIR", str(tmp_path / "state"))
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def job_file(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "red.png")
+    (tmp_path / "red.txt").write_text("red")
+    path = tmp_path / "tiny.toml"
+    path.write_text(JOB.format(folder=tmp_path, steps=4))
+    return path
+
+
+def finish(job_file, *, state="SUCCEEDED", step=4, cause=None):
+    """An output path as a run leaves it that ended in this way."""
+    resolved = resolve(load_job(str(job_file)), Resources(cpus=len(os.sched_getaffinity(0)), gpus=0))
+    run_dir = RunDir(resolved.output_path)
+    attempt = run_dir.begin_attempt(resolved, f"{resolved.run}-a1")
+    run_dir.write_progress(Progress(step, 4, 0.5, 1e-4, 0.1, 1.0, 1.0, 0.0, 0))
+    if state is not None:
+        run_dir.note_attempt(attempt, "ended", state=state, step=step, num_steps=4, cause=cause)
+    (run_dir.path / "step-4.safetensors").write_bytes(b"")
+    return resolved, run_dir
+
+
+def remember(resolved, job_file, **options):
+    registry.note(
+        registry.Submission(
+            run=resolved.run, output=str(resolved.output_path), job_file=str(job_file), address=None,
+            submission_id=f"{resolved.run}-a1", **options,
+        )
+    )  # fmt: skip
+
+
+def run(*arguments):
+    return app.main([str(each) for each in arguments])
+
+
+def subprocess_run(code, **options):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, **options)
+
+
+def test_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"dsray {__version__}\n"
+
+
+def test_import_and_plan_need_neither_ray_nor_torch(job_file):
+    code = (
+        "import sys\nfrom diffsynth_ray.cli import app\nimported = set(sys.modules)\n"
+        f"codes = [app.main(['plan', {str(job_file)!r}]), app.main(['submit', '--dry-run', {str(job_file)!r}])]\n"
+        "assert codes == [0, 0], codes\n"
+        "heavy = {'ray', 'torch', 'diffusers', 'transformers', 'peft', 'deepspeed'}\n"
+        "assert not heavy & imported, heavy & imported\nassert 'rich' not in imported\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    done = subprocess_run(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_takes_under_half_a_second_of_cpu():
+    best = 9.0
+    for _ in range(3):  # the first run may have to compile the modules
+        before = os.times()
+        assert subprocess_run("import sys; from diffsynth_ray.cli.app import main; sys.exit(main(['--help']))").stdout
+        after = os.times()
+        used = after.children_user + after.children_system - before.children_user - before.children_system
+        best = min(best, used)
+    assert best < 0.5
+
+
+@pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["plan"], ["plan", "--frob"], ["submit"], ["plan", "no.toml"]])
+def test_usage_errors_are_exit_2_and_leave_stdout_alone(arguments, capsys):
+    assert run(*arguments) == ExitCode.USAGE
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err
+
+
+def test_a_mistyped_command_gets_a_suggestion(capsys):
+    run("sumbit")
+    assert "submit" in capsys.readouterr().err
+
+
+def test_job_file_errors_name_all_problems(job_file, capsys):
+    job_file.write_text(job_file.read_text() + "\n[trainning]\nx = 1\n[gradient]\naccumulation_steps = 0\n")
+    assert run("submit", job_file) == ExitCode.USAGE
+    error = capsys.readouterr().err
+    assert "[training]" in error
+    assert "gradient.accumulation_steps" in error
+
+
+def test_json_errors_are_one_object_on_stdout(capsys):
+    assert run("plan", "no.toml", "--json") == ExitCode.USAGE
+    captured = capsys.readouterr()
+    error = json.loads(captured.out)["error"]
+    assert error["kind"] == "JobFileError"
+    assert error["exit_code"] == 2
+    assert error["problems"][0]["message"].startswith("no such file")
+    assert captured.err == ""
+
+
+def test_plan_prints_its_result_to_stdout(job_file, capsys):
+    assert run("plan", job_file, "--json", "--set", "training.max_steps=7") == 0
+    assert json.loads(capsys.readouterr().out)["num_steps"] == 7
+    assert run("plan", job_file) == 0
+    captured = capsys.readouterr()
+    assert "7" not in captured.out.split("steps")[-1].splitlines()[0]
+    assert captured.err == ""
+
+
+def test_dry_run_writes_nothing(job_file, tmp_path, capsys):
+    assert run("submit", "--dry-run", job_file) == 0
+    assert "steps" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_job_files_are_read_before_the_first_starts(job_file, tmp_path, capsys):
+    (tmp_path / "bad.toml").write_text("nonsense = 1\n")
+    assert run("submit", job_file, tmp_path / "bad.toml") == ExitCode.USAGE
+    assert "bad.toml" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "state" / "local.json").exists()
+
+
+def test_unreachable_cluster_is_exit_3_and_quick(job_file, capsys):
+    began = time.monotonic()
+    assert run("submit", job_file, "--address", "http://127.0.0.1:9") == ExitCode.CLUSTER
+    assert time.monotonic() - began < 10
+    error = capsys.readouterr().err
+    assert "http://127.0.0.1:9" in error
+    assert "hint:" in error
+    assert "refused" in error
+
+
+def test_unexpected_errors_keep_their_traceback_in_a_file(monkeypatch, job_file, state_dir, capsys):
+    monkeypatch.setattr("diffsynth_ray.plan.build_plan", lambda *args, **options: 1 / 0)
+    assert run("plan", job_file) == ExitCode.UNEXPECTED
+    error = capsys.readouterr().err
+    (kept,) = state_dir.glob("error-*.txt")
+    assert str(kept) in error
+    assert "Traceback" in kept.read_text()
+    assert "Traceback" not in error
+
+
+def test_keyboard_interrupt_is_130(monkeypatch, job_file):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffsynth_ray.plan.build_plan", interrupt)
+    assert run("plan", job_file) == ExitCode.INTERRUPTED
+
+
+def test_errors_carry_their_exit_code(monkeypatch, job_file):
+    def fail(*args, **options):
+        raise RunError("no")
+
+    monkeypatch.setattr("diffsynth_ray.plan.build_plan", fail)
+    assert run("plan", job_file) == ExitCode.RUN_FAILED
+
+
+@pytest.mark.parametrize(
+    ("state", "code"),
+    [("SUCCEEDED", ExitCode.DONE), ("FAILED", ExitCode.RUN_FAILED), ("STOPPED", ExitCode.STOPPED)],
+)
+def test_status_answers_from_the_output_path(job_file, state, code, capsys):
+    resolved, run_dir = finish(job_file, state=state, cause="it rained" if state == "FAILED" else None)
+    remember(resolved, job_file)
+    for reference in (resolved.run, "tiny", job_file, run_dir.path, f"{resolved.run}-a1"):
+        assert run("status", reference, "--json") == code
+        shown = json.loads(capsys.readouterr().out)
+        assert (shown["run"], shown["state"], shown["step"]) == (resolved.run, state, 4)
+        assert shown["files"] == ["step-4.safetensors"]
+    assert run("status", "tiny") == code
+    assert ("it rained" in capsys.readouterr().out) == (state == "FAILED")
+    assert run("list", "--json") == 0
+    assert [each["state"] for each in json.loads(capsys.readouterr().out)["runs"]] == [state]
+
+
+def test_status_knows_an_output_path_that_was_never_submitted_from_here(job_file):
+    _, run_dir = finish(job_file)
+    assert run("status", run_dir.path) == 0
+    assert run("status", job_file) == 0
+
+
+def test_an_attempt_whose_process_is_gone_has_failed(job_file, capsys):
+    resolved, _ = finish(job_file, state=None, step=2)
+    remember(resolved, job_file)
+    assert run("status", "tiny") == ExitCode.RUN_FAILED
+    assert "continue" in capsys.readouterr().out
+
+
+def test_a_run_in_the_foreground_is_running_as_long_as_its_process(job_file):
+    resolved, run_dir = finish(job_file, state=None, step=2)
+    remember(resolved, job_file, pid=os.getpid())
+    assert run("status", "tiny") == ExitCode.NOT_FINISHED
+    assert run("stop", "tiny") == 0
+    assert run_dir.stop_reason() == "dsray stop"
+
+
+def test_unknown_runs_are_exit_102_with_a_suggestion(job_file, capsys):
+    resolved, _ = finish(job_file)
+    remember(resolved, job_file)
+    for command in ("status", "logs", "stop"):
+        assert run(command, resolved.run[:-1]) == ExitCode.NOT_FOUND
+        assert f"did you mean {resolved.run}?" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_reported_not_repeated(job_file, state_dir, capsys):
+    resolved, run_dir = finish(job_file)
+    assert run("submit", job_file) == 0
+    out = capsys.readouterr().out
+    assert "already finished" in out
+    assert str(run_dir.path / "step-4.safetensors") in out
+    assert len(run_dir.attempts()) == 2
+    assert not (state_dir / "local.json").exists()
+
+
+def test_another_run_in_the_output_path_is_refused(job_file, capsys):
+    resolved, _ = finish(job_file)
+    assert run("submit", job_file, "--set", "seed=5") == ExitCode.USAGE
+    error = capsys.readouterr().err
+    assert "seed: 0 there, 5 here" in error
+    assert "--new" in error
+
+
+def test_stop_of_a_run_that_has_ended_is_refused(job_file, capsys):
+    finish(job_file)
+    assert run("stop", job_file) == ExitCode.USAGE
+    assert "has finished" in capsys.readouterr().err
+
+
+def test_logs_come_from_the_output_path(job_file, capsys):
+    _, run_dir = finish(job_file, state="FAILED")
+    (run_dir.path / "log.txt").write_text("one\ntwo\n")
+    assert run("logs", job_file) == 0
+    assert capsys.readouterr().out == "one\ntwo\n"
+    assert run("logs", "-f", job_file) == ExitCode.RUN_FAILED
+
+
+def test_logs_follow_a_run_in_the_foreground_to_its_end(job_file, monkeypatch, capsys):
+    resolved, run_dir = finish(job_file, state=None)
+    remember(resolved, job_file, pid=os.getpid())
+    log = run_dir.path / "log.txt"
+    log.write_text("one\ntw")
+
+    def end(seconds):
+        log.write_text("one\ntwo\nthree\n")
+        entry = run_dir.attempts()[-1] | {"event": "ended", "state": "STOPPED", "step": 3, "num_steps": 4, "cause": None}
+        with run_dir.attempts_path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    monkeypatch.setattr(inspect.time, "sleep", end)
+    assert run("logs", "-f", job_file) == ExitCode.STOPPED
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+
+
+def test_state_dir_is_private(state_dir):
+    assert registry.state_dir() == state_dir
+    assert Path(state_dir).stat().st_mode & 0o777 == 0o700

@@ -1,0 +1,259 @@
+"""Images and videos: DiffSynth-Studio's sizes, pixels and frames."""
+
+import http.server
+import io
+import struct
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from diffsynth_ray.data.media import (
+    MediaInfo,
+    clip_length,
+    decode,
+    fetch,
+    media_extension,
+    read_image,
+    read_info,
+    read_size,
+    resize_and_crop,
+    target_size,
+)
+from diffsynth_ray.errors import DataError
+
+ASSETS = Path(__file__).parents[2] / "assets"
+PHOTOS = Path(__file__).parents[3] / "jobs" / "data" / "photos"
+DATASET = ASSETS / "dataset"
+CLIP, GIF, BUNNY = DATASET / "videos" / "v.mp4", DATASET / "videos" / "g.gif", ASSETS / "videos" / "bigbuckbunny.mp4"
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "expected"),
+    [
+        ((512, 512), {"max_pixels": 1048576}, (512, 512)),
+        ((451, 300), {"max_pixels": 1048576}, (288, 448)),
+        ((4096, 1024), {"max_pixels": 1048576}, (512, 2048)),
+        ((3000, 2000), {"max_pixels": 1048576}, (832, 1248)),
+        ((100, 70), {"max_pixels": 6144}, (64, 80)),
+        ((100, 70), {"fixed_height": 260, "fixed_width": 512, "max_pixels": 1024}, (256, 512)),
+        ((100, 70), {"fixed_height": 256}, (64, 96)),
+        ((16, 17), {}, (16, 16)),
+    ],
+)
+def test_target_size(source: tuple[int, int], options: dict[str, int], expected: tuple[int, int]) -> None:
+    assert target_size(*source, **options) == expected
+
+
+@given(width=st.integers(16, 9000), height=st.integers(16, 9000), max_pixels=st.integers(10**5, 10**7))
+def test_a_target_is_never_larger(width: int, height: int, max_pixels: int) -> None:
+    try:
+        target_height, target_width = target_size(width, height, max_pixels=max_pixels)
+    except DataError:
+        assert min(width, height) < 16 * max(1, (width * height / max_pixels) ** 0.5) + 1
+        return
+    assert target_height % 16 == target_width % 16 == 0
+    assert target_height <= height
+    assert target_width <= width
+    assert target_height * target_width <= max_pixels
+
+
+@pytest.mark.parametrize("source", [(15, 400), (400, 15), (20000, 20)])
+def test_a_side_under_16_is_an_error(source: tuple[int, int]) -> None:
+    with pytest.raises(DataError, match=r"a source of \d+x\d+ .* under 16 pixels .*max_pixels"):
+        target_size(*source, max_pixels=100_000)
+
+
+def test_sizes_are_those_of_the_recorded_run() -> None:
+    """Sizes that DiffSynth-Studio chose in records/lora_float32 (max_pixels 6144)."""
+    recorded = [("0.png", 64, 96), ("1.png", 64, 80), ("2.png", 96, 64), ("3.png", 64, 80)]
+    for name, height, width in recorded:
+        source_width, source_height, _ = read_size(DATASET / "images" / name)
+        assert target_size(source_width, source_height, max_pixels=6144) == (height, width)
+
+
+def test_resize_covers_and_crops_the_centre() -> None:
+    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 12).repeat(8, 0).repeat(8, 1))
+    same = resize_and_crop(image, 32, 96)
+    assert np.array_equal(np.asarray(same), np.asarray(image))
+    assert np.array_equal(np.asarray(resize_and_crop(image, 32, 32)), np.asarray(image)[:, 32:64])
+    assert resize_and_crop(image, 64, 33).size == (33, 64)
+
+
+@given(size=st.tuples(st.integers(1, 200), st.integers(1, 200)), target=st.tuples(st.integers(1, 9), st.integers(1, 9)))
+def test_resize_never_leaves_a_border(size: tuple[int, int], target: tuple[int, int]) -> None:
+    height, width = target[0] * 16, target[1] * 16
+    result = np.asarray(resize_and_crop(Image.new("L", size, 255), height, width))
+    assert result.shape == (height, width)
+    assert result.min() == 255
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    source = encode(Image.new("RGB", (40, 20)), "jpeg", exif=exif)
+    assert read_image(source).size == read_size(source)[:2] == ((40, 20) if orientation < 5 else (20, 40))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_every_png_mode_becomes_rgb(mode: str) -> None:
+    image = Image.new("RGB", (20, 20), (255, 255, 255)).convert(mode)
+    pixels = np.asarray(read_image(encode(image, "png")))
+    assert pixels.shape == (20, 20, 3)
+    assert (pixels == 255).all()
+
+
+def test_cmyk_and_16_bit() -> None:
+    assert read_image(encode(Image.new("CMYK", (20, 20)), "jpeg")).getpixel((5, 5)) == (255, 255, 255)
+    grey = Image.fromarray(np.full((8, 8), 32896, dtype=np.uint16))
+    assert read_image(encode(grey, "png")).getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_alpha_is_dropped_like_diffsynth_studio_does() -> None:
+    image = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    assert read_image(encode(image, "png")).getpixel((0, 0)) == (10, 20, 30)
+
+
+def test_sizes_from_headers() -> None:
+    assert read_size(PHOTOS / "cat.jpg") == (451, 300, 1)
+    assert read_size(CLIP) == (64, 48, 23)
+    assert read_size(GIF) == (64, 48, 23)
+    assert read_size(GIF.read_bytes()) == (64, 48, 23)
+    assert read_info(BUNNY) == MediaInfo(1280, 720, 132, 25.0)
+
+
+@pytest.mark.parametrize(
+    ("available", "wanted", "expected"),
+    [(132, 81, 81), (23, 81, 21), (23, 23, 23), (24, 25, 21), (1, 81, 1), (4, 5, 1)],
+)
+def test_clip_length(available: int, wanted: int, expected: int) -> None:
+    assert clip_length(MediaInfo(64, 48, available, 16.0), num_frames=wanted) == expected
+
+
+def test_clip_length_at_another_rate() -> None:
+    info = MediaInfo(64, 48, 23, 16.0)
+    assert clip_length(info, num_frames=81, frame_rate=32.0) == 45
+    assert clip_length(info, num_frames=81, frame_rate=8.0) == 9
+    assert clip_length(info, num_frames=81, frame_rate=0.5) == 1
+    assert clip_length(MediaInfo(64, 48, 23, None), num_frames=81, frame_rate=8.0) == 21
+
+
+@pytest.mark.parametrize("path", [CLIP, GIF])
+def test_decodes_the_first_frames(path: Path) -> None:
+    frames = decode(path, height=32, width=48, num_frames=81)
+    assert frames.shape == (21, 32, 48, 3)
+    assert frames.dtype == np.uint8
+    assert np.array_equal(decode(path, height=32, width=48, num_frames=5), frames[:5])
+    assert np.array_equal(decode(path, height=32, width=48, num_frames=1), frames[:1])
+    assert not np.array_equal(frames[0], frames[-1])
+
+
+def test_decodes_the_same_scene_from_mp4_and_gif() -> None:
+    clip, gif = (decode(path, height=48, width=64, num_frames=21).astype(float) for path in (CLIP, GIF))
+    assert np.abs(clip - gif).mean() < 40
+
+
+def test_frame_rate_picks_the_nearest_source_frames() -> None:
+    every = decode(CLIP, height=48, width=64, num_frames=21)
+    half = decode(CLIP, height=48, width=64, num_frames=81, frame_rate=8.0)
+    assert np.array_equal(half, every[0:17:2])
+    double = decode(CLIP, height=48, width=64, num_frames=9, frame_rate=32.0)
+    assert np.array_equal(double, every[[round(i / 2) for i in range(9)]])
+
+
+def test_decodes_a_real_video() -> None:
+    frames = decode(BUNNY, height=64, width=112, num_frames=17, frame_rate=5.0)
+    assert frames.shape == (17, 64, 112, 3)
+    assert 20 < frames.mean() < 235
+
+
+def test_an_image_is_a_clip_of_one_frame() -> None:
+    frames = decode(PHOTOS / "cat.jpg", height=288, width=448, num_frames=81)
+    assert frames.shape == (1, 288, 448, 3)
+    assert frames.flags.writeable
+    assert np.array_equal(frames[0], np.asarray(resize_and_crop(read_image(PHOTOS / "cat.jpg"), 288, 448)))
+
+
+def damaged_png() -> bytes:
+    content = bytearray((DATASET / "images" / "0.png").read_bytes())
+    content[60:64] = struct.pack(">I", 0xDEADBEEF)
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.jpg", (PHOTOS / "cat.jpg").read_bytes()[:9000]),
+        ("x.jpg", (PHOTOS / "cat.jpg").read_bytes()[:100]),
+        ("x.png", damaged_png()),
+        ("x.png", b"<html>404</html>"),
+        ("x.gif", GIF.read_bytes()[:3000]),
+        ("x.mp4", BUNNY.read_bytes()[:20000]),
+        ("x.mp4", b"not a video" * 100),
+    ],
+    ids=["truncated jpeg", "jpeg header", "png", "html", "truncated gif", "truncated mp4", "not mp4"],
+)
+def test_a_damaged_file_names_itself_and_the_cause(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(
+        DataError, match=rf"{path}: cannot be read, the file is damaged or not what its name says \(.+\)"
+    ):
+        decode(path, height=32, width=32, num_frames=81)
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.mp4", "x.gif"])
+def test_a_missing_or_empty_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    for read in (read_info, partial(decode, height=32, width=32)):
+        path.unlink(missing_ok=True)
+        with pytest.raises(DataError, match=rf"{path}: no such file"):
+            read(path)
+        path.touch()
+        with pytest.raises(DataError, match=rf"{path}: the file is empty"):
+            read(path)
+
+
+def test_extensions() -> None:
+    assert media_extension("a.b/C.JPG") == media_extension("https://x.org/c.jpg?size=1.5#a") == "jpg"
+    assert media_extension("https://x.org/v.mp4/") == ""
+
+
+@pytest.fixture
+def server_url() -> Iterator[str]:
+    """Serve the repository's test files on the loopback interface."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            """Stay quiet."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(DATASET)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_urls_are_fetched(server_url: str) -> None:
+    for name in ("images/0.png", "videos/v.mp4", "videos/g.gif"):
+        local = decode(DATASET / name, height=32, width=48, num_frames=5)
+        assert np.array_equal(decode(f"{server_url}/{name}", height=32, width=48, num_frames=5), local)
+    with pytest.raises(DataError, match=r"/images/9.png: cannot be downloaded \(1 attempt\(s\)\).*404"):
+        read_size(f"{server_url}/images/9.png")
+    with pytest.raises(DataError, match="cannot be downloaded"):
+        fetch("http://[bad")

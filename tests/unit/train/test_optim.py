@@ -1,0 +1,73 @@
+"""Optimizer, learning rate, clipping."""
+
+import pytest
+import torch
+from torch import nn
+
+from diffsynth_ray.config.schema import TrainingSection
+from diffsynth_ray.errors import JobFileError
+from diffsynth_ray.train.optim import MasterOptimizer, load_optimizer_class, lr_factor
+
+
+def build(param, **training):
+    return MasterOptimizer({"w": param}, TrainingSection.model_validate({"learning_rate": 0.1} | training))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("constant", [0, 0.5, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 0.5, 0]),
+        ("cosine", [0, 0.5, 1, 0.5, 0]),
+        ("polynomial", [0, 0.5, 1, 0.5005, 1e-3]),
+    ],
+)
+def test_lr_factor_at_start_warm_up_peak_half_and_end(name, expected):
+    steps = [0, 1, 2, 6, 10]
+    found = [lr_factor(name, step=step, warmup_steps=2, num_steps=10) for step in steps]
+    assert found == pytest.approx(expected)
+
+
+def test_restarts_return_to_the_peak():
+    peaks = [lr_factor("cosine_with_restarts", step=step, warmup_steps=0, num_steps=8) for step in (0, 2, 4, 6)]
+    assert peaks == [1, 1, 1, 1]
+
+
+def test_clipping_scales_to_the_norm_and_reports_the_norm_before():
+    param = nn.Parameter(torch.zeros(4))
+    optimizer = build(param, optimizer="torch.optim.SGD", weight_decay=0, max_grad_norm=1.0)
+    param.grad = torch.full((4,), 3.0)
+    norm = optimizer.step(lr=1.0)
+    assert norm.item() == pytest.approx(6.0)
+    assert param.detach().norm().item() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_zero_means_no_clipping():
+    param = nn.Parameter(torch.zeros(4))
+    optimizer = build(param, optimizer="torch.optim.SGD", weight_decay=0, max_grad_norm=0)
+    param.grad = torch.full((4,), 3.0)
+    optimizer.step(lr=1.0)
+    assert param.detach().norm().item() == pytest.approx(6.0)
+
+
+def test_bf16_gradients_are_summed_in_float32():
+    param = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    optimizer = build(param, optimizer="torch.optim.SGD", weight_decay=0, max_grad_norm=0)
+    for _ in range(512):  # in bf16 a sum of 2**-9 stops growing at 1
+        param.grad = torch.full((1,), 2.0**-9, dtype=torch.bfloat16)
+        optimizer.collect_gradients()
+    param.grad = torch.full((1,), 1.0, dtype=torch.bfloat16)
+    optimizer.step(lr=1.0)
+    assert optimizer.masters[0].item() == -2.0
+
+
+def test_unknown_optimizer_names_the_key():
+    with pytest.raises(JobFileError, match=r"training\.optimizer: got 'torch\.optim\.Adamw'"):
+        load_optimizer_class("torch.optim.Adamw")
+    with pytest.raises(JobFileError, match="not a subclass"):
+        load_optimizer_class("torch.nn.Linear")
+
+
+def test_refused_optimizer_arguments_name_the_key():
+    with pytest.raises(JobFileError, match=r"training\.optimizer_args"):
+        build(nn.Parameter(torch.zeros(1)), optimizer_args={"beta": 3})

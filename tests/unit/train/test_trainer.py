@@ -1,0 +1,182 @@
+"""One step of the trainer, at the tiny size, in this process."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from diffsynth_ray.config.schema import Job
+from diffsynth_ray.errors import JobFileError, ModelError
+from diffsynth_ray.models.qwen_image import QwenImage
+from diffsynth_ray.run_dir import RunDir
+from diffsynth_ray.schedule import build_schedule
+from diffsynth_ray.train.checkpoint import find_restorable, read_checkpoint, save_checkpoint
+from diffsynth_ray.train.trainer import MicroInput, SampleBatch, Trainer, load_exported, select_trained
+
+torch.set_num_threads(1)
+PROMPTS = ("a cat", "a rocket on its launch pad", "coffee", "")
+
+
+def build_job(**sections):
+    base = {
+        "name": "test",
+        "training": {"precision": "fp32", "learning_rate": 1e-3},
+        "lora": {"base_model": "dit", "rank": 4},
+    }
+    for section, values in sections.items():
+        base[section] = base.get(section, {}) | values if isinstance(values, dict) else values
+    return Job.model_validate(base)
+
+
+def build_trainer(job, *, num_samples=40, probe=True):
+    dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
+    family = QwenImage.build_tiny(0, dtype=dtype)
+    select_trained(family, job)
+    trainer = Trainer(job, family, build_schedule(job, num_samples=num_samples, global_batch_size=4))
+    trainer.start(micro([0]) if probe else None)
+    return trainer
+
+
+def micro(indices, *, is_dummy=False):
+    """Samples whose pixels follow from their index."""
+    pixels = np.stack(
+        [np.random.default_rng(index).integers(0, 256, (1, 32, 48, 3), dtype=np.uint8) for index in indices]
+    )
+    prompts = tuple(PROMPTS[index] for index in indices)
+    return MicroInput(SampleBatch(pixels, prompts, tuple(indices)), tuple(indices), is_dummy)
+
+
+def weights(trainer):
+    return {name: master.clone() for name, master in trainer.masters().items()}
+
+
+def train(trainer, micro_inputs, steps=3):
+    losses = []
+    for _ in range(steps):
+        result = trainer.train_step(micro_inputs, num_samples=sum(len(m.indices) for m in micro_inputs if not m.is_dummy))
+        losses.append(result.loss_sum.item())
+    return losses
+
+
+@pytest.mark.parametrize("parts", [[[0, 1, 2, 3]], [[0, 1, 2], [3]], [[3], [2, 0], [1]]])
+def test_a_step_does_not_depend_on_how_its_samples_are_grouped(parts):
+    reference = build_trainer(build_job())
+    expected = train(reference, [micro([index]) for index in range(4)])
+    trainer = build_trainer(build_job())
+    assert train(trainer, [micro(part) for part in parts]) == pytest.approx(expected, abs=1e-5)
+    for name, tensor in weights(reference).items():
+        # Adam divides by the gradient's size, so that rounding shows in weights whose gradient is nearly zero.
+        assert (tensor - trainer.masters()[name]).norm() <= 1e-3 * tensor.norm() + 1e-6, name
+
+
+def test_gradients_of_a_batch_are_the_mean_of_singles():
+    gradients = []
+    for parts in ([[0, 1, 2, 3]], [[0], [1], [2], [3]]):
+        trainer = build_trainer(build_job(training={"optimizer": "torch.optim.SGD", "max_grad_norm": 0}))
+        before = weights(trainer)
+        train(trainer, [micro(part) for part in parts], steps=1)
+        gradients.append({name: (before[name] - after) / 1e-3 for name, after in weights(trainer).items()})
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-5), name
+
+
+def test_a_dummy_changes_nothing():
+    plain, padded = build_trainer(build_job()), build_trainer(build_job())
+    assert train(plain, [micro([0])]) == train(padded, [micro([0]), micro([1], is_dummy=True)])
+    for name, tensor in weights(plain).items():
+        assert torch.equal(tensor, padded.masters()[name])
+
+
+def test_the_probe_changes_nothing():
+    with_probe, without = build_trainer(build_job()), build_trainer(build_job(), probe=False)
+    assert train(with_probe, [micro([0, 1])]) == train(without, [micro([0, 1])])
+
+
+def test_gradient_checkpointing_is_bit_equal():
+    kept = build_trainer(build_job(gradient={"checkpointing": False}))
+    recomputed = build_trainer(build_job())
+    assert train(kept, [micro([0, 1])]) == train(recomputed, [micro([0, 1])])
+
+
+def test_full_training_of_two_components_beside_a_lora():
+    job = build_job(training={"trainable_models": ["text_encoder"]})
+    trainer = build_trainer(job)
+    before = weights(trainer)
+    train(trainer, [micro([0])], steps=1)
+    changed = {name.split(".")[0] for name, tensor in weights(trainer).items() if not torch.equal(tensor, before[name])}
+    assert changed == {"dit", "text_encoder"}
+    frozen = [name for name, param in trainer.graph.named_parameters() if not param.requires_grad]
+    assert any(name.startswith("components.vae") for name in frozen)
+
+
+def test_masters_keep_what_bf16_rounds_away():
+    job = build_job(training={"precision": "bf16", "learning_rate": 1e-7, "trainable_models": ["dit"]}, lora={"base_model": None})
+    trainer = build_trainer(job)
+    before = weights(trainer)
+    train(trainer, [micro([0])], steps=1)
+    moved = [not torch.equal(before[name], after) for name, after in weights(trainer).items()]
+    assert sum(moved) > 50
+    assert all(master.dtype == torch.float32 for master in trainer.masters().values())
+    without = build_trainer(build_job(
+        training={"precision": "bf16", "learning_rate": 1e-7, "trainable_models": ["dit"], "master_weights": False},
+        lora={"base_model": None},
+    ))
+    assert all(master.dtype == torch.bfloat16 for master in without.masters().values())
+
+
+def test_bf16_sums_gradients_of_micro_steps_in_float32():
+    trainer = build_trainer(build_job(training={"precision": "bf16"}))
+    one = build_trainer(build_job(training={"precision": "bf16"}))
+    losses = train(trainer, [micro([0]), micro([1]), micro([2]), micro([3])])
+    assert losses == pytest.approx(train(one, [micro([0, 1, 2, 3])]), rel=2e-2)
+    assert all(param.grad is None for param in trainer.trained.values())
+
+
+def test_resuming_is_bit_equal(tmp_path):
+    straight = build_trainer(build_job())
+    expected = train(straight, [micro([0, 1])], steps=5)
+    first = build_trainer(build_job())
+    losses = train(first, [micro([0, 1])], steps=2)
+    run_dir = RunDir(tmp_path)
+    (tmp_path / "attempt.json").write_text('{"token": "t"}')
+    save_checkpoint(run_dir, step=2, tensors=first.strategy.state_tensors(), token="t", keep=2)
+    second = build_trainer(build_job())
+    found = find_restorable(run_dir, print)
+    second.strategy.load_state_tensors(read_checkpoint(run_dir, found.step, expected_masters=set(second.trained)))
+    second.step = found.step
+    losses += train(second, [micro([0, 1])], steps=3)
+    assert losses == expected
+    for name, tensor in weights(straight).items():
+        assert torch.equal(tensor, second.masters()[name]), name
+
+
+def test_a_component_that_does_not_exist_is_named():
+    with pytest.raises(JobFileError, match=r"no component 'controlnet'; it has dit, text_encoder, vae"):
+        build_trainer(build_job(training={"trainable_models": ["controlnet"]}))
+
+
+def test_a_component_without_part_in_the_loss_is_refused():
+    job = build_job(training={"trainable_models": ["dit"]}, lora={"base_model": None})
+    trainer = build_trainer(job, probe=False)
+    trainer.graph.forward = lambda *inputs: torch.ones(1, requires_grad=True)
+    with pytest.raises(ModelError, match="no trained parameter has a gradient"):
+        trainer.start(micro([0]))
+
+
+def test_exported_weights_of_another_component_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"transformer_blocks.0.attn.to_q.weight": torch.zeros(3, 3)}, tmp_path / "x.safetensors")
+    trainer = build_trainer(build_job())
+    with pytest.raises(ModelError, match=r"1 keys are unknown there or of another shape .* are missing"):
+        load_exported(trainer.family, "dit", tmp_path / "x.safetensors")
+
+
+def test_the_learning_rate_follows_the_schedule():
+    job = build_job(training={"lr_scheduler": "cosine", "warmup_steps": 2, "num_epochs": 1})
+    trainer = build_trainer(job)  # 40 samples / 4 = 10 steps
+    assert trainer.lr(0) == 0
+    assert trainer.lr(1) == pytest.approx(0.5e-3)
+    assert trainer.lr(2) == pytest.approx(1e-3)
+    assert trainer.lr(6) == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * 0.5)))
