@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.data.metadata import read_metadata
+from diffsynth_ray.errors import JobFileError, Problem
 from diffsynth_ray.schedule import build_schedule, export_file_names, trained_components
 
 _SHOWN_FILES = 3
@@ -76,6 +78,8 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
     """Plan a run; reads the metadata. Raises DataError where they cannot be used."""
     job = resolved.job
     assert job.dataset.base_path is not None  # resolve has checked it
+    if check_files:
+        _check_model_files(resolved)
     metadata = read_metadata(
         job.dataset.base_path,
         job.dataset.metadata_path,
@@ -114,3 +118,20 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
         output_path=str(resolved.output_path),
         notes=list(metadata.notes),
     )
+
+
+def _check_model_files(resolved: ResolvedJob) -> None:
+    model = resolved.job.model
+    named = [("model.paths", path) for entry in model.paths for path in ([entry] if isinstance(entry, str) else entry)]
+    named += [
+        (key, path)
+        for key, path in (
+            ("model.tokenizer_path", model.tokenizer_path),
+            ("training.resume_from_checkpoint", resolved.job.training.resume_from_checkpoint),
+            ("lora.checkpoint", resolved.job.lora.checkpoint),
+        )
+        if path is not None
+    ]
+    missing = [Problem(key, f"{path} does not exist") for key, path in named if not Path(path).exists()]
+    if missing:
+        raise JobFileError(f"job {resolved.job.name}", missing)

@@ -93,12 +93,12 @@ def logs(
 
 
 def _follow(submission: Submission, view: RunView, path: Path | None) -> int:
-    from diffsynth_ray.launch import client, runs
+    from diffsynth_ray.launch import client, follow, runs
 
     cluster, note = runs.cluster_of(submission)
     if cluster is not None and view.submission_id:
         try:
-            client.follow(cluster, view.submission_id, render.result, say=render.say)
+            follow.follow(cluster, view.submission_id, render.result, say=render.say)
         except ClusterError as error:
             render.say(error.message)
         return runs.view(submission).exit_code

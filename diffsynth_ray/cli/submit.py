@@ -134,11 +134,11 @@ def _find_or_submit(resolved: ResolvedJob, cluster: Cluster, *, new: bool) -> st
 
 
 def _follow(cluster: Cluster, submission: Submission) -> RunView:
-    from diffsynth_ray.launch import client, runs
+    from diffsynth_ray.launch import client, follow, runs
 
     try:
         with render.LogView() as log:
-            end = client.follow(cluster, submission.submission_id, log.line, say=render.say)
+            end = follow.follow(cluster, submission.submission_id, log.line, say=render.say)
     except KeyboardInterrupt:
         render.say(
             f"\ndetached: {submission.run} goes on\n"

@@ -1,12 +1,12 @@
-"""A cluster as its dashboard shows it, and Ray Jobs on it: connect, submit, follow, stop.
+"""A cluster as its dashboard shows it, and Ray Jobs on it: connect, submit, stop.
 
 Small requests go straight to the REST interface, because they need a time-out, a readable error and no import of ray;
-submitting and tailing go through Ray's JobSubmissionClient.
+submitting and tailing (`launch/follow.py`) go through Ray's JobSubmissionClient.
 """
 
 from __future__ import annotations
 
-import asyncio
+import http.client
 import json
 import logging
 import os
@@ -15,6 +15,7 @@ import shlex
 import socket
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -35,10 +36,7 @@ if TYPE_CHECKING:
 
 ACTIVE = ("PENDING", "RUNNING")
 _TIMEOUT_S = 8.0
-_STATUS_S = 1.0
 _KILL_S = 30.0
-_LOST_S = 60.0
-"""How long `follow` tries to reach a cluster that no longer answers."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Cluster:
                 return json.load(reply)
         except urllib.error.HTTPError as error:
             raise self._refused(error, path) from error
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, http.client.HTTPException) as error:
             raise ClusterError(f"{self.url} does not speak Ray's REST interface", hint=_ADDRESS_HINT) from error
         except OSError as error:  # URLError, time-outs and resets alike
             cause = getattr(error, "reason", None) or error
@@ -117,6 +115,9 @@ def named_address(address: str | None) -> str | None:
 def connect(address: str) -> Cluster:
     """A named cluster, checked to answer and to accept us. Raises ClusterError within about ten seconds."""
     token = _user_token()
+    local = embedded.find()
+    if local is not None and token is None and address in (local.address, local.dashboard_url):
+        return _of_local(local)
     cluster = Cluster(url=_dashboard_url(address, token), token=token)
     cluster.request("/api/version")
     return cluster
@@ -174,13 +175,34 @@ def _dashboard_url(address: str, token: str | None) -> str:
             raise ClusterError(f"the cluster at {address} does not answer: {error}", hint=_ADDRESS_HINT) from error
         if parts.scheme == "" and _speaks_http(host, port or 8265, token):
             return f"http://{host}:{port or 8265}"
+    return _ask_gcs(address, token)
+
+
+def _ask_gcs(address: str, token: str | None) -> str:
+    local = embedded.find()
+    if local is not None and address == local.address:
+        return local.dashboard_url
     _set_auth_mode(token)
     from ray.dashboard.utils import get_address_for_submission_client
+    from ray.exceptions import RayError
 
-    try:
-        return str(get_address_for_submission_client(address)).rstrip("/")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"the cluster at {address} tells no dashboard: {error}", hint=_ADDRESS_HINT) from error
+    # Ray itself gives up after 40 s only; a daemon thread does not keep this process from ending.
+    answers: list[str] = []
+    failures: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            answers.append(str(get_address_for_submission_client(address)).rstrip("/"))
+        except (OSError, RuntimeError, ValueError, RayError) as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_TIMEOUT_S)
+    if not answers:
+        cause = failures[0] if failures else f"no answer in {_TIMEOUT_S:g} s"
+        raise ClusterError(f"the cluster at {address} does not tell its dashboard: {cause}", hint=_ADDRESS_HINT)
+    return answers[0]
 
 
 def _speaks_http(host: str, port: int, token: str | None) -> bool:
@@ -198,16 +220,22 @@ def _set_auth_mode(token: str | None) -> None:
         os.environ["RAY_AUTH_TOKEN"] = token
 
 
-def _job_client(cluster: Cluster) -> JobSubmissionClient:
+def job_client(cluster: Cluster) -> JobSubmissionClient:
+    """Ray's own client. Raises ClusterError where the cluster does not answer or refuses us."""
     if cluster.local:
         os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"]))
     # The Authorization header is given explicitly, so that Ray's own reading of tokens must not add another.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.WARNING)  # "Uploading package", "WebSocket closed"
+    for name in ("dashboard_sdk", "job.sdk"):  # "Uploading package", "WebSocket closed"
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
     cluster.request("/api/version")  # Ray's client waits without limit for a host that does not answer
-    return JobSubmissionClient(cluster.url, headers=cluster.headers())
+    try:
+        return JobSubmissionClient(cluster.url, headers=cluster.headers())
+    except (OSError, RuntimeError) as error:
+        raise ClusterError(f"the cluster at {cluster.url} does not take us: {error}", hint=_ADDRESS_HINT) from error
 
 
 def cluster_resources(cluster: Cluster) -> Resources:
@@ -278,7 +306,7 @@ def submit_entrypoint(
     cluster: Cluster, *, submission_id: str, command: str, job_json: str, metadata: dict[str, str]
 ) -> str:
     """Submit a command whose working directory holds job.json."""
-    client = _job_client(cluster)
+    client = job_client(cluster)
     with tempfile.TemporaryDirectory(prefix="dsray-job-") as folder:
         (Path(folder) / "job.json").write_text(job_json)
         try:
@@ -291,102 +319,6 @@ def submit_entrypoint(
             ))  # fmt: skip
         except (RuntimeError, OSError) as error:
             raise ClusterError(f"{cluster.url} did not take the job {submission_id}: {error}") from error
-
-
-def follow(
-    cluster: Cluster, submission_id: str, on_line: Callable[[str], None], *, say: Callable[[str], None] | None = None
-) -> Ended:
-    """Give every line of the job's log once to `on_line`, until the job has ended.
-
-    A stream that ends is not a job that ended, and a reconnected one starts from the log's beginning: the lines seen
-    are counted. Raises ClusterError where the cluster stays away for a minute.
-    """
-    reader = _LogReader(on_line)
-    lost_since: float | None = None
-    while True:
-        try:
-            client = _job_client(cluster)
-            lost_since = None
-            job = asyncio.run(_read_until_end(reader, client, cluster, submission_id))
-            if job["status"] not in ACTIVE:
-                reader.finish(_whole_log(cluster, submission_id))
-                return ended(job)
-        except ClusterError as error:
-            gone = cluster.local is not None and not cluster.local.alive()
-            lost_since = lost_since or time.monotonic()
-            if gone or isinstance(error, _ForgottenError) or time.monotonic() - lost_since > _LOST_S:
-                raise
-            if say:
-                say(f"{error.message}; trying again ...")
-        time.sleep(0.5)
-
-
-async def _read_until_end(
-    reader: _LogReader, client: JobSubmissionClient, cluster: Cluster, submission_id: str
-) -> dict[str, Any]:
-    """Read the stream until it ends, or until the job does: Ray closes it seconds later, or not at all."""
-    stream = asyncio.create_task(reader.read(client, submission_id))
-    try:
-        while True:
-            await asyncio.wait({stream}, timeout=_STATUS_S)
-            job = await asyncio.to_thread(cluster.job, submission_id)
-            if job is None:
-                raise _ForgottenError(f"{cluster.url} no longer knows the job {submission_id}")
-            if stream.done() or job["status"] not in ACTIVE:
-                return job
-    finally:
-        stream.cancel()
-        await asyncio.gather(stream, return_exceptions=True)
-
-
-class _ForgottenError(ClusterError):
-    """The cluster answers, but does not know the job: it was started anew."""
-
-
-class _LogReader:
-    """Splits the stream into lines and skips what was given before."""
-
-    def __init__(self, on_line: Callable[[str], None]) -> None:
-        self.on_line = on_line
-        self.num_chars = 0
-        """Characters of the log that were given to on_line, always whole lines."""
-
-    async def read(self, client: JobSubmissionClient, submission_id: str) -> None:
-        """Read one stream to its end, however it ends."""
-        import aiohttp
-
-        skip, rest = self.num_chars, ""
-        stream = client.tail_job_logs(submission_id)
-        try:
-            async for chunk in stream:
-                skipped = min(skip, len(chunk))
-                skip -= skipped
-                rest = self._give(rest + chunk[skipped:])
-        except (TimeoutError, aiohttp.ClientError, OSError, RuntimeError):
-            return  # the caller asks the job's status, which tells whether this was the end
-        finally:
-            await stream.aclose()
-
-    def finish(self, log: str | None) -> None:
-        """Give what the stream did not bring, and a last line without an end."""
-        if log is not None and (rest := self._give(log[self.num_chars :])):
-            self.num_chars += len(rest)
-            self.on_line(rest)
-
-    def _give(self, text: str) -> str:
-        """Give the whole lines of `text`; returns the rest."""
-        *lines, rest = text.split("\n")
-        for line in lines:
-            self.num_chars += len(line) + 1
-            self.on_line(line)
-        return rest
-
-
-def _whole_log(cluster: Cluster, submission_id: str) -> str | None:
-    try:
-        return str(cluster.request(f"/api/jobs/{submission_id}/logs")["logs"])
-    except ClusterError:
-        return None  # the stream brought all or nearly all of it, and the run has its own copy
 
 
 def ended(job: dict[str, Any]) -> Ended:

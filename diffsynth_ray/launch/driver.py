@@ -61,10 +61,8 @@ def run_job(resolved: ResolvedJob, *, submission_id: str, say: Say) -> ExitCode:
         try:
             outcome = _run_stages(resolved, attempt, tell)
             code = ExitCode.STOPPED if outcome["state"] == "STOPPED" else ExitCode.DONE
-        except DsrayError as error:
-            code, cause, details = ExitCode.RUN_FAILED, _with_hint(error), traceback.format_exc()
-        except ray.exceptions.RayError as error:
-            code, cause, details = ExitCode.RUN_FAILED, _ray_cause(error), traceback.format_exc()
+        except Exception as error:  # noqa: BLE001  the process boundary: however the run ends, it is recorded
+            code, cause, details = ExitCode.RUN_FAILED, _cause(error), traceback.format_exc()
         _record_end(run_dir, attempt, code=code, outcome=outcome, cause=cause, details=details)
         if cause is not None:
             tell(f"error: {cause}")
@@ -126,18 +124,17 @@ def _with_hint(error: DsrayError) -> str:
     return f"{error.message}\n  {error.hint}" if error.hint else error.message
 
 
-def _ray_cause(error: BaseException) -> str:
+def _cause(error: BaseException) -> str:
     """One sentence from Ray's nested errors: a worker's own error where there is one."""
     if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
         error = error.cause
     failures = getattr(error, "worker_failures", None)
     if failures:
-        rank, inner = next(iter(sorted(failures.items())))
-        last_line = (str(inner).strip().splitlines() or [type(inner).__name__])[-1]
-        return f"rank {rank}: {type(inner).__name__}: {last_line}"
+        rank, inner = min(failures.items())
+        return f"rank {rank}: {_cause(inner)}"
     if isinstance(error, DsrayError):
         return _with_hint(error)
-    last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    last_line = (str(error).strip().splitlines() or [""])[-1]
     return f"{type(error).__name__}: {last_line}"
 
 

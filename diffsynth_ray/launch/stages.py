@@ -29,11 +29,16 @@ def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from diffsynth_ray.models.weights import load_components
+
     resolved = ResolvedJob.model_validate_json(resolved_json)
 
     def say(line: str) -> None:
         board.say.remote(line)
 
+    # What the files say is checked before any GPU is taken.
+    if resolved.job.model.paths:
+        load_components(resolved.job.model.paths, family=resolved.job.model.family)
     index = build_sample_index(resolved, say)
     say(f"starting {resolved.num_workers} training worker(s)")
     trainer = TorchTrainer(

@@ -13,7 +13,7 @@ import pytest
 
 from diffsynth_ray.config.resolve import Resources
 from diffsynth_ray.errors import ClusterError, ExitCode
-from diffsynth_ray.launch import client, embedded
+from diffsynth_ray.launch import client, embedded, follow
 
 pytestmark = pytest.mark.timeout(180)
 CODE = "import time\nfor i in range(6): print(f'line {i}', flush=True); time.sleep(0.7)\nprint('end without newline', end='')"
@@ -90,7 +90,7 @@ def test_life(state_dir):
     submission_id = submit(cluster, "r-a1", CODE)
     lines: list[str] = []
     streams: list[int] = []
-    original = client._LogReader.read
+    original = follow._LogReader.read
 
     async def counted(self, *args):
         streams.append(len(lines))
@@ -100,14 +100,14 @@ def test_life(state_dir):
         wait_for(lambda: len(lines) >= 2, 60)
         drop_log_streams()
 
-    client._LogReader.read = counted
+    follow._LogReader.read = counted
     try:
         thread = threading.Thread(target=drop_once)
         thread.start()
-        result = client.follow(cluster, submission_id, lines.append)
+        result = follow.follow(cluster, submission_id, lines.append)
         thread.join()
     finally:
-        client._LogReader.read = original
+        follow._LogReader.read = original
     own = [line for line in lines if line.startswith(("line", "end"))]
     assert own == [*(f"line {i}" for i in range(6)), "end without newline"]
     assert len(streams) >= 2, "the drop did not happen"

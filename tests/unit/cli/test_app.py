@@ -249,7 +249,7 @@ def test_unknown_runs_are_exit_102_with_a_suggestion(job_file, capsys):
 
 
 def test_a_finished_run_is_reported_not_repeated(job_file, state_dir, capsys):
-    resolved, run_dir = finish(job_file)
+    _, run_dir = finish(job_file)
     assert run("submit", job_file) == 0
     out = capsys.readouterr().out
     assert "already finished" in out
@@ -259,7 +259,7 @@ def test_a_finished_run_is_reported_not_repeated(job_file, state_dir, capsys):
 
 
 def test_another_run_in_the_output_path_is_refused(job_file, capsys):
-    resolved, _ = finish(job_file)
+    finish(job_file)
     assert run("submit", job_file, "--set", "seed=5") == ExitCode.USAGE
     error = capsys.readouterr().err
     assert "seed: 0 there, 5 here" in error

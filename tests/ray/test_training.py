@@ -1,0 +1,223 @@
+"""Whole runs on real Ray processes, from a job to the files on disk, without a job server."""
+
+import csv
+import json
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from diffsynth_ray.config.load import load_job
+from diffsynth_ray.config.resolve import Resources, resolve
+from diffsynth_ray.errors import ExitCode
+from diffsynth_ray.launch.driver import run_job
+from diffsynth_ray.run_dir import RunDir
+from diffsynth_ray.train.checkpoint import find_checkpoints
+
+pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("local_ray")]
+
+JOB = """
+[dataset]
+base_path = "{photos}"
+metadata_path = "{photos}/metadata.csv"
+repeat = 8
+max_pixels = 4096
+global_batch_size = 4
+[model]
+family = "qwen_image"
+tiny = true
+[lora]
+base_model = "dit"
+rank = 4
+[training]
+learning_rate = 1e-3
+precision = "fp32"
+[output]
+path = "{output}"
+save_steps = 4
+[logging]
+tensorboard = false
+"""
+
+
+class Run:
+    """One job in its own folder, and what it said."""
+
+    def __init__(self, tmp_path, photos, name="run"):
+        self.output = tmp_path / name
+        self.job_path = tmp_path / f"{name}.toml"
+        self.job_path.write_text(JOB.format(photos=photos, output=self.output))
+        self.dir = RunDir(self.output)
+        self.said = []
+
+    def start(self, *overrides):
+        resolved = resolve(load_job(str(self.job_path), list(overrides)), Resources(cpus=2, gpus=0))
+        return run_job(resolved, submission_id="test", say=self.said.append)
+
+    def losses(self):
+        with self.dir.loss_path.open() as file:
+            return {int(row["step"]): float(row["value"]) for row in csv.DictReader(file) if row["key"] == "loss"}
+
+    def weights(self):
+        return load_file(self.output / "step-10.safetensors")
+
+    def wait_for(self, text, seconds=120):
+        end = time.monotonic() + seconds
+        while not any(text in line for line in list(self.said)):
+            assert time.monotonic() < end, self.said
+            time.sleep(0.05)
+
+
+def distance(first, second):
+    """Norm of the difference of two exports, relative to the first's."""
+    difference = sum(float((first[key] - second[key]).norm() ** 2) for key in first) ** 0.5
+    return difference / sum(float(tensor.norm() ** 2) for tensor in first.values()) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, local_ray):
+    """An undisturbed run on one worker: 40 samples, 10 steps."""
+    repository = Path(__file__).resolve().parents[2]
+    run = Run(tmp_path_factory.mktemp("reference"), repository / "jobs/data/photos")
+    assert run.start() == ExitCode.DONE, run.said
+    return run
+
+
+def test_files_of_a_run(reference):
+    names = {path.name for path in reference.output.iterdir()}
+    assert {"step-4.safetensors", "step-8.safetensors", "step-10.safetensors", "job.json", "loss.csv"} <= names
+    assert not any(name.startswith("epoch") for name in names)
+    assert sorted(reference.losses()) == list(range(1, 11))
+    key = "transformer_blocks.0.attn.to_q.lora_A.default.weight"
+    assert reference.weights()[key].shape == (4, 64)
+    assert reference.dir.attempts()[-1]["state"] == "SUCCEEDED"
+    assert find_checkpoints(reference.dir)[0].step == 10
+
+
+def test_two_workers_train_the_same(reference, tmp_path, photos):
+    run = Run(tmp_path, photos)
+    assert run.start("distributed.num_workers=2") == ExitCode.DONE, run.said
+    assert run.losses() == pytest.approx(reference.losses(), abs=1e-5)
+    assert 0 < distance(reference.weights(), run.weights()) < 1e-3
+
+
+def test_stopped_and_continued_is_bit_equal(reference, tmp_path, photos):
+    run = Run(tmp_path, photos)
+
+    def stop_after_step_3():
+        run.wait_for("step 3/10")
+        run.dir.request_stop(reason="the test asks for it")
+
+    thread = threading.Thread(target=stop_after_step_3)
+    thread.start()
+    assert run.start() == ExitCode.STOPPED, run.said
+    thread.join()
+    stopped_at = run.dir.attempts()[-1]["step"]
+    assert 3 <= stopped_at < 10
+    assert any("the test asks for it" in line for line in run.said)
+    assert run.start() == ExitCode.DONE, run.said
+    assert any(f"continuing after step {stopped_at} of 10" in line for line in run.said)
+    assert run.losses() == reference.losses()
+    assert distance(reference.weights(), run.weights()) == 0
+    assert [entry["attempt"] for entry in run.dir.attempts()] == [1, 1, 2, 2]
+
+
+def test_a_killed_worker_comes_back_and_changes_nothing(reference, tmp_path, photos):
+    run = Run(tmp_path, photos)
+
+    def kill_after_step_5():
+        run.wait_for("step 5/10")
+        workers = [
+            process for process in psutil.process_iter(["cmdline"])
+            if any("RayTrainWorker" in part for part in process.info["cmdline"] or [])
+        ]
+        assert workers, "no training worker found"
+        for worker in workers:
+            worker.kill()
+
+    thread = threading.Thread(target=kill_after_step_5)
+    thread.start()
+    assert run.start("output.checkpoint_steps=2") == ExitCode.DONE, run.said
+    thread.join()
+    assert any("continuing after step" in line for line in run.said), run.said
+    assert run.losses() == reference.losses()
+    assert distance(reference.weights(), run.weights()) == 0
+
+
+def test_a_truncated_photograph_ends_the_run_with_its_name(tmp_path, photos):
+    broken = tmp_path / "photos"
+    shutil.copytree(photos, broken)
+    cat = broken / "cat.jpg"
+    cat.write_bytes(cat.read_bytes()[: cat.stat().st_size // 2])
+    run = Run(tmp_path, broken)
+    assert run.start() == ExitCode.RUN_FAILED
+    cause = json.loads(run.dir.error_path.read_text())["cause"]
+    assert "cat.jpg" in cause
+    assert "row 3" in cause
+    assert "truncated" in cause
+    assert run.dir.attempts()[-1]["state"] == "FAILED"
+    assert sum("loading the model" in line for line in run.said) == 1, "a user's mistake is not retried"
+
+
+def test_a_lora_target_that_matches_nothing(tmp_path, photos):
+    run = Run(tmp_path, photos)
+    assert run.start('lora.target_modules=["to_qq"]') == ExitCode.RUN_FAILED
+    cause = json.loads(run.dir.error_path.read_text())["cause"]
+    assert "to_qq" in cause
+    assert "to_q" in cause.replace("to_qq", "")
+
+
+def test_shards_of_two_models_are_refused_before_a_worker_starts(tmp_path, photos, repository):
+    tiny = repository / "tests/assets/qwen_image_tiny"
+    run = Run(tmp_path, photos)
+    shards = [
+        str(tiny / "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"),
+        str(tiny / "text_encoder/model-00002-of-00002.safetensors"),
+    ]
+    code = run.start("model.tiny=false", f"model.paths=[{json.dumps(shards)}]", f'model.tokenizer_path="{tiny}/tokenizer"')
+    assert code == ExitCode.RUN_FAILED
+    cause = json.loads(run.dir.error_path.read_text())["cause"]
+    assert "diffusion_pytorch_model-00001-of-00002" in cause
+    assert "model-00002-of-00002" in cause
+    assert not any("loading the model" in line for line in run.said)
+
+
+def test_weights_from_files_and_full_training_beside_a_lora(tmp_path, photos, repository):
+    tiny = repository / "tests/assets/qwen_image_tiny"
+    run = Run(tmp_path, photos)
+    paths = [
+        [str(path) for path in sorted((tiny / "transformer").glob("*.safetensors"))],
+        [str(path) for path in sorted((tiny / "text_encoder").glob("*.safetensors"))],
+        str(tiny / "vae/diffusion_pytorch_model.safetensors"),
+    ]
+    code = run.start(
+        "model.tiny=false",
+        f"model.paths={json.dumps(paths)}",
+        f'model.tokenizer_path="{tiny}/tokenizer"',
+        'training.trainable_models=["text_encoder", "vae"]',
+        "training.max_steps=2",
+        "output.save_steps=2",
+        "distributed.num_workers=2",
+    )
+    assert code == ExitCode.DONE, run.said
+    assert {path.name for path in run.output.glob("*.safetensors")} == {
+        "step-2.safetensors",
+        "step-2.text_encoder.safetensors",
+        "step-2.vae.safetensors",
+    }
+    assert "transformer_blocks.0.attn.to_q.lora_A.default.weight" in load_file(run.output / "step-2.safetensors")
+    before = load_file(tiny / "vae/diffusion_pytorch_model.safetensors")
+    after = load_file(run.output / "step-2.vae.safetensors")
+    assert any((after[key] != before[key].to(after[key].dtype)).any() for key in after), "the VAE was trained"
+
+
+def test_no_process_of_a_run_is_left(reference):
+    names = ("RayTrainWorker", "TrainController", "_decode_block")
+    left = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])
+            if any(name in part for name in names for part in process.info["cmdline"] or [])]
+    assert left == [], os.getpid()

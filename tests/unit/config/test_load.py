@@ -1,0 +1,180 @@
+from pathlib import Path
+
+import pytest
+
+from diffsynth_ray.config.load import find_job_file, load_job, lookup, recipe_names, recipes_dir
+from diffsynth_ray.errors import ExitCode, JobFileError
+
+GOOD = """
+[dataset]
+base_path = "photos"
+[model]
+family = "qwen_image"
+tiny = true
+[lora]
+base_model = "dit"
+"""
+
+
+def write(folder: Path, text: str, name: str = "my_job.toml") -> str:
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def problems_of(folder: Path, text: str, *overrides: str) -> dict[str, str]:
+    with pytest.raises(JobFileError) as caught:
+        load_job(write(folder, text), list(overrides))
+    assert caught.value.exit_code == ExitCode.USAGE
+    return {problem.key: problem.message for problem in caught.value.problems}
+
+
+def test_a_job_gets_its_files_name_and_the_defaults(tmp_path: Path) -> None:
+    job = load_job(write(tmp_path, GOOD))
+    assert job.name == "my_job"
+    assert (job.training.learning_rate, job.lora.rank, job.dataset.max_pixels) == (1e-4, 32, 1048576)
+    assert job.dataset.data_file_keys == ["image", "video"]
+
+
+def test_a_byte_order_mark_is_no_problem(tmp_path: Path) -> None:
+    path = tmp_path / "bom.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
+    assert load_job(str(path)).name == "bom"
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "suggestion"),
+    [
+        ("[training]\nlearning_rat = 1e-4\n", "training.learning_rat", "training.learning_rate"),
+        ("[dataset]\nlora_rank = 8\n", "dataset.lora_rank", "lora.rank"),
+        ("[training]\nmax_pixels = 512\n", "training.max_pixels", "dataset.max_pixels"),
+        ("learning_rate = 1e-4\n", "learning_rate", "training.learning_rate"),
+        ("[trainig]\nnum_epochs = 2\n", "trainig", "[training]"),
+    ],
+)
+def test_an_unknown_key_comes_with_a_suggestion(tmp_path: Path, text: str, key: str, suggestion: str) -> None:
+    message = problems_of(tmp_path, text)[key]
+    assert "unknown key" in message
+    assert f"did you mean {suggestion}?" in message
+
+
+def test_an_unknown_key_without_a_neighbour_lists_the_section(tmp_path: Path) -> None:
+    message = problems_of(tmp_path, "[lora]\nxyzzy = 1\n")["lora.xyzzy"]
+    assert "[lora] has base_model, target_modules, rank" in message
+
+
+def test_a_wrong_type_says_what_was_got(tmp_path: Path) -> None:
+    message = problems_of(tmp_path, '[dataset]\nbatch_size = "many"\n')["dataset.batch_size"]
+    assert message.startswith('got "many"; ')
+    assert "integer" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("[training]\nlearning_rate = 0\n", "training.learning_rate"),
+        ("[dataset]\nrepeat = 0\n", "dataset.repeat"),
+        ("[dataset]\nheight = 8\n", "dataset.height"),
+        ("[lora]\nrank = 1.5\n", "lora.rank"),
+        ('[training]\nprecision = "fp16"\n', "training.precision"),
+        ('[output]\nformats = ["onnx"]\n', "output.formats"),
+        ('name = "has spaces"\n', "name"),
+        ('dataset = "photos"\n', "dataset"),
+        ("seed = -1\n", "seed"),
+    ],
+)
+def test_a_value_out_of_bounds_names_its_key(tmp_path: Path, text: str, key: str) -> None:
+    assert set(problems_of(tmp_path, text)) == {key}
+
+
+def test_all_problems_come_at_once(tmp_path: Path) -> None:
+    text = '[dataset]\nrepeat = -1\nbatchsize = 2\n[lora]\nrank = "big"\n[nonsense]\nx = 1\n'
+    assert set(problems_of(tmp_path, text)) == {"dataset.repeat", "dataset.batchsize", "lora.rank", "nonsense"}
+
+
+def test_a_union_makes_one_problem(tmp_path: Path) -> None:
+    with pytest.raises(JobFileError) as caught:
+        load_job(write(tmp_path, "[model]\npaths = [1]\n[distributed]\nnum_workers = [1, 2, 3]\n"))
+    assert sorted(problem.key for problem in caught.value.problems) == ["distributed.num_workers", "model.paths"]
+
+
+def test_the_message_lists_the_file_and_every_problem(tmp_path: Path) -> None:
+    with pytest.raises(JobFileError, match=r"my_job.toml: 2 problems\n  dataset.repeat: .*\n  lora.rank: ") as caught:
+        load_job(write(tmp_path, "[dataset]\nrepeat = 0\n[lora]\nrank = 0\n"))
+    assert "0" in caught.value.message
+
+
+def test_text_that_is_no_toml(tmp_path: Path) -> None:
+    assert "not valid TOML" in problems_of(tmp_path, "[dataset\n")[""]
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("training.learning_rate=2e-5", "training.learning_rate", 2e-5),
+        ("dataset.base_path=other/photos", "dataset.base_path", "other/photos"),
+        ('lora.target_modules=["to_q", "to_k"]', "lora.target_modules", ["to_q", "to_k"]),
+        ("name=other", "name", "other"),
+        ("gradient.checkpointing=false", "gradient.checkpointing", False),
+        ("output.path=/a=b", "output.path", "/a=b"),
+        ("training.optimizer_args.eps=1e-6", "training.optimizer_args", {"eps": 1e-6}),
+    ],
+)
+def test_set_overrides_a_key(tmp_path: Path, override: str, key: str, value: object) -> None:
+    assert lookup(load_job(write(tmp_path, GOOD), [override]), key) == value
+
+
+def test_the_last_override_wins(tmp_path: Path) -> None:
+    assert load_job(write(tmp_path, GOOD), ["lora.rank=4", "lora.rank=8"]).lora.rank == 8
+
+
+@pytest.mark.parametrize("override", ["lora.rank", "=3", "lora.=3", "lora.base_model.x=1"])
+def test_an_override_that_is_none(tmp_path: Path, override: str) -> None:
+    assert f"--set {override}" in problems_of(tmp_path, GOOD, override)
+
+
+def test_problems_of_overrides_and_file_come_together(tmp_path: Path) -> None:
+    assert set(problems_of(tmp_path, "[lora]\nrank = 0\n", "lora")) == {"lora.rank", "--set lora"}
+
+
+@pytest.mark.parametrize(
+    ("override", "feature"),
+    [
+        ('model.fp8_models=["text_encoder"]', "FP8 storage"),
+        ("offload.cpu_offload=true", "layerwise CPU offload"),
+        ("split.enabled=true", "split training"),
+        ("distributed.strategy=deepspeed", "DeepSpeed"),
+        ("task=direct_distill", "direct distillation"),
+        ("gradient.checkpointing=auto", "selective recomputation"),
+        ("distributed.num_workers=[1, 4]", "elastic"),
+    ],
+)
+def test_what_is_not_built_is_refused(tmp_path: Path, override: str, feature: str) -> None:
+    message = problems_of(tmp_path, GOOD, override)[override.partition("=")[0]]
+    assert feature in message
+    assert "not in this version" in message
+
+
+def test_reserved_keys_at_their_default_are_accepted(tmp_path: Path) -> None:
+    overrides = ["split.enabled=false", "model.fp8_models=[]", "validation.num_inference_steps=30"]
+    assert load_job(write(tmp_path, GOOD), overrides).split.enabled is False
+
+
+def test_a_recipe_is_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_job_file("quickstart") == recipes_dir() / "quickstart.toml"
+    job = load_job("quickstart")
+    assert job.dataset.base_path is not None
+    assert Path(job.dataset.base_path, "metadata.csv").is_file()
+    assert "quickstart" in recipe_names()
+
+
+def test_a_users_file_goes_before_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, GOOD, "quickstart.toml")
+    assert load_job("quickstart.toml").dataset.base_path == "photos"
+
+
+def test_a_missing_file_suggests_a_recipe() -> None:
+    with pytest.raises(JobFileError, match=r"no such file.*did you mean the recipe quickstart\?"):
+        load_job("quikstart")

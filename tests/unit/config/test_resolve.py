@@ -1,0 +1,281 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffsynth_ray.config import schema
+from diffsynth_ray.config.resolve import ResolvedJob, Resources, resolve
+from diffsynth_ray.config.schema import Job
+from diffsynth_ray.errors import JobFileError
+
+LAPTOP = Resources(cpus=8, gpus=0)
+BOX = Resources(cpus=64, gpus=8)
+
+
+def build_job(**changes: dict[str, Any] | object) -> Job:
+    """A small valid job; `section={key: value}` is merged in."""
+    raw: dict[str, Any] = {
+        "name": "job",
+        "dataset": {"base_path": "/data"},
+        "model": {"family": "qwen_image", "tiny": True},
+        "lora": {"base_model": "dit"},
+    }
+    for name, value in changes.items():
+        raw[name] = raw.get(name, {}) | value if isinstance(value, dict) else value
+    return Job.model_validate(raw)
+
+
+def problems_of(job: Job, resources: Resources = LAPTOP, *, remote: bool = False) -> dict[str, str]:
+    with pytest.raises(JobFileError) as caught:
+        resolve(job, resources, remote=remote)
+    return {problem.key: problem.message for problem in caught.value.problems}
+
+
+# The run's name
+
+STEADY = {"dataset": {"global_batch_size": 8}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"distributed": {"num_workers": 2}},
+        {"distributed": {"max_failures": 0}},
+        {"distributed": {"resources_per_worker": {"CPU": 2.0}}},
+        {"distributed": {"timeout_s": 60.0}},
+        {"training": {"num_epochs": 7}},
+        {"training": {"max_steps": 100}},
+        {"training": {"find_unused_parameters": True}},
+        {"output": {"save_steps": 10}},
+        {"output": {"path": "/elsewhere"}},
+        {"output": {"formats": ["diffsynth", "kohya"]}},
+        {"output": {"checkpoint_minutes": 1.0}},
+        {"offload": {"cpu_offload": True}},
+        {"gradient": {"checkpointing": False}},
+        {"gradient": {"accumulation_steps": 4}},
+        {"dataset": {"base_path": "/other"}},
+        {"dataset": {"num_workers": 1}},
+        {"split": {"cache_path": "/cache"}},
+        {"logging": {"every_steps": 5}},
+    ],
+)
+def test_what_does_not_change_the_run(change: dict[str, Any]) -> None:
+    merged = STEADY | {name: STEADY.get(name, {}) | value for name, value in change.items()}
+    assert resolve(build_job(**merged), LAPTOP).run == resolve(build_job(**STEADY), LAPTOP).run
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"training": {"learning_rate": 2e-4}},
+        {"training": {"precision": "fp32"}},
+        {"training": {"max_grad_norm": 0.0}},
+        {"training": {"warmup_steps": 10}},
+        {"training": {"optimizer": "torch.optim.Adam"}},
+        {"training": {"max_timestep_boundary": 0.5}},
+        {"lora": {"rank": 16}},
+        {"lora": {"target_modules": ["to_q"]}},
+        {"dataset": {"max_pixels": 65536}},
+        {"dataset": {"global_batch_size": 16}},
+        {"dataset": {"repeat": 2}},
+        {"dataset": {"metadata_path": "/data/other.csv"}},
+    ],
+)
+def test_what_changes_the_run(change: dict[str, Any]) -> None:
+    merged = STEADY | {
+        name: STEADY.get(name, {}) | value if isinstance(value, dict) else value for name, value in change.items()
+    }
+    changed, steady = resolve(build_job(**merged), LAPTOP), resolve(build_job(**STEADY), LAPTOP)
+    assert changed.run != steady.run
+    differing = {key for key in steady.given if changed.given[key] != steady.given[key]}
+    (section, value), *_ = change.items()
+    assert differing == ({f"{section}.{key}" for key in value} if isinstance(value, dict) else {section})
+
+
+def test_the_same_global_batch_is_the_same_run_however_it_is_made_up() -> None:
+    by_workers = resolve(build_job(distributed={"num_workers": 4}), LAPTOP)
+    by_accumulation = resolve(build_job(gradient={"accumulation_steps": 4}), LAPTOP)
+    given = resolve(build_job(dataset={"global_batch_size": 4}), LAPTOP)
+    assert by_workers.run == by_accumulation.run == given.run
+    assert resolve(build_job(), BOX).run != by_workers.run  # eight GPUs: a global batch of eight
+
+
+def test_the_run_bears_the_jobs_name() -> None:
+    one, two = resolve(build_job(), LAPTOP).run, resolve(build_job(name="other"), LAPTOP).run
+    assert one.startswith("job-")
+    assert len(one) == len("job-") + 8
+    assert two.removeprefix("other") == one.removeprefix("job")
+
+
+def test_the_name_is_made_of_the_marked_keys_only() -> None:
+    assert sorted(resolve(build_job(), LAPTOP).given) == sorted(
+        {key for key, field in schema.keys().items() if schema.mark(field, "identity")} | {"dataset.global_batch_size"}
+    )
+    assert resolve(build_job(), LAPTOP).run == resolve(build_job(), Resources(cpus=2, gpus=0)).run
+
+
+# Paths
+
+
+def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = build_job(
+        dataset={"base_path": "photos", "metadata_path": "../rows.csv"},
+        model={
+            "tiny": False,
+            "paths": ["vae.safetensors", ["a.safetensors", "/b.safetensors"]],
+            "tokenizer_path": "tok",
+        },
+    )
+    resolved = resolve(job, LAPTOP)
+    assert resolved.job.dataset.base_path == str(tmp_path / "photos")
+    assert resolved.job.dataset.metadata_path == str(tmp_path.parent / "rows.csv")
+    assert resolved.job.model.paths == [
+        str(tmp_path / "vae.safetensors"),
+        [str(tmp_path / "a.safetensors"), "/b.safetensors"],
+    ]
+    assert resolved.output_path == tmp_path / "outputs" / "job"
+
+
+def test_home_and_urls_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    job = build_job(dataset={"base_path": "~/photos", "metadata_path": "file:///data/rows.csv"})
+    resolved = resolve(job, LAPTOP, remote=False)
+    assert resolved.job.dataset.base_path == "/home/someone/photos"
+    assert resolved.job.dataset.metadata_path == "file:///data/rows.csv"
+
+
+def test_remote_relative_paths_are_refused() -> None:
+    job = build_job(
+        dataset={"base_path": "photos"},
+        model={"tiny": False, "paths": [["/a.safetensors", "b.safetensors"]], "tokenizer_path": "/tok"},
+    )
+    problems = problems_of(job, remote=True)
+    assert set(problems) == {"dataset.base_path", "model.paths", "output.path"}
+    assert "'b.safetensors'" in problems["model.paths"]
+
+
+def test_remote_absolute_paths_are_taken() -> None:
+    job = build_job(output={"path": "/shared/outputs/{name}"})
+    assert str(resolve(job, LAPTOP, remote=True).output_path) == "/shared/outputs/job"
+
+
+# Workers and batches
+
+
+@pytest.mark.parametrize(
+    ("resources", "workers", "batch", "accumulation", "expected"),
+    [
+        (LAPTOP, None, 1, 1, (1, 1, 1)),
+        (LAPTOP, 3, 2, 1, (3, 1, 6)),
+        (LAPTOP, 2, 2, 4, (2, 4, 16)),
+        (BOX, None, 1, 1, (8, 1, 8)),
+        (BOX, 4, 2, 2, (4, 2, 16)),
+    ],
+)
+def test_the_default_global_batch(
+    resources: Resources, workers: int | None, batch: int, accumulation: int, expected: tuple[int, int, int]
+) -> None:
+    job = build_job(
+        dataset={"batch_size": batch},
+        gradient={"accumulation_steps": accumulation},
+        distributed={"num_workers": workers},
+    )
+    resolved = resolve(job, resources)
+    assert (resolved.num_workers, resolved.micro_steps, resolved.global_batch_size) == expected
+
+
+@pytest.mark.parametrize(("workers", "micro_steps"), [(1, 5), (2, 3), (3, 2), (4, 2), (5, 1), (8, 1)])
+def test_a_given_global_batch_sets_the_micro_steps(workers: int, micro_steps: int) -> None:
+    job = build_job(
+        dataset={"batch_size": 2, "global_batch_size": 10},
+        distributed={"num_workers": workers},
+        gradient={"accumulation_steps": 7},
+    )
+    resolved = resolve(job, LAPTOP)
+    assert (resolved.micro_steps, resolved.global_batch_size) == (micro_steps, 10)
+
+
+def test_gpus_are_used_where_they_are() -> None:
+    assert resolve(build_job(), LAPTOP).device == "cpu"
+    on_gpus = resolve(build_job(), BOX)
+    assert (on_gpus.device, on_gpus.resources_per_worker) == ("cuda", {"GPU": 1.0, "CPU": 1.0})
+    without = build_job(distributed={"num_workers": 1, "resources_per_worker": {"CPU": 4.0}})
+    assert resolve(without, BOX).device == "cpu"
+
+
+def test_more_gpus_than_there_are() -> None:
+    message = problems_of(build_job(distributed={"num_workers": 9}), BOX)["distributed.num_workers"]
+    assert "9 workers need 9 GPUs, there are 8" in message
+
+
+def test_cpu_starvation_is_refused_with_the_cure() -> None:
+    job = build_job(distributed={"num_workers": 4, "resources_per_worker": {"CPU": 2.0}})
+    message = problems_of(job, LAPTOP)["distributed.num_workers"]
+    assert "would wait forever" in message
+    assert "at most 3 workers" in message
+    cured = build_job(distributed={"num_workers": 3, "resources_per_worker": {"CPU": 2.0}})
+    assert resolve(cured, LAPTOP).num_workers == 3
+
+
+def test_one_core_is_enough_for_one_worker() -> None:
+    resolved = resolve(build_job(), Resources(cpus=1, gpus=0))
+    assert resolved.decode_tasks == 1
+    assert 0 < resolved.decode_cpus <= 0.4
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 3, 8, 63, 64])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_what_is_planned_fits_the_machine(cpus: int, workers: int) -> None:
+    job = build_job(distributed={"num_workers": workers})
+    try:
+        resolved = resolve(job, Resources(cpus=cpus, gpus=0))
+    except JobFileError:
+        assert cpus < workers  # half a core a worker and a little for the data fit one core each
+        return
+    a_worker = resolved.resources_per_worker["CPU"] + 0.1 + resolved.decode_tasks * resolved.decode_cpus
+    assert workers * a_worker <= cpus + 1e-6
+
+
+def test_num_workers_of_the_dataset_is_an_upper_bound() -> None:
+    assert resolve(build_job(dataset={"num_workers": 2}), BOX).decode_tasks == 2
+    assert resolve(build_job(dataset={"num_workers": 1000}), BOX).decode_tasks == resolve(build_job(), BOX).decode_tasks
+
+
+# Rules between keys
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"dataset": {"base_path": None}}, "dataset.base_path"),
+        ({"dataset": {"height": 512}}, "dataset.height"),
+        ({"training": {"min_timestep_boundary": 0.5, "max_timestep_boundary": 0.5}}, "training.min_timestep_boundary"),
+        ({"lora": {"base_model": None}}, "training.trainable_models"),
+        ({"training": {"trainable_models": ["dit"]}}, "lora.base_model"),
+        ({"training": {"trainable_models": ["vae", "vae"]}}, "training.trainable_models"),
+        ({"training": {"precision": "fp32", "master_weights": False}}, "training.master_weights"),
+        ({"model": {"paths": ["/a.safetensors"]}}, "model.tiny"),
+        ({"model": {"family": None}}, "model.family"),
+        ({"model": {"tiny": False}}, "model.paths"),
+        ({"model": {"tiny": False, "paths": ["/a.safetensors"]}}, "model.tokenizer_path"),
+        ({"distributed": {"num_workers": 0}}, "distributed.num_workers"),
+    ],
+)
+def test_rules_between_keys(change: dict[str, Any], key: str) -> None:
+    assert set(problems_of(build_job(**change))) == {key}
+
+
+def test_all_problems_come_at_once() -> None:
+    job = build_job(
+        dataset={"base_path": None, "width": 512}, lora={"base_model": None}, distributed={"num_workers": 20}
+    )
+    assert set(problems_of(job)) == {
+        "dataset.base_path", "dataset.height", "training.trainable_models", "distributed.num_workers",
+    }  # fmt: skip
+
+
+def test_a_resolved_job_survives_the_way_between_processes() -> None:
+    resolved = resolve(build_job(training={"optimizer_args": {"betas": [0.9, 0.99]}}), BOX)
+    assert ResolvedJob.model_validate_json(resolved.model_dump_json()) == resolved

@@ -1,0 +1,133 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffsynth_ray.config.resolve import Resources, resolve
+from diffsynth_ray.config.schema import Job
+from diffsynth_ray.errors import DataError, JobFileError
+from diffsynth_ray.plan import Plan, build_plan
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder with five rows."""
+    names = [f"{index}.png" for index in range(5)]
+    for name in names:
+        (tmp_path / name).touch()
+    (tmp_path / "metadata.csv").write_text("image,prompt\n" + "".join(f"{name},a picture\n" for name in names))
+    return tmp_path
+
+
+def plan(
+    folder: Path, *, cpus: float = 4, gpus: float = 0, check_files: bool = True, **sections: dict[str, Any]
+) -> Plan:
+    raw: dict[str, Any] = {
+        "name": "job",
+        "dataset": {"base_path": str(folder), "metadata_path": str(folder / "metadata.csv"), "repeat": 2},
+        "model": {"family": "qwen_image", "tiny": True},
+        "lora": {"base_model": "dit"},
+        "output": {"path": "/out/{name}"},
+    }
+    for name, section in sections.items():
+        raw[name] = raw.get(name, {}) | section
+    return build_plan(resolve(Job.model_validate(raw), Resources(cpus=cpus, gpus=gpus)), check_files=check_files)
+
+
+def test_the_arithmetic(photos: Path) -> None:
+    built = plan(photos, dataset={"batch_size": 1, "global_batch_size": 4}, training={"num_epochs": 3})
+    assert (built.num_rows, built.repeat, built.num_samples) == (5, 2, 10)
+    assert (built.steps_per_epoch, built.num_steps) == (3, 9)
+    assert (built.micro_steps, built.global_batch_size) == (4, 4)
+    assert (built.num_exports, built.files) == (
+        3,
+        ["epoch-0.safetensors", "epoch-1.safetensors", "epoch-2.safetensors"],
+    )
+    assert built.output_path == "/out/job"
+    assert built.trained == ["dit"]
+
+
+def test_the_arithmetic_is_written_out(photos: Path) -> None:
+    text = "\n".join(plan(photos, dataset={"global_batch_size": 4}, training={"num_epochs": 3}).lines())
+    assert "5 rows x repeat 2 = 10 an epoch" in text
+    assert "1 x 4 micro steps x 1 workers = 4 samples a step" in text
+    assert "ceil(10 / 4) = 3 an epoch, 9 in all (3 epochs)" in text
+
+
+def test_dummies_are_told(photos: Path) -> None:
+    built = plan(photos, dataset={"global_batch_size": 5}, distributed={"num_workers": 2})
+    assert built.micro_steps == 3
+    assert "1 x 3 micro steps x 2 workers = 6, of which 5 are used samples a step" in "\n".join(built.lines())
+
+
+def test_many_exports_are_shortened(photos: Path) -> None:
+    built = plan(photos, output={"save_steps": 1}, training={"max_steps": 250})
+    assert built.num_exports == 250
+    assert built.files == [f"step-{step}.safetensors" for step in (1, 2, 3, 4, 250)]
+    assert any("step-3.safetensors ... step-250.safetensors (250 exports)" in line for line in built.lines())
+
+
+@pytest.mark.parametrize(("save_steps", "max_steps"), [(3, 10), (5, 10), (100, 10), (1, 1), (4, 16), (4, 17)])
+def test_the_number_of_exports(photos: Path, save_steps: int, max_steps: int) -> None:
+    built = plan(photos, output={"save_steps": save_steps}, training={"max_steps": max_steps})
+    written = [step for step in range(1, max_steps + 1) if step % save_steps == 0 or step == max_steps]
+    assert built.num_exports == len(written)
+    assert built.files[-1] == f"step-{max_steps}.safetensors"
+    assert len(set(built.files)) == len(built.files)
+
+
+def test_several_components_have_several_files(photos: Path) -> None:
+    built = plan(photos, training={"trainable_models": ["text_encoder"], "num_epochs": 1})
+    assert built.trained == ["dit", "text_encoder"]
+    assert built.files == ["epoch-0.safetensors", "epoch-0.text_encoder.safetensors"]
+
+
+def test_gpus_are_planned_for(photos: Path) -> None:
+    built = plan(photos, cpus=32, gpus=4)
+    assert (built.device, built.num_workers, built.global_batch_size) == ("cuda", 4, 4)
+    assert "4 x (1 GPU, 1 CPU)" in "\n".join(built.lines())
+
+
+def test_a_missing_file_is_found_before_the_run(photos: Path) -> None:
+    (photos / "3.png").unlink()
+    with pytest.raises(DataError, match=r"3\.png"):
+        plan(photos)
+    assert plan(photos, check_files=False).num_rows == 5
+
+
+def test_missing_model_files_are_named_all_at_once(photos: Path) -> None:
+    (photos / "there.safetensors").touch()
+    there, gone = str(photos / "there.safetensors"), [str(photos / "a.safetensors"), str(photos / "b.safetensors")]
+    model = {"tiny": False, "paths": [gone, there], "tokenizer_path": str(photos / "tokenizer")}
+    with pytest.raises(JobFileError) as caught:
+        plan(photos, model=model)
+    assert [problem.key for problem in caught.value.problems] == ["model.paths", "model.paths", "model.tokenizer_path"]
+    assert plan(photos, model=model, check_files=False).num_rows == 5
+
+
+def test_missing_data_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"dataset\.base_path"):
+        plan(tmp_path / "nowhere")
+
+
+def test_the_folder_alone_is_planned_with_a_note(photos: Path) -> None:
+    (photos / "metadata.csv").unlink()
+    (photos / "0.txt").write_text("a caption")
+    built = plan(photos, dataset={"metadata_path": None})
+    assert built.num_rows == 5
+    assert any(line.startswith("note") and "1 with a caption" in line for line in built.lines())
+
+
+def test_json_has_everything(photos: Path) -> None:
+    built = plan(photos)
+    content = json.loads(json.dumps(built.as_dict()))
+    assert content["num_samples"] == 10
+    assert content["run"] == built.run
+
+
+def test_a_missing_prompt_column_is_found_before_the_run(photos: Path) -> None:
+    """The training workers need it: a plan that looks well must not fail on the cluster."""
+    (photos / "metadata.csv").write_text("image,caption\n0.png,a picture\n")
+    with pytest.raises(DataError, match="prompt"):
+        plan(photos)

@@ -1,0 +1,99 @@
+"""Every shipped recipe must load; they are the first thing that a newcomer runs and the first that he copies."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from diffsynth_ray.config import schema
+from diffsynth_ray.config.load import load_job, recipe_names, recipes_dir
+from diffsynth_ray.config.resolve import ResolvedJob, Resources, resolve
+from diffsynth_ray.plan import build_plan
+from diffsynth_ray.schedule import trained_components
+
+ROOT = Path(__file__).parents[2]
+NODE = Resources(cpus=64, gpus=8)
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def resolved(name: str, resources: Resources) -> ResolvedJob:
+    return resolve(load_job(f"jobs/{name}.toml"), resources)
+
+
+def test_the_recipes_are_those_of_the_checkout() -> None:
+    assert recipes_dir() == ROOT / "jobs"
+    assert {"quickstart", "qwen_lora", "qwen_full"} <= set(recipe_names())
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_resolves_on_a_node_of_eight_gpus(name: str) -> None:
+    job = resolved(name, NODE)
+    assert job.run.startswith(f"{name}-")
+    assert job.device == "cuda"
+    assert job.output_path == ROOT / "outputs" / name
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_plans_where_its_data_are(name: str) -> None:
+    job = resolved(name, NODE)
+    if not Path(str(job.job.dataset.base_path)).is_dir():
+        pytest.skip(f"no data at {job.job.dataset.base_path}")
+    assert build_plan(job, check_files=False).num_steps > 0
+
+
+@pytest.mark.parametrize("resources", [Resources(cpus=1, gpus=0), Resources(cpus=2, gpus=0), NODE])
+def test_the_quickstart_plans_on_any_machine(resources: Resources) -> None:
+    plan = build_plan(resolved("quickstart", resources))
+    assert (plan.num_rows, plan.num_workers, plan.num_steps) == (5, 1, 40)
+    assert plan.files == ["step-20.safetensors", "step-40.safetensors"]
+    assert plan.run == build_plan(resolved("quickstart", NODE)).run
+
+
+def test_the_big_ones_train_what_they_say() -> None:
+    lora, full = resolved("qwen_lora", NODE), resolved("qwen_full", NODE)
+    assert (lora.job.lora.base_model, lora.job.lora.rank, lora.job.training.learning_rate) == ("dit", 32, 1e-4)
+    assert (lora.job.dataset.repeat, lora.job.training.num_epochs, lora.job.dataset.max_pixels) == (50, 5, 1048576)
+    assert trained_components(full.job) == ["dit"]
+    assert full.job.lora.base_model is None
+    for job in (lora, full):
+        dit, text_encoder, vae = job.job.model.paths
+        assert (len(dit), len(text_encoder)) == (9, 4)
+        assert str(vae).endswith("vae/diffusion_pytorch_model.safetensors")
+
+
+def test_the_lora_recipe_shows_every_key_of_this_version_with_its_default() -> None:
+    """Keys behind a '#' show their default, or say that it is unset or derived."""
+    text = (ROOT / "jobs" / "qwen_lora.toml").read_text()
+    shown: dict[str, str] = {}
+    section = ""
+    for line in text.splitlines():
+        if header := re.match(r"\[(\w+)\]", line):
+            section = f"{header[1]}."
+        elif entry := re.match(r"(?:# )?(\w+) = (.+?)(?:\s+#.*)?$", line):
+            shown[section + entry[1]] = entry[2]
+    built = {key for key, field in schema.keys().items() if not schema.mark(field, "not_built")}
+    built.remove("split.cache_path")  # of use with split training only
+    assert shown.keys() == built
+
+
+def test_the_defaults_that_the_lora_recipe_shows_are_the_defaults(tmp_path: Path) -> None:
+    text = (ROOT / "jobs" / "qwen_lora.toml").read_text()
+    # A key without a fixed default has an example there; all others must not change anything when the '#' goes.
+    examples = {
+        "height", "width", "max_steps", "global_batch_size", "resume_from_checkpoint", "alpha", "target_modules",
+        "checkpoint", "save_steps", "remove_prefix_in_ckpt", "checkpoint_steps", "num_workers = 8",
+        "resources_per_worker",
+    }  # fmt: skip
+    lines = []
+    for line in text.splitlines():
+        entry = re.match(r"# ((\w+) = .+)", line)
+        is_example = entry and (entry[2] in examples or any(entry[1].startswith(f"{each} ") for each in examples))
+        lines.append(entry[1] if entry and not is_example else line)
+    path = tmp_path / "qwen_lora.toml"
+    path.write_text("\n".join(lines))
+    assert "\nseed = 0" in path.read_text()  # the '#' are gone
+    assert load_job(str(path)) == load_job("jobs/qwen_lora.toml")
