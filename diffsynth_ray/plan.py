@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_ray.config.resolve import ResolvedJob
-from diffsynth_ray.data.metadata import read_metadata
+from diffsynth_ray.data.metadata import PROMPT_COLUMN, read_metadata
 from diffsynth_ray.errors import JobFileError, Problem
 from diffsynth_ray.schedule import build_schedule, export_file_names, trained_components
 
@@ -84,6 +84,7 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
         job.dataset.base_path,
         job.dataset.metadata_path,
         data_file_keys=job.dataset.data_file_keys,
+        required_columns=[PROMPT_COLUMN],
         check_files=check_files,
     )
     num_rows = len(metadata.rows)

@@ -18,12 +18,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.errors import OutputError
 
 _PROGRESS = re.compile(
-    r"step (?P<step>\d+)/(?P<num_steps>\d+) \| loss (?P<loss>[-\d.einfa]+) \| lr (?P<lr>[-\d.e]+)"
-    r" \| grad norm (?P<grad_norm>[-\d.einfa]+) \| (?P<step_s>[\d.]+) s/step \| (?P<samples_per_s>[\d.]+) samples/s"
+    r"step (?P<step>\d+)/(?P<num_steps>\d+) \| loss (?P<loss>[-+\d.einfa]+) \| lr (?P<lr>[-+\d.e]+)"
+    r" \| grad norm (?P<grad_norm>[-+\d.einfa]+) \| (?P<step_s>[\d.]+) s/step \| (?P<samples_per_s>[\d.]+) samples/s"
     r" \| data wait (?P<data_wait_s>[\d.]+) s \| (?P<left_s>\d+) s left"
 )
 
@@ -92,7 +94,13 @@ class RunDir:
             text = self.job_path.read_text()
         except FileNotFoundError:
             return None
-        return ResolvedJob.model_validate_json(text)
+        try:
+            return ResolvedJob.model_validate_json(text)
+        except ValidationError as error:
+            raise OutputError(
+                f"output.path: {self.job_path} is not a job of this version of dsray ({error.error_count()} differences)",
+                hint="use another output.path, or move that folder away",
+            ) from error
 
     def check_owner(self, resolved: ResolvedJob) -> None:
         """Raise OutputError, with the differing keys, where another run owns the directory."""
@@ -125,14 +133,19 @@ class RunDir:
 
     def move_aside(self) -> Path | None:
         """Move everything to previous/{run}; returns that folder, or None where there was nothing."""
-        owner = self.owner()
-        if owner is None:
-            return None
-        target = self.path / "previous" / owner.run
+        try:
+            owner = self.owner()
+        except OutputError:
+            name = "unknown"
+        else:
+            if owner is None:
+                return None
+            name = owner.run
+        target = self.path / "previous" / name
         number = 1
         while target.exists():
             number += 1
-            target = self.path / "previous" / f"{owner.run}.{number}"
+            target = self.path / "previous" / f"{name}.{number}"
         target.mkdir(parents=True)
         for entry in self.path.iterdir():
             if entry.name != "previous":
@@ -162,8 +175,7 @@ class RunDir:
     def note_attempt(self, attempt: Attempt, event: str, **details: Any) -> None:
         """Append one line to attempts.jsonl."""
         entry = {"attempt": attempt.number, "event": event, "time": time.time(), "submission_id": attempt.submission_id}
-        with self.attempts_path.open("a") as file:
-            file.write(json.dumps(entry | details) + "\n")
+        append_line(self.attempts_path, json.dumps(entry | details))
 
     def attempts(self) -> list[dict[str, Any]]:
         """The lines of attempts.jsonl; a line cut by a crash is left out."""
@@ -202,6 +214,16 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except json.JSONDecodeError:
             continue
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file whose last line a crash may have cut."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(f"{line}\n".encode())
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -115,13 +115,13 @@ def identity(job: Job, global_batch_size: int) -> dict[str, Any]:
 
 def _workers(job: Job, resources: Resources) -> tuple[int, Literal["cuda", "cpu"]]:
     asked = job.distributed.num_workers
-    wants_gpu = (job.distributed.resources_per_worker or {"GPU": 1.0}).get("GPU", 0.0) > 0
-    device: Literal["cuda", "cpu"] = "cuda" if resources.gpus >= 1 and wants_gpu else "cpu"
+    gpus = (job.distributed.resources_per_worker or {"GPU": 1.0}).get("GPU", 0.0)
+    device: Literal["cuda", "cpu"] = "cuda" if resources.gpus >= 1 and gpus > 0 else "cpu"
     if isinstance(asked, int):
         return max(asked, 1), device
     if isinstance(asked, list):
         return max(asked), device
-    return (int(resources.gpus) if device == "cuda" else 1), device
+    return (max(1, int(resources.gpus / gpus)) if device == "cuda" else 1), device
 
 
 def _data_cpus(
@@ -188,9 +188,22 @@ def _check_rules(job: Job) -> list[Problem]:
         problems.append(Problem("training.trainable_models", "a component is named twice"))
     if training.precision == "fp32" and not training.master_weights:
         problems.append(Problem("training.master_weights", 'false has no meaning with precision = "fp32"; remove it'))
+    for name, amount in (job.distributed.resources_per_worker or {}).items():
+        if amount < 0:
+            problems.append(Problem("distributed.resources_per_worker", f"{name} = {amount:g}; amounts are 0 or more"))
+    problems += _check_plain_values("training.optimizer_args", training.optimizer_args)
     if isinstance(job.distributed.num_workers, int) and job.distributed.num_workers < 1:
         problems.append(Problem("distributed.num_workers", "must be at least 1"))
     return problems + _check_model(job)
+
+
+def _check_plain_values(key: str, values: dict[str, Any]) -> list[Problem]:
+    """Values of a free table travel as JSON: dates and infinities have no place there."""
+    try:
+        json.dumps(values, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        return [Problem(key, f"got {values!r}; only numbers, strings, booleans, arrays and tables: {error}")]
+    return []
 
 
 def _check_model(job: Job) -> list[Problem]:

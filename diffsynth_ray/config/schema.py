@@ -27,7 +27,9 @@ def _key(
 class Section(BaseModel):
     """Frozen; unknown keys are errors; attribute docstrings are the keys' descriptions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True, validate_default=False
+    )
 
 
 class DatasetSection(Section):
@@ -36,7 +38,7 @@ class DatasetSection(Section):
     base_path: str | None = _key(path=True)
     """Folder that the paths in the metadata are relative to. Required."""
     metadata_path: str | None = _key(identity=True, path=True)
-    """csv, json or jsonl file with one row a sample. Unset: the folder's images with .txt captions of the same name."""
+    """csv, json, jsonl or parquet file with one row a sample. Unset: the folder's media with .txt captions of the same name."""
     repeat: int = _key(1, identity=True, ge=1)
     """How often each row appears in one epoch. Costs no memory."""
     num_workers: int = _key(0, ge=0)
@@ -49,7 +51,7 @@ class DatasetSection(Section):
     """Fixed width in pixels (needs height); unset = dynamic resolution."""
     max_pixels: int = _key(1048576, identity=True, ge=256)
     """Dynamic resolution: larger images are scaled down to this area; nothing is ever enlarged."""
-    num_frames: int = _key(81, identity=True, ge=1)
+    num_frames: int = _key(81, identity=True, ge=1, not_built="video families")
     """Frames of a video sample."""
     frame_rate: float | None = _key(identity=True, gt=0, not_built="video families")
     """Frames a second that a video is sampled at; unset = the file's own."""
@@ -231,7 +233,7 @@ class SplitSection(Section):
 
     enabled: bool = _key(False, not_built="split training")
     """Encode everything first, then train with the trained components alone."""
-    cache_path: str = _key("./cache/dsray", path=True)
+    cache_path: str = _key("./cache/dsray", path=True, not_built="split training")
     """Folder of encoded samples, shared by jobs."""
     num_workers: int | None = _key(ge=1, not_built="split training")
     """Encoding workers."""

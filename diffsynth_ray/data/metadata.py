@@ -22,6 +22,8 @@ from diffsynth_ray.errors import DataError
 Value = str | int | float | bool | list[Any] | dict[str, Any]
 Row = dict[str, Value]
 
+PROMPT_COLUMN = "prompt"
+"""The caption's column; a cell may be empty, the column must be there."""
 DEFAULT_DATA_FILE_KEYS = ("image", "video")
 METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl", "metadata.parquet")
 

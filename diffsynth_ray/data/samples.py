@@ -12,14 +12,13 @@ import numpy as np
 
 from diffsynth_ray.data.batches import MicroBatch, SampleOrder, build_buckets, deal
 from diffsynth_ray.data.media import Frames, decode, read_size, target_size
-from diffsynth_ray.data.metadata import Metadata, read_metadata
+from diffsynth_ray.data.metadata import PROMPT_COLUMN, Metadata, read_metadata
 from diffsynth_ray.errors import DataError
 
 if TYPE_CHECKING:
     from diffsynth_ray.config.resolve import ResolvedJob
 
 _SHOWN_PROBLEMS = 10
-PROMPT_COLUMN = "prompt"
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ class QwenImage(ModelFamily):
             source = files[component]
             log.info("loading %s from %s", component, ", ".join(path.name for path in source.paths))
             config = {**source.config, **(options or {})} if component == "dit" else source.config
-            module = _build_component(component, config)
+            module = build_component(component, config)
             assign_weights(
                 module,
                 source,
@@ -158,7 +158,7 @@ class QwenImage(ModelFamily):
         """See `ModelFamily.build_tiny`: 2 blocks of width 64, 0.5 M parameters in all."""
         modules = {}
         for component in cls.component_names if components is None else components:
-            module = _build_component(component, configs.TINY[component])
+            module = build_component(component, configs.TINY[component])
             randomize_weights(module, seed=seed, component=component, dtype=dtype, device=device)
             modules[component] = module
         return cls(modules, dtype=dtype, device=device, tokenizer_path=TINY_TOKENIZER)
@@ -286,7 +286,7 @@ def unpack_latents(tokens: Tensor, *, height: int, width: int) -> Tensor:
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, c, height, width)
 
 
-def _build_component(component: str, config: Mapping[str, Any]) -> nn.Module:
+def build_component(component: str, config: Mapping[str, Any]) -> nn.Module:
     """The component with its parameters on the meta device."""
     with meta_parameters():
         if component == "dit":
@@ -324,4 +324,4 @@ def _load_tokenizer(path: Path | None) -> Any:
 
 def parameter_count(component: str, config: Mapping[str, Any]) -> int:
     """Parameters of a component with this configuration, without loading it."""
-    return sum(math.prod(parameter.shape) for parameter in _build_component(component, config).parameters())
+    return sum(math.prod(parameter.shape) for parameter in build_component(component, config).parameters())

@@ -55,7 +55,10 @@ def save_checkpoint(run_dir: RunDir, *, step: int, tensors: Mapping[str, Tensor]
     if not run_dir.holds_token(token):
         return None
     write_whole(path / _MANIFEST_FILE, json.dumps({"step": step, "token": token, "files": files}))
-    for old in find_checkpoints(run_dir)[keep:]:
+    # A checkpoint of a later step than this one was damaged and passed over: it does not count as kept.
+    others = [found for found in find_checkpoints(run_dir) if found.step != step]
+    kept = [found for found in others if found.step < step][: keep - 1]
+    for old in (found for found in others if found not in kept):
         # The manifest goes first: a half-deleted directory must not look whole.
         (old.path / _MANIFEST_FILE).unlink(missing_ok=True)
         shutil.rmtree(old.path, ignore_errors=True)

@@ -14,8 +14,7 @@ import torch
 
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.models.family import EncodedBatch
-from diffsynth_ray.models.qwen_image import QwenImage
-from diffsynth_ray.models.weights import meta_parameters
+from diffsynth_ray.models.qwen_image import QwenImage, build_component
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.trainer import MicroInput, Trainer, select_trained
 
@@ -34,10 +33,7 @@ def build_job(options: argparse.Namespace) -> Job:
 
 
 def build_family(num_layers: int) -> QwenImage:
-    from diffusers import QwenImageTransformer2DModel
-
-    with meta_parameters():
-        dit = QwenImageTransformer2DModel(num_layers=num_layers)
+    dit = build_component("dit", {"num_layers": num_layers})  # the classes' defaults are the real size
     for module in dit.modules():
         for name, param in list(module.named_parameters(recurse=False)):
             real = torch.empty(param.shape, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02)

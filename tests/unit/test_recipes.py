@@ -76,7 +76,6 @@ def test_the_lora_recipe_shows_every_key_of_this_version_with_its_default() -> N
         elif entry := re.match(r"(?:# )?(\w+) = (.+?)(?:\s+#.*)?$", line):
             shown[section + entry[1]] = entry[2]
     built = {key for key, field in schema.keys().items() if not schema.mark(field, "not_built")}
-    built.remove("split.cache_path")  # of use with split training only
     assert shown.keys() == built
 
 

@@ -111,7 +111,8 @@ def test_full_training_of_two_components_beside_a_lora():
 
 
 def test_masters_keep_what_bf16_rounds_away():
-    job = build_job(training={"precision": "bf16", "learning_rate": 1e-7, "trainable_models": ["dit"]}, lora={"base_model": None})
+    training = {"precision": "bf16", "learning_rate": 1e-7, "trainable_models": ["dit"]}
+    job = build_job(training=training, lora={"base_model": None})
     trainer = build_trainer(job)
     before = weights(trainer)
     train(trainer, [micro([0])], steps=1)
@@ -119,7 +120,7 @@ def test_masters_keep_what_bf16_rounds_away():
     assert sum(moved) > 50
     assert all(master.dtype == torch.float32 for master in trainer.masters().values())
     without = build_trainer(build_job(
-        training={"precision": "bf16", "learning_rate": 1e-7, "trainable_models": ["dit"], "master_weights": False},
+        training=training | {"master_weights": False},
         lora={"base_model": None},
     ))
     assert all(master.dtype == torch.bfloat16 for master in without.masters().values())
