@@ -203,6 +203,8 @@ def head_command(
         "--node-ip-address=127.0.0.1", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
         f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--object-store-memory={object_store_bytes}",
         f"--temp-dir={temp_dir}",
+        # The autoscaler's and the log monitor's processes have nothing to do here; they cost seconds of a small machine.
+        "--no-monitor", "--include-log-monitor=false",
         # Workers take any free port: the default range 10002-19999 is shared with every other Ray of this machine.
         "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0",
         *(f"{option}={port}" for option, port in ports.items()),

@@ -6,6 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -90,9 +91,12 @@ class _Worker:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_world_size))
         # Flags from rank 0 travel on the CPU, so that they never wait for the GPU.
         self.control = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        start_step = self._choose_start()
+        # Ray Data's processes start while the model is loaded.
+        stream = Prefetched(self._build_stream(start_step))
         self.trainer = self._build_trainer(device)
-        self._restore()
-        result = self._train()
+        self._restore(start_step)
+        result = self._train(stream)
         return {"state": result, "step": self.trainer.step, "num_steps": self.schedule.num_steps}
 
     def _build_trainer(self, device: torch.device) -> Trainer:
@@ -115,14 +119,29 @@ class _Worker:
         prompts = tuple(self.index.prompt(row) for row in micro.rows)
         return MicroInput(SampleBatch(pixels, prompts, micro.rows), micro.indices)
 
-    def _restore(self) -> None:
-        """Rank 0 chooses the checkpoint; all ranks read it."""
-        step = None
+    def _choose_start(self) -> int:
+        """The step to go on from, chosen by rank 0 for all: that of the newest whole checkpoint, or 0."""
+        step = 0
         if self.rank == 0:
             found = find_restorable(self.run_dir, self.say)
-            step = found.step if found else None
-        step = ray.train.collective.broadcast_from_rank_zero(step)
-        if step is None:
+            step = found.step if found else 0
+        return int(ray.train.collective.broadcast_from_rank_zero(step))
+
+    def _build_stream(self, start_step: int) -> Iterator[list[StreamedBatch]]:
+        return _steps(
+            build_stream(
+                self.index_ref,
+                start_step=start_step,
+                num_steps=self.schedule.num_steps,
+                rank=self.rank,
+                world_size=self.world_size,
+                decode_cpus=self.resolved.decode_cpus,
+                decode_tasks=self.resolved.decode_tasks,
+            )
+        )
+
+    def _restore(self, step: int) -> None:
+        if step == 0:
             return
         tensors = read_checkpoint(self.run_dir, step, expected_masters=set(self.trainer.trained))
         assert self.trainer.strategy is not None  # built by start()
@@ -130,23 +149,13 @@ class _Worker:
         self.trainer.step = step
         self.say(f"continuing after step {step} of {self.schedule.num_steps}")
 
-    def _train(self) -> str:
+    def _train(self, steps: Iterator[list[StreamedBatch]]) -> str:
         if self.trainer.step >= self.schedule.num_steps:
             return "SUCCEEDED"
         figures = FigureWriter(self.run_dir, self.job.logging, start_step=self.trainer.step) if self.rank == 0 else None
         reporter = _Reporter(self, figures)
         self.say("waiting for the first samples")
-        stream = build_stream(
-            self.index_ref,
-            start_step=self.trainer.step,
-            num_steps=self.schedule.num_steps,
-            rank=self.rank,
-            world_size=self.world_size,
-            decode_cpus=self.resolved.decode_cpus,
-            decode_tasks=self.resolved.decode_tasks,
-        )
         last_checkpoint = time.monotonic()
-        steps = _steps(stream)
         try:
             while self.trainer.step < self.schedule.num_steps:
                 started = time.monotonic()
@@ -280,6 +289,26 @@ class _Reporter:
         )
         worker.say(progress.line())
         worker.run_dir.write_progress(progress)
+
+
+class Prefetched(Iterator[list[StreamedBatch]]):
+    """A stream whose first step is fetched at once, in a thread; an error is raised where the step is asked for."""
+
+    def __init__(self, steps: Iterator[list[StreamedBatch]]) -> None:
+        self._steps = steps
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="first-step")
+        # None marks an empty stream: StopIteration does not pass through a future.
+        self._first: Future[list[StreamedBatch] | None] | None = self._pool.submit(next, steps, None)
+
+    def __next__(self) -> list[StreamedBatch]:
+        if self._first is None:
+            return next(self._steps)
+        first = self._first.result()
+        self._first = None
+        self._pool.shutdown()
+        if first is None:
+            raise StopIteration
+        return first
 
 
 def _steps(stream: Iterator[StreamedBatch]) -> Iterator[list[StreamedBatch]]:
