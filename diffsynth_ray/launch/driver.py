@@ -32,6 +32,8 @@ WORKER_ENV = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # Its actor only calls back code that we do not have yet (checkpoint before a node is taken away).
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
 }
