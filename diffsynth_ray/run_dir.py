@@ -92,7 +92,7 @@ class RunDir:
         """The job of the run that owns the directory, or None where it is free."""
         try:
             text = self.job_path.read_text()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         try:
             return ResolvedJob.model_validate_json(text)
@@ -169,7 +169,7 @@ class RunDir:
         """Whether the attempt with this token may still commit."""
         try:
             return json.loads(self.attempt_path.read_text())["token"] == token
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
 
     def note_attempt(self, attempt: Attempt, event: str, **details: Any) -> None:
@@ -189,7 +189,7 @@ class RunDir:
         """Why the run should stop, or None."""
         try:
             return str(json.loads(self.stop_path.read_text())["reason"])
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def write_progress(self, progress: Progress) -> None:
@@ -200,14 +200,14 @@ class RunDir:
         """The newest progress, or None before the first logged step."""
         try:
             return Progress(**json.loads(self.progress_path.read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     try:
         lines = path.read_text().splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     for line in lines:
         try:

@@ -90,9 +90,12 @@ def _resolve(job: Job, reference: str, wishes: _Wishes) -> tuple[ResolvedJob, Re
 def _submit_one(job: Job, reference: str, wishes: _Wishes) -> Outcome:
     from diffsynth_ray.launch import client, registry
     from diffsynth_ray.launch.runs import claim_output
+    from diffsynth_ray.run_dir import RunDir
 
     resolved, resources, remote = _resolve(job, reference, wishes)
     plan = starting.show_plan(resolved, remote=remote)
+    if not remote:
+        RunDir(resolved.output_path).check_writable()
     if not wishes.new:
         claim_output(resolved, None, new=False)
         if finished := starting.finished_outcome(resolved, plan):

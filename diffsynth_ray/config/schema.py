@@ -107,7 +107,7 @@ class TrainingSection(Section):
     """Passes over rows x repeat."""
     max_steps: int | None = _key(ge=1)
     """Optimizer steps; wins over num_epochs."""
-    trainable_models: list[str] = _key([], identity=True)
+    trainable_models: list[Annotated[str, Field(min_length=1)]] = _key([], identity=True)
     """Components trained in full; any number, also beside a LoRA on another component."""
     find_unused_parameters: bool | Literal["auto"] = _key("auto")
     """Whether DDP looks for parameters without a gradient each step; "auto" looks once, before step 0."""
@@ -163,7 +163,7 @@ class OutputSection(Section):
 class LoraSection(Section):
     """A low-rank adapter on one component."""
 
-    base_model: str | None = _key(identity=True)
+    base_model: str | None = _key(identity=True, min_length=1)
     """Component that gets the LoRA ("dit"); unset = no LoRA."""
     target_modules: list[str] | None = _key(identity=True)
     """Module names; unset = the family's recipe, [] = every large Linear of the repeated blocks."""

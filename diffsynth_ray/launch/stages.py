@@ -29,7 +29,9 @@ def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from diffsynth_ray.models.family import get_family
     from diffsynth_ray.models.weights import load_components
+    from diffsynth_ray.train.trainer import check_components
 
     resolved = ResolvedJob.model_validate_json(resolved_json)
 
@@ -37,8 +39,9 @@ def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -
         board.say.remote(line)
 
     # What the files say is checked before any GPU is taken.
-    if resolved.job.model.paths:
-        load_components(resolved.job.model.paths, family=resolved.job.model.family)
+    model = resolved.job.model
+    family = load_components(model.paths, family=model.family)[0] if model.paths else str(model.family)
+    check_components(get_family(family), resolved.job)
     index = build_sample_index(resolved, say)
     say(f"starting {resolved.num_workers} training worker(s)")
     trainer = TorchTrainer(

@@ -163,11 +163,8 @@ def load_exported(family: ModelFamily, component: str, path: Path) -> None:
             own[name].copy_(tensor)
 
 
-def select_trained(family: ModelFamily, job: Job) -> None:
-    """Freeze everything, then make the job's components trainable: in full, or by a LoRA.
-
-    Raises JobFileError for components that the family does not have.
-    """
+def check_components(family: ModelFamily | type[ModelFamily], job: Job) -> None:
+    """Raise JobFileError for trained components that the family does not have, and for a LoRA without targets."""
     known = family.component_names
     problems = [
         Problem(key, f"the family {family.name} has no component {name!r}; it has {', '.join(known)}")
@@ -178,8 +175,17 @@ def select_trained(family: ModelFamily, job: Job) -> None:
         for name in names
         if name not in known
     ]
+    base_model, targets = job.lora.base_model, job.lora.target_modules
+    if base_model in known and targets is None and base_model not in family.default_lora_targets:
+        message = f"the family {family.name} has no recipe for {base_model!r}; name the modules"
+        problems.append(Problem("lora.target_modules", message))
     if problems:
-        raise JobFileError("job", problems)
+        raise JobFileError(f"job {job.name}", problems)
+
+
+def select_trained(family: ModelFamily, job: Job) -> None:
+    """Freeze everything, then make the job's components trainable: in full, or by a LoRA."""
+    check_components(family, job)
     for module in family.components.values():
         module.requires_grad_(False)
         module.eval()
@@ -192,22 +198,10 @@ def select_trained(family: ModelFamily, job: Job) -> None:
 def _add_job_lora(family: ModelFamily, job: Job) -> None:
     component = job.lora.base_model
     assert component is not None
-    targets = job.lora.target_modules
-    if targets is None:
-        if component not in family.default_lora_targets:
-            raise JobFileError(
-                "job",
-                [
-                    Problem(
-                        "lora.target_modules",
-                        f"the family {family.name} has no recipe for {component!r}; name the modules",
-                    )
-                ],
-            )
-        targets = list(family.default_lora_targets[component])
     add_lora(
         family.component(component),
-        target_modules=targets,
+        target_modules=job.lora.target_modules,
+        default_targets=family.default_lora_targets.get(component, ()),
         rank=job.lora.rank,
         alpha=job.lora.alpha,
         seed=job.seed,

@@ -164,6 +164,22 @@ def test_a_truncated_photograph_ends_the_run_with_its_name(tmp_path, photos):
     assert sum("loading the model" in line for line in run.said) == 1, "a user's mistake is not retried"
 
 
+def test_a_loss_that_is_not_a_number_ends_the_run_with_its_rows(tmp_path, photos):
+    run = Run(tmp_path, photos)
+    assert run.start("training.learning_rate=1e30", "training.max_grad_norm=0") == ExitCode.RUN_FAILED
+    cause = json.loads(run.dir.error_path.read_text())["cause"]
+    assert "the loss of step" in cause
+    assert "rows [" in cause
+    assert "training.learning_rate" in cause
+    assert not list(run.output.glob("step-10*"))
+
+
+def test_batches_of_two_in_buckets(tmp_path, photos):
+    run = Run(tmp_path, photos)
+    assert run.start("dataset.batch_size=2", "distributed.num_workers=2", "training.max_steps=4") == ExitCode.DONE, run.said
+    assert sorted(run.losses()) == [1, 2, 3, 4]
+
+
 def test_a_lora_target_that_matches_nothing(tmp_path, photos):
     run = Run(tmp_path, photos)
     assert run.start('lora.target_modules=["to_qq"]') == ExitCode.RUN_FAILED

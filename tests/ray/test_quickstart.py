@@ -1,0 +1,92 @@
+"""`dsray submit quickstart` as a newcomer types it, from another directory; nothing is left running afterwards."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.timeout(280)
+
+
+def dsray(*arguments, state_dir, cwd):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "diffsynth_ray.cli.app", *arguments],
+        env=environment | {"DSRAY_STATE_DIR": str(state_dir), "RAY_ENABLE_RECORD_ACTOR_TASK_LOGGING": "0"},
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def listening(pids):
+    return {
+        connection.laddr.port
+        for connection in psutil.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.pid in pids
+    }
+
+
+def gauges(local_ports):
+    """All `ray_dsray_` figures that some metrics port of the local Ray serves."""
+    found = {}
+    for port in local_ports:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=2) as answer:
+                text = answer.read().decode(errors="replace")
+        except (OSError, ValueError):
+            continue
+        for line in text.splitlines():
+            if line.startswith("ray_dsray_"):
+                name, _, value = line.rpartition(" ")
+                found[name] = float(value)
+    return found
+
+
+def test_the_quickstart(tmp_path):
+    state_dir, output = tmp_path / "state", tmp_path / "out"
+    process = dsray(
+        "submit", "quickstart", "--json", "--set", f"output.path={output}", state_dir=state_dir, cwd=tmp_path
+    )
+    lines, family, seen = [], set(), {}
+    reader = threading.Thread(target=lambda: lines.extend(process.stderr))
+    reader.start()
+    while process.poll() is None:
+        if (state_dir / "local.json").exists():
+            supervisor = json.loads((state_dir / "local.json").read_text())["pid"]
+            if psutil.pid_exists(supervisor):
+                family |= {child.pid for child in psutil.Process(supervisor).children(recursive=True)} | {supervisor}
+            if any("step 20/" in line for line in lines) and not any("loss" in name for name in seen):
+                seen = gauges(listening(family))
+        time.sleep(1)
+    reader.join()
+    assert process.returncode == 0, lines
+    result = json.loads(process.stdout.read())
+    assert result["state"] == "SUCCEEDED"
+
+    names = {path.name for path in output.iterdir()}
+    assert {"step-20.safetensors", "step-40.safetensors", "loss.csv", "log.txt", "tensorboard", "attempts.jsonl"} <= names
+    assert len(load_file(output / "step-40.safetensors")) == 48
+    assert any("ray_dsray_loss" in name and 'stage="train"' in name and 'rank="0"' in name for name in seen), sorted(seen)
+
+    end = time.monotonic() + 60
+    while (left := [pid for pid in family if psutil.pid_exists(pid)]) and time.monotonic() < end:
+        time.sleep(0.5)
+    assert left == [], "the local Ray ends when no run is active"
+    assert not (state_dir / "local.json").exists()
+
+    again = dsray("submit", "quickstart", "--set", f"output.path={output}", state_dir=state_dir, cwd=tmp_path)
+    _, message = again.communicate(timeout=60)
+    assert again.returncode == 0
+    assert "finished" in message
+    status = dsray("status", str(output), "--json", state_dir=state_dir, cwd=tmp_path)
+    answer, _ = status.communicate(timeout=60)
+    assert (status.returncode, json.loads(answer)["state"]) == (0, "SUCCEEDED")

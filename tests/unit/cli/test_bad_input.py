@@ -1,0 +1,84 @@
+"""Every kind of bad input through the command line: exit code 2 and a message that says where, what and what to do."""
+
+import pytest
+
+from diffsynth_ray.cli import app
+
+JOB = """
+[dataset]
+base_path = "{photos}"
+metadata_path = "{photos}/metadata.csv"
+max_pixels = 4096
+[model]
+family = "qwen_image"
+tiny = true
+[lora]
+base_model = "dit"
+[output]
+path = "{output}"
+"""
+
+
+@pytest.fixture
+def run(tmp_path, photos, monkeypatch, capsys):
+    monkeypatch.setenv("DSRAY_STATE_DIR", str(tmp_path / "state"))
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "job.toml"
+    path.write_text(JOB.format(photos=photos, output=tmp_path / "out"))
+
+    def command(*overrides, command="submit"):
+        arguments = [command, str(path)]
+        for override in overrides:
+            arguments += ["--set", override]
+        code = app.main(arguments)
+        return code, capsys.readouterr().err
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.learning_rat=1e-4", ["training.learning_rat", "did you mean training.learning_rate?"]),
+        ('dataset.batch_size="four"', ["dataset.batch_size", '"four"', "valid integer"]),
+        ("training.learning_rate=true", ["training.learning_rate", "got true"]),
+        ("dataset.repeat=0", ["dataset.repeat", "greater than or equal to 1"]),
+        ("dataset.metadata_path=/nowhere/metadata.csv", ["/nowhere/metadata.csv"]),
+        ("dataset.base_path=/nowhere", ["/nowhere", "not a directory"]),
+        ('dataset.data_file_keys=["picture"]', ["picture", "image"]),
+        ("offload.cpu_offload=true", ["offload.cpu_offload", "not in this version"]),
+        ("distributed.num_workers=64", ["distributed.num_workers", "CPU", "at most"]),
+        ("lora.base_model=", ["lora.base_model"]),
+    ],
+)
+def test_bad_input_is_exit_2_with_its_place_and_cure(run, override, expected):
+    code, message = run(override)
+    assert code == 2, message
+    for text in expected:
+        assert text in message
+    assert "Traceback" not in message
+
+
+def test_weights_that_do_not_exist_are_all_named(run):
+    paths = 'model.paths=["/a/dit.safetensors", ["/b/1.safetensors"]]'
+    code, message = run("model.tiny=false", paths, "model.tokenizer_path=/c")
+    assert code == 2
+    for path in ("/a/dit.safetensors", "/b/1.safetensors", "/c"):
+        assert path in message
+
+
+def test_an_output_path_that_cannot_be_written(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, message = run(f"output.path={tmp_path}/file/out")
+    assert code == 2
+    assert "output.path" in message
+    assert "cannot be written" in message
+
+
+def test_metadata_with_a_missing_photograph_names_row_and_file(run, tmp_path, photos):
+    (tmp_path / "rows.csv").write_text("image,prompt\ncat.jpg,a cat\nunicorn.jpg,a unicorn\n")
+    code, message = run(f"dataset.metadata_path={tmp_path}/rows.csv")
+    assert code == 2
+    assert "unicorn.jpg" in message
+    assert "3" in message  # the line of the file
