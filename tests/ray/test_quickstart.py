@@ -1,5 +1,6 @@
 """`dsray submit quickstart` as a newcomer types it, from another directory; nothing is left running afterwards."""
 
+import http.client
 import json
 import os
 import subprocess
@@ -42,7 +43,7 @@ def gauges(local_ports):
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=2) as answer:
                 text = answer.read().decode(errors="replace")
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):  # most ports speak gRPC
             continue
         for line in text.splitlines():
             if line.startswith("ray_dsray_"):
@@ -61,7 +62,7 @@ def test_the_quickstart(tmp_path):
     reader.start()
     while process.poll() is None:
         if (state_dir / "local.json").exists():
-            supervisor = json.loads((state_dir / "local.json").read_text())["pid"]
+            supervisor = json.loads((state_dir / "local.json").read_text())["supervisor_pid"]
             if psutil.pid_exists(supervisor):
                 family |= {child.pid for child in psutil.Process(supervisor).children(recursive=True)} | {supervisor}
             if any("step 20/" in line for line in lines) and not any("loss" in name for name in seen):

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import threading
 import time
@@ -232,8 +231,14 @@ def test_weights_from_files_and_full_training_beside_a_lora(tmp_path, photos, re
     assert any((after[key] != before[key].to(after[key].dtype)).any() for key in after), "the VAE was trained"
 
 
-def test_no_process_of_a_run_is_left(reference):
-    names = ("RayTrainWorker", "TrainController", "_decode_block")
-    left = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])
-            if any(name in part for name in names for part in process.info["cmdline"] or [])]
-    assert left == [], os.getpid()
+def test_no_training_or_decoding_process_is_left(reference):
+    """On a shared Ray, after runs that ended well, failed and were killed. That the driver's end takes the rest with it is
+    tested in test_quickstart."""
+    end = time.monotonic() + 30
+    while left := [process.info for process in psutil.process_iter(["pid", "cmdline"]) if _is_training(process)]:
+        assert time.monotonic() < end, left
+        time.sleep(0.5)
+
+
+def _is_training(process):
+    return any(name in part for name in ("RayTrainWorker", "_decode_block") for part in process.info["cmdline"] or [])
