@@ -85,9 +85,11 @@ def test_the_quickstart(tmp_path):
     assert not (state_dir / "local.json").exists()
 
     again = dsray("submit", "quickstart", "--set", f"output.path={output}", state_dir=state_dir, cwd=tmp_path)
-    _, message = again.communicate(timeout=60)
+    result, message = again.communicate(timeout=60)
     assert again.returncode == 0
-    assert "finished" in message
+    assert "loading the model" not in message
+    assert "SUCCEEDED" in result
+    assert "--new starts afresh" in message
     status = dsray("status", str(output), "--json", state_dir=state_dir, cwd=tmp_path)
     answer, _ = status.communicate(timeout=60)
     assert (status.returncode, json.loads(answer)["state"]) == (0, "SUCCEEDED")
