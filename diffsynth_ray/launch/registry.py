@@ -12,6 +12,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from diffsynth_ray.run_dir import append_line
+
 _MAX_BYTES = 1 << 20
 
 
@@ -53,8 +55,7 @@ def note(submission: Submission) -> None:
     if path.exists() and path.stat().st_size > _MAX_BYTES:
         lines = path.read_text().splitlines()
         path.write_text("\n".join(lines[len(lines) // 2 :]) + "\n")
-    with path.open("a") as file:
-        file.write(json.dumps(asdict(submission)) + "\n")
+    append_line(path, json.dumps(asdict(submission)))
 
 
 def submissions() -> list[Submission]:
