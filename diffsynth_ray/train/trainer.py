@@ -27,6 +27,7 @@ from diffsynth_ray.models.lora import add_lora, load_lora
 from diffsynth_ray.models.weights import load_components, load_state_dict
 from diffsynth_ray.schedule import Schedule, trained_components
 from diffsynth_ray.train.optim import MasterOptimizer, lr_factor
+from diffsynth_ray.train.residency import Residency
 from diffsynth_ray.train.strategy.base import Strategy
 from diffsynth_ray.train.strategy.ddp import DDPStrategy
 
@@ -75,11 +76,10 @@ class TrainGraph(nn.Module):
     Frozen encoders run without recording gradients; a trained one is part of the graph.
     """
 
-    def __init__(self, family: ModelFamily, *, trained: Sequence[str], gradient_checkpointing: bool) -> None:
+    def __init__(self, family: ModelFamily, *, trained: Sequence[str]) -> None:
         super().__init__()
         self.components = nn.ModuleDict(family.components)
         self.family = family
-        self.gradient_checkpointing = gradient_checkpointing
         self.table = flow_matching_table(family.scheduler_table)
         self.text_is_trained = any(name in trained for name in family.text_components)
         self.image_is_trained = any(name in trained for name in family.image_components)
@@ -101,21 +101,30 @@ class TrainGraph(nn.Module):
             encoded,
             targets.noisy_latents.to(self.family.dtype),
             targets.timesteps,
-            gradient_checkpointing=self.gradient_checkpointing,
+            gradient_checkpointing=False,  # the blocks' BlockCalls recompute
         )
         return per_sample_loss(pred, targets.target, targets.loss_weight)
 
 
 def load_family(job: Job, *, device: torch.device) -> ModelFamily:
-    """The job's model on `device`: from its files, or at the family's tiny size with random weights."""
+    """The job's model for `device`: from its files, or at the family's tiny size with random weights.
+
+    Its weights are still on the meta device; `residency.settle` reads them to where they belong.
+    """
+    family = _build_family(job)
+    family.device = device
+    return family
+
+
+def _build_family(job: Job) -> ModelFamily:
     dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
     if job.model.tiny:
         assert job.model.family is not None  # resolve has checked it
-        return get_family(job.model.family).build_tiny(job.seed, dtype=dtype, device=device)
+        return get_family(job.model.family).build_tiny(job.seed, dtype=dtype, device="meta")
     name, files = load_components(job.model.paths, family=job.model.family)
     assert job.model.tokenizer_path is not None  # resolve has checked it
     tokenizers = {"tokenizer_path": Path(job.model.tokenizer_path)}
-    return get_family(name).load(files, dtype=dtype, device=device, tokenizer_paths=tokenizers)
+    return get_family(name).load(files, dtype=dtype, device="meta", tokenizer_paths=tokenizers)
 
 
 def load_initial_weights(family: ModelFamily, job: Job) -> None:
@@ -206,18 +215,21 @@ def _add_job_lora(family: ModelFamily, job: Job) -> None:
         alpha=job.lora.alpha,
         seed=job.seed,
         dtype=family.dtype,
+        device=family.device,
     )
 
 
 class Trainer:
     """All state of a run on one worker."""
 
-    def __init__(self, job: Job, family: ModelFamily, schedule: Schedule) -> None:
+    def __init__(
+        self, job: Job, family: ModelFamily, schedule: Schedule, *, residency: Residency | None = None
+    ) -> None:
         self.job = job
         self.family = family
         self.schedule = schedule
-        checkpointing = job.gradient.checkpointing is True
-        self.graph = TrainGraph(family, trained=trained_components(job), gradient_checkpointing=checkpointing)
+        self.residency = residency or Residency()
+        self.graph = TrainGraph(family, trained=trained_components(job))
         self.trained = {
             name.removeprefix("components."): param
             for name, param in self.graph.named_parameters()
@@ -243,6 +255,7 @@ class Trainer:
     def _probe(self, probe: MicroInput) -> bool:
         """Run a micro batch and forget it; whether some trained parameter got no gradient."""
         noise, timestep_ids = self._draw(probe, step=0)
+        self.residency.begin()
         self.graph(probe.batch, noise, timestep_ids).sum().backward()
         num_unused = sum(param.grad is None for param in self.trained.values())
         for param in self.trained.values():
@@ -290,6 +303,7 @@ class Trainer:
         for number, micro in enumerate(micro_inputs, start=1):
             last = number == len(micro_inputs)
             noise, timestep_ids = self._draw(micro, step=self.step)
+            self.residency.begin()
             losses = self.strategy.forward(micro.batch, noise, timestep_ids, last=last)
             micro_loss = losses.sum() * (0.0 if micro.is_dummy else 1.0)
             self.strategy.backward(micro_loss / num_samples, last=last)
