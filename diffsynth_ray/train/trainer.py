@@ -6,12 +6,14 @@ b batch of a micro step, c latent channels, f frames, h/w height and width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import JobFileError, ModelError, Problem
@@ -70,6 +72,17 @@ class StepResult:
     lr: float
 
 
+def fastest_attention() -> AbstractContextManager[None]:
+    """cuDNN's attention first where there is one (on an H100 half as fast again as flash attention), then torch's own order."""
+    backends = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    return sdpa_kernel(backends, set_priority=True) if torch.cuda.is_available() else nullcontext()
+
+
 class TrainGraph(nn.Module):
     """The way from encoded or decoded samples to their losses, as one module for DDP and its like.
 
@@ -97,12 +110,7 @@ class TrainGraph(nn.Module):
         """Weighted losses [b], float32; noise is shaped like the latents, timestep_ids [b] index the table."""
         encoded = self.encode(batch) if isinstance(batch, SampleBatch) else batch
         targets = make_targets(encoded.latents, noise, timestep_ids, self.table)
-        pred = self.family.predict(
-            encoded,
-            targets.noisy_latents.to(self.family.dtype),
-            targets.timesteps,
-            gradient_checkpointing=False,  # the blocks' BlockCalls recompute
-        )
+        pred = self.family.predict(encoded, targets.noisy_latents.to(self.family.dtype), targets.timesteps)
         return per_sample_loss(pred, targets.target, targets.loss_weight)
 
 
@@ -256,7 +264,8 @@ class Trainer:
         """Run a micro batch and forget it; whether some trained parameter got no gradient."""
         noise, timestep_ids = self._draw(probe, step=0)
         self.residency.begin()
-        self.graph(probe.batch, noise, timestep_ids).sum().backward()
+        with fastest_attention():
+            self.graph(probe.batch, noise, timestep_ids).sum().backward()
         num_unused = sum(param.grad is None for param in self.trained.values())
         for param in self.trained.values():
             param.grad = None
@@ -298,6 +307,10 @@ class Trainer:
 
         `num_samples` counts the real samples of all workers; the step's loss is the mean over them, however they are dealt.
         """
+        with fastest_attention():
+            return self._train_step(micro_inputs, num_samples=num_samples)
+
+    def _train_step(self, micro_inputs: Sequence[MicroInput], *, num_samples: int) -> StepResult:
         assert self.strategy is not None, "start() comes first"
         loss_sum = torch.zeros((), device=self.family.device)
         for number, micro in enumerate(micro_inputs, start=1):
