@@ -84,6 +84,7 @@ class RunDir:
         self.error_path = path / "error.json"
         self.progress_path = path / "progress.json"
         self.stop_path = path / "stop.json"
+        self.checkpoint_request_path = path / "checkpoint.json"
         self.loss_path = path / "loss.csv"
         self.tensorboard_dir = path / "tensorboard"
         self.checkpoints_dir = path / "checkpoints"
@@ -160,6 +161,7 @@ class RunDir:
         write_whole(self.job_path, resolved.model_dump_json(indent=2))
         write_whole(self.attempt_path, json.dumps(asdict(attempt)))
         self.stop_path.unlink(missing_ok=True)
+        self.checkpoint_request_path.unlink(missing_ok=True)
         self.error_path.unlink(missing_ok=True)
         self.note_attempt(attempt, "started", num_workers=resolved.num_workers, device=resolved.device)
         return attempt
@@ -206,6 +208,18 @@ class RunDir:
             return str(json.loads(self.stop_path.read_text())["reason"])
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    def request_checkpoint(self) -> None:
+        """Ask the running attempt for a checkpoint; rank 0 reads it after each step."""
+        write_whole(self.checkpoint_request_path, json.dumps({"time": time.time()}))
+
+    def is_checkpoint_requested(self) -> bool:
+        """Whether a checkpoint was asked for and is not yet committed."""
+        return self.checkpoint_request_path.exists()
+
+    def checkpoint_is_done(self) -> None:
+        """Take the request for a checkpoint back: it is committed."""
+        self.checkpoint_request_path.unlink(missing_ok=True)
 
     def write_progress(self, progress: Progress) -> None:
         """Keep the newest progress for `dsray status`."""

@@ -44,6 +44,9 @@ class ResolvedJob(BaseModel):
     """The keys that change what a step computes, as the user gave them."""
     stages: list[Literal["encode", "train"]]
     num_workers: int
+    """Training workers; the most of an elastic run."""
+    min_workers: int
+    """The fewest that an elastic run goes on with; else the same number."""
     device: Literal["cuda", "cpu"]
     resources_per_worker: dict[str, float]
     decode_cpus: float
@@ -54,6 +57,11 @@ class ResolvedJob(BaseModel):
     """Micro steps of a full optimizer step on each worker."""
     global_batch_size: int
     """Samples of an optimizer step."""
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers follows the cluster."""
+        return self.min_workers < self.num_workers
 
     @property
     def output_path(self) -> Path:
@@ -77,11 +85,13 @@ def resolve(job: Job, resources: Resources, *, source: str = "job", remote: bool
     `remote`: the files are on a cluster, so that relative paths mean nothing there and are errors.
     """
     problems = _check_rules(job)
-    num_workers, device = _workers(job, resources)
+    min_workers, num_workers, device = _workers(job, resources)
     per_worker = job.distributed.resources_per_worker or (
         {"GPU": 1.0, "CPU": 1.0} if device == "cuda" else {"CPU": 0.5}
     )
-    decode_cpus, decode_tasks, starved = _data_cpus(job, resources, num_workers=num_workers, per_worker=per_worker)
+    # An elastic run starts with what fits now, and needs room for its fewest workers only.
+    now = max(min_workers, min(num_workers, _most_workers(resources, per_worker)))
+    decode_cpus, decode_tasks, starved = _data_cpus(job, resources, num_workers=now, per_worker=per_worker)
     global_batch = job.dataset.global_batch_size or (
         job.dataset.batch_size * num_workers * job.gradient.accumulation_steps
     )
@@ -97,6 +107,7 @@ def resolve(job: Job, resources: Resources, *, source: str = "job", remote: bool
         given=given,
         stages=["train"],
         num_workers=num_workers,
+        min_workers=min_workers,
         device=device,
         resources_per_worker=per_worker,
         decode_cpus=decode_cpus,
@@ -113,15 +124,22 @@ def identity(job: Job, global_batch_size: int) -> dict[str, Any]:
     return given
 
 
-def _workers(job: Job, resources: Resources) -> tuple[int, Literal["cuda", "cpu"]]:
+def _workers(job: Job, resources: Resources) -> tuple[int, int, Literal["cuda", "cpu"]]:
+    """Fewest and most workers, and what they compute on."""
     asked = job.distributed.num_workers
     gpus = (job.distributed.resources_per_worker or {"GPU": 1.0}).get("GPU", 0.0)
     device: Literal["cuda", "cpu"] = "cuda" if resources.gpus >= 1 and gpus > 0 else "cpu"
-    if isinstance(asked, int):
-        return max(asked, 1), device
     if isinstance(asked, list):
-        return max(asked), device
-    return (max(1, int(resources.gpus / gpus)) if device == "cuda" else 1), device
+        return max(min(asked), 1), max(*asked, 1), device
+    most = asked if asked is not None else (int(resources.gpus / gpus) if device == "cuda" else 1)
+    return max(most, 1), max(most, 1), device
+
+
+def _most_workers(resources: Resources, per_worker: dict[str, float]) -> int:
+    """How many workers fit beside their reading and decoding."""
+    cpus = per_worker.get("CPU", 0.0) + READ_CPUS + MIN_DECODE_CPUS
+    gpus = per_worker.get("GPU", 0.0)
+    return min(int(resources.cpus / cpus), int(resources.gpus / gpus) if gpus else 1 << 30)
 
 
 def _data_cpus(
@@ -141,7 +159,7 @@ def _data_cpus(
     worker_cpus = per_worker.get("CPU", 0.0)
     share = round((resources.cpus - num_workers * worker_cpus) / num_workers, 4)
     if share < READ_CPUS + MIN_DECODE_CPUS:
-        most = int(resources.cpus / (worker_cpus + READ_CPUS + MIN_DECODE_CPUS))
+        most = _most_workers(resources, {"CPU": worker_cpus})
         cure = f"at most {most} workers of that size fit" if most else "use a larger machine"
         problems.append(
             Problem(
@@ -192,8 +210,12 @@ def _check_rules(job: Job) -> list[Problem]:
         if amount < 0:
             problems.append(Problem("distributed.resources_per_worker", f"{name} = {amount:g}; amounts are 0 or more"))
     problems += _check_plain_values("training.optimizer_args", training.optimizer_args)
-    if isinstance(job.distributed.num_workers, int) and job.distributed.num_workers < 1:
+    asked = job.distributed.num_workers
+    if isinstance(asked, int) and asked < 1:
         problems.append(Problem("distributed.num_workers", "must be at least 1"))
+    if isinstance(asked, list) and not 1 <= asked[0] <= asked[1]:
+        message = f"got {asked}; [min, max] of an elastic run, with 1 <= min <= max, as in [1, 4]"
+        problems.append(Problem("distributed.num_workers", message))
     return problems + _check_model(job)
 
 

@@ -207,7 +207,7 @@ class DistributedSection(Section):
     """Workers and strategy."""
 
     num_workers: int | Annotated[list[int], Field(min_length=2, max_length=2)] | None = _key()
-    """Training workers; unset = all GPUs, else 1; [min, max] = elastic (a later version)."""
+    """Training workers; unset = all GPUs, else 1; [min, max] = elastic: what there is room for, whenever nodes go or come."""
     strategy: Literal["ddp", "deepspeed"] = _key("ddp")
     """How gradients and optimizer state are shared."""
     zero_stage: Literal[1, 2, 3] = _key(2, not_built="DeepSpeed")

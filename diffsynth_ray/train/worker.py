@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,18 +17,19 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
 from ray.util.metrics import Gauge
 
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.data.samples import SampleIndex
 from diffsynth_ray.data.stream import StreamedBatch, build_stream
-from diffsynth_ray.errors import DsrayError, RunError
+from diffsynth_ray.errors import DsrayError, RunError, is_lost_connection
 from diffsynth_ray.run_dir import Progress, RunDir
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.checkpoint import Checkpoint, damage_of, find_checkpoints, find_restorable, read_checkpoint
 from diffsynth_ray.train.export import export_weights
 from diffsynth_ray.train.figures import FigureWriter
+from diffsynth_ray.train.group import Group
+from diffsynth_ray.train.heartbeat import Heartbeat
 from diffsynth_ray.train.saver import CheckpointSaver, WriterIdentity
 from diffsynth_ray.train.storage import Storage
 from diffsynth_ray.train.trainer import (
@@ -38,7 +42,11 @@ from diffsynth_ray.train.trainer import (
     select_trained,
 )
 
-_STOP, _CHECKPOINT = 1, 2
+_STOP, _CHECKPOINT, _LOOK_FOR_PREEMPTION = 1, 2, 4
+_LOOK_EVERY_S = 2.0
+"""Asking Ray Train whether a node will be taken away is a meeting of all workers."""
+_FOLLOWER_WAIT_S = 20.0
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SPEED_WINDOW = 20
 """Steps that the shown speed is averaged over."""
 
@@ -50,8 +58,11 @@ def train_loop(*, resolved_json: str, token: str, index: ray.ObjectRef, board: A
     Returns {"state", "step", "num_steps"} of the run.
     """
     rank = ray.train.get_context().get_world_rank()
+    resolved = ResolvedJob.model_validate_json(resolved_json)
+    board.enter.remote(rank, _log_path())
+    heartbeat = Heartbeat(partial(board.beat.remote, rank), every_s=min(5.0, resolved.job.distributed.timeout_s / 4))
     try:
-        return _Worker(ResolvedJob.model_validate_json(resolved_json), token=token, index=index, board=board).run()
+        return _Worker(resolved, token=token, index=index, board=board, heartbeat=heartbeat).run()
     except DsrayError as error:
         # A user's mistake does not go away by a restart: the driver ends the run when it sees this.
         ray.get(board.fail.remote(rank, error))
@@ -59,6 +70,34 @@ def train_loop(*, resolved_json: str, token: str, index: ray.ObjectRef, board: A
     except torch.OutOfMemoryError as error:
         ray.get(board.fail.remote(rank, _out_of_memory(rank, error)))
         raise
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        ray.get(board.fail.remote(rank, _disk_full(resolved, error)))
+        raise
+    except RuntimeError as error:
+        if is_lost_connection(error):
+            # The worker at the other end is the cause; Ray Train hears of its death a little later than we do.
+            heartbeat.enter("waiting to be ended: another worker is gone", 0)
+            time.sleep(_FOLLOWER_WAIT_S)
+        raise
+    finally:
+        heartbeat.end()
+
+
+def _log_path() -> str:
+    """The file that this worker's output goes to."""
+    try:
+        return os.readlink("/proc/self/fd/2")
+    except OSError:
+        return ""
+
+
+def _disk_full(resolved: ResolvedJob, error: OSError) -> RunError:
+    return RunError(
+        f"{error.filename or resolved.output_path}: {error.strerror}",
+        hint="make room and submit the job again: it continues from its last checkpoint, which is whole",
+    )
 
 
 def _out_of_memory(rank: int, error: torch.OutOfMemoryError) -> RunError:
@@ -73,7 +112,9 @@ def _out_of_memory(rank: int, error: torch.OutOfMemoryError) -> RunError:
 class _Worker:
     """One worker's side of a run, in the order in which things happen."""
 
-    def __init__(self, resolved: ResolvedJob, *, token: str, index: ray.ObjectRef, board: Any) -> None:
+    def __init__(
+        self, resolved: ResolvedJob, *, token: str, index: ray.ObjectRef, board: Any, heartbeat: Heartbeat
+    ) -> None:
         context = ray.train.get_context()
         self.resolved, self.job, self.token, self.index_ref = resolved, resolved.job, token, index
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
@@ -84,6 +125,7 @@ class _Worker:
         self.schedule = build_schedule(
             self.job, num_samples=self.index.order.num_samples, global_batch_size=self.resolved.global_batch_size
         )
+        self.heartbeat = heartbeat
         self.say: Callable[[str], object] = board.say.remote if self.rank == 0 else _silent
 
     def run(self) -> dict[str, Any]:
@@ -106,6 +148,7 @@ class _Worker:
     def _build_trainer(self, device: torch.device) -> Trainer:
         started = time.monotonic()
         self.say("loading the model")
+        self.heartbeat.enter("loading the model", 0)
         family = load_family(self.job, device=device)
         select_trained(family, self.job)
         load_initial_weights(family, self.job)
@@ -127,11 +170,12 @@ class _Worker:
         """The name of this group of workers, given by rank 0; from here on no earlier group commits anything."""
         writer = self.control.from_rank_zero(self.run_dir.claim_writer(self.token) if self.rank == 0 else None)
         if writer is None:
-            raise _superseded()
+            raise superseded()
         return str(writer)
 
     def _choose_start(self) -> Checkpoint | None:
         """The newest whole checkpoint, the same for all ranks, or None. Each rank checks its share of the files."""
+        self.heartbeat.enter("checking the checkpoint", 0)
         found = self.control.from_rank_zero(find_checkpoints(self.storage) if self.rank == 0 else None)
 
         def damage(checkpoint: Checkpoint) -> str | None:
@@ -169,12 +213,16 @@ class _Worker:
         figures = FigureWriter(self.run_dir, self.job.logging, start_step=self.trainer.step) if self.rank == 0 else None
         reporter = _Reporter(self, figures)
         self.saver = self._build_saver()
+        self.last_checkpoint = self.last_look = time.monotonic()
+        self.preempted_nodes: set[str] = set()
         self.say("waiting for the first samples")
         try:
-            while self.trainer.step < self.schedule.num_steps:
+            while (step := self.trainer.step) < self.schedule.num_steps:
                 started = time.monotonic()
+                self.heartbeat.enter("waiting for samples", step)
                 streamed = next(steps)
                 data_wait_s = time.monotonic() - started
+                self.heartbeat.enter("training", step + 1)
                 result = self.trainer.train_step(
                     [_micro_input(batch) for batch in streamed], num_samples=streamed[0].num_samples
                 )
@@ -185,43 +233,61 @@ class _Worker:
                     self._checkpoint()
                 self.saver.check()
                 if flags & _STOP:
-                    self.saver.finish()
-                    return "STOPPED"
+                    break
+            self.heartbeat.enter("writing a checkpoint", self.trainer.step)
             self.saver.finish()
         finally:
             if figures is not None:
                 figures.close()
-        return "SUCCEEDED"
+        return "SUCCEEDED" if self.trainer.step == self.schedule.num_steps else "STOPPED"
 
     def _flags(self) -> int:
         """What rank 0 wants after this step, the same on all ranks."""
+        flags = self.control.number_from_rank_zero(self._wishes() if self.rank == 0 else 0)
+        if flags & _LOOK_FOR_PREEMPTION and self._is_new_preemption():
+            flags |= _CHECKPOINT
+        return flags
+
+    def _wishes(self) -> int:
         flags = 0
-        if self.rank == 0:
-            step, output = self.trainer.step, self.job.output
-            stop_reason = self.run_dir.stop_reason()
-            minutes = (time.monotonic() - self.last_checkpoint) / 60
-            if stop_reason is not None:
-                self.say(f"stopping after step {step}: {stop_reason}")
-                flags |= _STOP | _CHECKPOINT
-            # By time, a checkpoint can wait for the one that is still being written; by steps, training waits.
-            due = output.checkpoint_minutes is not None and minutes >= output.checkpoint_minutes and not self.saver.in_flight
-            due |= output.checkpoint_steps is not None and step % output.checkpoint_steps == 0
-            if due or step == self.schedule.num_steps:
-                flags |= _CHECKPOINT
-        return self.control.number_from_rank_zero(flags)
+        step, output = self.trainer.step, self.job.output
+        now = time.monotonic()
+        stop_reason = self.run_dir.stop_reason()
+        if stop_reason is not None and step < self.schedule.num_steps:
+            self.say(f"stopping after step {step}: {stop_reason}")
+            flags |= _STOP | _CHECKPOINT
+        # By time or on request, a checkpoint can wait for the one that is still being written; by steps, training waits.
+        due = output.checkpoint_minutes is not None and (now - self.last_checkpoint) / 60 >= output.checkpoint_minutes
+        due = (due or self.run_dir.is_checkpoint_requested()) and not self.saver.in_flight
+        due |= output.checkpoint_steps is not None and step % output.checkpoint_steps == 0
+        if due or step == self.schedule.num_steps:
+            flags |= _CHECKPOINT
+        if now - self.last_look >= _LOOK_EVERY_S:
+            self.last_look = now
+            flags |= _LOOK_FOR_PREEMPTION
+        return flags
+
+    def _is_new_preemption(self) -> bool:
+        """Whether a worker's node will be taken away that was not known of; the same on all ranks."""
+        info = ray.train.get_preemption_info()
+        nodes = set(info.preempted_node_ids) - self.preempted_nodes if info is not None else set()
+        if nodes:
+            self.preempted_nodes |= nodes
+            self.say(f"the nodes of ranks {info.preempted_ranks} will go: checkpoint after step {self.trainer.step}")
+        return bool(nodes)
 
     def _build_saver(self) -> CheckpointSaver:
-        self.last_checkpoint = time.monotonic()
         return CheckpointSaver(
             self.storage,
             WriterIdentity(rank=self.rank, world_size=self.world_size, token=self.token, writer=self.writer),
             keep=self.job.output.keep_checkpoints,
-            may_commit=self._may_commit,
+            may_commit=self.may_commit,
             gather=self.writers.gather,
+            on_commit=self.run_dir.checkpoint_is_done,
             say=self.say,
         )
 
-    def _may_commit(self) -> bool:
+    def may_commit(self) -> bool:
         return self.run_dir.may_commit(self.token, self.writer)
 
     def _checkpoint(self) -> None:
@@ -234,48 +300,17 @@ class _Worker:
         if stem is None:
             return
         assert self.trainer.strategy is not None  # built by start()
+        self.heartbeat.enter("exporting", self.trainer.step)
         masters = self.trainer.strategy.full_masters()
         if self.rank != 0:
             return
-        if not self._may_commit():
-            raise _superseded()
+        if not self.may_commit():
+            raise superseded()
         paths = export_weights(self.trainer.family, self.job, masters=masters, output_dir=self.run_dir.path, stem=stem)
         self.say(f"wrote {', '.join(str(path.relative_to(self.run_dir.path)) for path in paths)}")
 
 
-class Group:
-    """Small values among all ranks, on the CPU, whatever the training's backend is."""
-
-    def __init__(self, world_size: int) -> None:
-        self._world_size = world_size
-        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
-
-    def from_rank_zero(self, value: Any) -> Any:
-        """Rank 0's value."""
-        if self._group is None:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
-
-    def number_from_rank_zero(self, number: int) -> int:
-        """Rank 0's number, without the cost of pickling."""
-        if self._group is None:
-            return number
-        message = torch.tensor([number])
-        dist.broadcast(message, src=0, group=self._group)
-        return int(message)
-
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks."""
-        if self._group is None:
-            return [value]
-        found: list[Any] = [None] * self._world_size
-        dist.all_gather_object(found, value, group=self._group)
-        return found
-
-
-def _superseded() -> RunError:
+def superseded() -> RunError:
     return RunError("a newer attempt of this run has taken over; this one writes nothing and ends")
 
 
@@ -332,6 +367,8 @@ class _Reporter:
             self.gauges["gpu_memory_gib"].set(torch.cuda.max_memory_allocated() / 2**30)
         if self.figures is None:
             return
+        if not worker.may_commit():
+            raise superseded()
         self.figures.write(step, figures)
         progress = Progress(
             step=step,
@@ -340,7 +377,8 @@ class _Reporter:
             **figures,
         )
         worker.say(progress.line())
-        worker.run_dir.write_progress(progress)
+        with suppress(OSError):  # a full disk: the log has the line too
+            worker.run_dir.write_progress(progress)
 
 
 class Prefetched(Iterator[list[StreamedBatch]]):

@@ -146,7 +146,6 @@ def test_problems_of_overrides_and_file_come_together(tmp_path: Path) -> None:
         ("distributed.strategy=deepspeed", "DeepSpeed"),
         ("task=direct_distill", "direct distillation"),
         ("gradient.checkpointing=auto", "selective recomputation"),
-        ("distributed.num_workers=[1, 4]", "elastic"),
     ],
 )
 def test_what_is_not_built_is_refused(tmp_path: Path, override: str, feature: str) -> None:
