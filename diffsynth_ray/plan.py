@@ -129,12 +129,14 @@ def _check_model_files(resolved: ResolvedJob) -> None:
     named = [("model.paths", path) for entry in model.paths for path in ([entry] if isinstance(entry, str) else entry)]
     named += [
         (key, path)
-        for key, path in (
+        for key, value in (
             ("model.tokenizer_path", model.tokenizer_path),
             ("training.resume_from_checkpoint", resolved.job.training.resume_from_checkpoint),
             ("lora.checkpoint", resolved.job.lora.checkpoint),
+            ("lora.preset_path", resolved.job.lora.preset_path),
         )
-        if path is not None
+        if value is not None
+        for path in ([value] if isinstance(value, str) else value)
     ]
     missing = [Problem(key, f"{path} does not exist") for key, path in named if not Path(path).exists()]
     if missing:

@@ -202,6 +202,7 @@ def _check_rules(job: Job) -> list[Problem]:
         )
     if job.lora.base_model is None and job.lora.checkpoint is not None:
         problems.append(Problem("lora.checkpoint", "needs lora.base_model"))
+    problems += _check_presets(job)
     if len(set(training.trainable_models)) != len(training.trainable_models):
         problems.append(Problem("training.trainable_models", "a component is named twice"))
     if training.precision == "fp32" and not training.master_weights:
@@ -217,6 +218,17 @@ def _check_rules(job: Job) -> list[Problem]:
         message = f"got {asked}; [min, max] of an elastic run, with 1 <= min <= max, as in [1, 4]"
         problems.append(Problem("distributed.num_workers", message))
     return problems + _check_model(job)
+
+
+def _check_presets(job: Job) -> list[Problem]:
+    paths, models = job.lora.preset_path, job.lora.preset_model
+    if models is not None and not paths:
+        return [Problem("lora.preset_model", "needs lora.preset_path: the LoRA to merge")]
+    num_paths = len(paths) if isinstance(paths, list) else 1
+    if isinstance(models, list) and len(models) not in (1, num_paths):
+        message = f"names {len(models)} components for {num_paths} files of lora.preset_path; give one, or one for each"
+        return [Problem("lora.preset_model", message)]
+    return []
 
 
 def _check_plain_values(key: str, values: dict[str, Any]) -> list[Problem]:

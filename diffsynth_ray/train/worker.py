@@ -30,6 +30,7 @@ from diffsynth_ray.train.export import export_weights
 from diffsynth_ray.train.figures import FigureWriter
 from diffsynth_ray.train.group import Group
 from diffsynth_ray.train.heartbeat import Heartbeat
+from diffsynth_ray.train.initial import load_initial_weights, merge_presets
 from diffsynth_ray.train.saver import CheckpointSaver, WriterIdentity
 from diffsynth_ray.train.storage import Storage
 from diffsynth_ray.train.trainer import (
@@ -38,7 +39,6 @@ from diffsynth_ray.train.trainer import (
     StepResult,
     Trainer,
     load_family,
-    load_initial_weights,
     select_trained,
 )
 
@@ -150,8 +150,9 @@ class _Worker:
         self.say("loading the model")
         self.heartbeat.enter("loading the model", 0)
         family = load_family(self.job, device=device)
+        merge_presets(family, self.job, self.say)
         select_trained(family, self.job)
-        load_initial_weights(family, self.job)
+        load_initial_weights(family, self.job, self.say)
         trainer = Trainer(self.job, family, self.schedule)
         count = sum(param.numel() for param in trainer.trained.values())
         self.say(f"model loaded in {time.monotonic() - started:.1f} s, {count:,} trained parameters")
