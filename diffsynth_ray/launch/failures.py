@@ -11,6 +11,7 @@ from diffsynth_ray.errors import DsrayError, is_lost_connection
 _DIED, _RAISED, _FOLLOWED = 0, 1, 2
 """How likely a failure is the root: a process that died, an error of its own, a lost connection to another worker."""
 
+
 @dataclass(frozen=True)
 class WorkerPlace:
     """Where a worker is."""

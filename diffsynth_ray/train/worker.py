@@ -31,6 +31,7 @@ from diffsynth_ray.train.figures import FigureWriter
 from diffsynth_ray.train.group import Group
 from diffsynth_ray.train.heartbeat import Heartbeat
 from diffsynth_ray.train.initial import load_initial_weights, merge_presets
+from diffsynth_ray.train.memory_report import measure, out_of_memory
 from diffsynth_ray.train.saver import CheckpointSaver, WriterIdentity
 from diffsynth_ray.train.storage import Storage
 from diffsynth_ray.train.trainer import (
@@ -61,14 +62,15 @@ def train_loop(*, resolved_json: str, token: str, index: ray.ObjectRef, board: A
     resolved = ResolvedJob.model_validate_json(resolved_json)
     board.enter.remote(rank, _log_path())
     heartbeat = Heartbeat(partial(board.beat.remote, rank), every_s=min(5.0, resolved.job.distributed.timeout_s / 4))
+    worker = _Worker(resolved, token=token, index=index, board=board, heartbeat=heartbeat)
     try:
-        return _Worker(resolved, token=token, index=index, board=board, heartbeat=heartbeat).run()
+        return worker.run()
     except DsrayError as error:
         # A user's mistake does not go away by a restart: the driver ends the run when it sees this.
         ray.get(board.fail.remote(rank, error))
         raise
     except torch.OutOfMemoryError as error:
-        ray.get(board.fail.remote(rank, _out_of_memory(rank, error)))
+        ray.get(board.fail.remote(rank, worker.out_of_memory(error)))
         raise
     except OSError as error:
         if error.errno not in _FULL:
@@ -100,21 +102,10 @@ def _disk_full(resolved: ResolvedJob, error: OSError) -> RunError:
     )
 
 
-def _out_of_memory(rank: int, error: torch.OutOfMemoryError) -> RunError:
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    return RunError(
-        f"rank {rank}: the GPU's memory is full (peak {peak:.1f} GiB): {str(error).splitlines()[0]}",
-        hint="lower dataset.batch_size (with global_batch_size kept) or dataset.max_pixels, "
-        "set gradient.checkpointing = true, or train a LoRA instead of all weights",
-    )
-
-
 class _Worker:
     """One worker's side of a run, in the order in which things happen."""
 
-    def __init__(
-        self, resolved: ResolvedJob, *, token: str, index: ray.ObjectRef, board: Any, heartbeat: Heartbeat
-    ) -> None:
+    def __init__(self, resolved: ResolvedJob, *, token: str, index: ray.ObjectRef, board: Any, heartbeat: Heartbeat) -> None:
         context = ray.train.get_context()
         self.resolved, self.job, self.token, self.index_ref = resolved, resolved.job, token, index
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
@@ -126,11 +117,13 @@ class _Worker:
             self.job, num_samples=self.index.order.num_samples, global_batch_size=self.resolved.global_batch_size
         )
         self.heartbeat = heartbeat
+        self.computed = "the weights"
+        """What an out-of-memory error names."""
         self.say: Callable[[str], object] = board.say.remote if self.rank == 0 else _silent
 
     def run(self) -> dict[str, Any]:
         """Train from the newest checkpoint to the end, or to a stop."""
-        device = ray.train.torch.get_device()
+        device = self.device = ray.train.torch.get_device()
         if device.type == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_world_size))
         # Flags from rank 0 travel on the CPU, so that they never wait for the GPU; checkpoints are written by a thread.
@@ -140,12 +133,12 @@ class _Worker:
         checkpoint = self._choose_start()
         # Ray Data's processes start while the model is loaded.
         stream = Prefetched(self._build_stream(checkpoint.step if checkpoint else 0))
-        self.trainer = self._build_trainer(device)
+        self._build_trainer(device)
         self._restore(checkpoint)
         result = self._train(stream)
         return {"state": result, "step": self.trainer.step, "num_steps": self.schedule.num_steps}
 
-    def _build_trainer(self, device: torch.device) -> Trainer:
+    def _build_trainer(self, device: torch.device) -> None:
         started = time.monotonic()
         self.say("loading the model")
         self.heartbeat.enter("loading the model", 0)
@@ -153,11 +146,26 @@ class _Worker:
         merge_presets(family, self.job, self.say)
         select_trained(family, self.job)
         load_initial_weights(family, self.job, self.say)
-        trainer = Trainer(self.job, family, self.schedule)
-        count = sum(param.numel() for param in trainer.trained.values())
+        self.trainer = Trainer(self.job, family, self.schedule)
+        count = sum(param.numel() for param in self.trainer.trained.values())
         self.say(f"model loaded in {time.monotonic() - started:.1f} s, {count:,} trained parameters")
-        trainer.start(self._probe_input())
-        return trainer
+        probe = self._probe_input()
+        self.computed = f"the costliest micro batch, tried before the first step ({_describe(probe)})"
+        self.trainer.start(probe)
+
+    def out_of_memory(self, error: torch.OutOfMemoryError) -> RunError:
+        """What the user is told of a full device."""
+        cause = str(error).splitlines()[0]
+        if not hasattr(self, "trainer"):
+            return RunError(f"rank {self.rank}: the weights do not fit the device's memory. {cause}")
+        return out_of_memory(
+            self.job,
+            measure(self.trainer, self.device),
+            rank=self.rank,
+            world_size=self.world_size,
+            computed=self.computed,
+            cause=cause,
+        )
 
     def _probe_input(self) -> MicroInput:
         """Noise in the shape of the costliest micro batch: no file is read for it."""
@@ -201,6 +209,7 @@ class _Worker:
     def _restore(self, checkpoint: Checkpoint | None) -> None:
         if checkpoint is None:
             return
+        self.heartbeat.enter("restoring the checkpoint", checkpoint.step)
         state = read_checkpoint(self.storage, checkpoint, expected_masters=set(self.trainer.trained))
         assert self.trainer.strategy is not None  # built by start()
         self.trainer.strategy.load_state(state)
@@ -224,9 +233,9 @@ class _Worker:
                 streamed = next(steps)
                 data_wait_s = time.monotonic() - started
                 self.heartbeat.enter("training", step + 1)
-                result = self.trainer.train_step(
-                    [_micro_input(batch) for batch in streamed], num_samples=streamed[0].num_samples
-                )
+                inputs = [_micro_input(batch) for batch in streamed]
+                self.computed = f"step {step + 1} ({'; '.join(map(_describe, inputs))})"
+                result = self.trainer.train_step(inputs, num_samples=streamed[0].num_samples)
                 reporter.after_step(result, streamed, started=started, data_wait_s=data_wait_s)
                 self._export()
                 flags = self._flags()
@@ -415,6 +424,14 @@ def _steps(stream: Iterator[StreamedBatch]) -> Iterator[list[StreamedBatch]]:
 def _micro_input(streamed: StreamedBatch) -> MicroInput:
     micro = streamed.micro_batch
     return MicroInput(SampleBatch(streamed.pixels, streamed.prompts, micro.rows), micro.indices, micro.is_dummy)
+
+
+def _describe(micro: MicroInput) -> str:
+    """The samples of a micro batch, for an error."""
+    assert isinstance(micro.batch, SampleBatch)
+    height, width, num_frames = micro.batch.size
+    size = f"{height}x{width}" + (f", {num_frames} frames" if num_frames > 1 else "")
+    return f"{len(micro.batch.rows)} x {size}, metadata rows {[row + 1 for row in micro.batch.rows]}"
 
 
 def _silent(line: str) -> None:
