@@ -157,8 +157,11 @@ def _data_cpus(
             )
         )
     worker_cpus = per_worker.get("CPU", 0.0)
-    share = round((resources.cpus - num_workers * worker_cpus) / num_workers, 4)
-    if share < READ_CPUS + MIN_DECODE_CPUS:
+    found = data_share(
+        resources.cpus, num_workers=num_workers, worker_cpus=worker_cpus, most_tasks=job.dataset.num_workers
+    )
+    if found is None:
+        share = resources.cpus / num_workers - worker_cpus
         most = _most_workers(resources, {"CPU": worker_cpus})
         cure = f"at most {most} workers of that size fit" if most else "use a larger machine"
         problems.append(
@@ -170,10 +173,20 @@ def _data_cpus(
             )
         )
         return MIN_DECODE_CPUS, 1, problems
-    free = round(share - READ_CPUS, 4)
+    return *found, problems
+
+
+def data_share(cpus: float, *, num_workers: int, worker_cpus: float, most_tasks: int) -> tuple[float, int] | None:
+    """CPUs and number of the decoding tasks of a worker, from what the workers leave free; None where that is too little.
+
+    `most_tasks`: dataset.num_workers, 0 = no bound.
+    """
+    free = round((cpus - num_workers * worker_cpus) / num_workers - READ_CPUS, 4)
+    if free < MIN_DECODE_CPUS:
+        return None
     decode_cpus = min(1.0, free)
     tasks = max(1, int(free / decode_cpus))
-    return decode_cpus, min(tasks, job.dataset.num_workers or tasks), problems
+    return decode_cpus, min(tasks, most_tasks or tasks)
 
 
 def _check_rules(job: Job) -> list[Problem]:

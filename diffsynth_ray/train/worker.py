@@ -19,7 +19,7 @@ import ray.train.torch
 import torch
 from ray.util.metrics import Gauge
 
-from diffsynth_ray.config.resolve import ResolvedJob
+from diffsynth_ray.config.resolve import ResolvedJob, data_share
 from diffsynth_ray.data.samples import SampleIndex
 from diffsynth_ray.data.stream import StreamedBatch, build_stream
 from diffsynth_ray.errors import DsrayError, RunError, is_lost_connection
@@ -193,7 +193,21 @@ class _Worker:
 
         return find_restorable(found, damage, say=self.say)
 
+    def _data_share(self) -> tuple[float, int]:
+        """CPUs and number of the decoding tasks; for an elastic run from what the cluster has now."""
+        if not self.resolved.is_elastic:
+            return self.resolved.decode_cpus, self.resolved.decode_tasks
+        found = data_share(
+            ray.cluster_resources().get("CPU", 0.0),
+            num_workers=self.world_size,
+            worker_cpus=self.resolved.resources_per_worker.get("CPU", 0.0),
+            most_tasks=self.job.dataset.num_workers,
+        )
+        # Ray Train counts on whole nodes for workers. Without a free CPU, decoding takes none rather than wait forever.
+        return found or (0.0, 1)
+
     def _build_stream(self, start_step: int) -> Iterator[list[StreamedBatch]]:
+        decode_cpus, decode_tasks = self._data_share()
         return _steps(
             build_stream(
                 self.index_ref,
@@ -201,8 +215,8 @@ class _Worker:
                 num_steps=self.schedule.num_steps,
                 rank=self.rank,
                 world_size=self.world_size,
-                decode_cpus=self.resolved.decode_cpus,
-                decode_tasks=self.resolved.decode_tasks,
+                decode_cpus=decode_cpus,
+                decode_tasks=decode_tasks,
             )
         )
 
