@@ -88,6 +88,7 @@ class RunDir:
         self.loss_path = path / "loss.csv"
         self.tensorboard_dir = path / "tensorboard"
         self.checkpoints_dir = path / "checkpoints"
+        self.checkpoint_location_path = path / "checkpoint_location.json"
         self.ray_dir = path / ".ray"
 
     def owner(self) -> ResolvedJob | None:
@@ -156,6 +157,7 @@ class RunDir:
         """Claim the directory for a new attempt; the one before loses its right to commit."""
         self.check_writable()
         self.check_owner(resolved)
+        self.checkpoint_location(resolved)
         number = max((entry["attempt"] for entry in self.attempts()), default=0) + 1
         attempt = Attempt(number=number, token=secrets.token_hex(8), submission_id=submission_id)
         write_whole(self.job_path, resolved.model_dump_json(indent=2))
@@ -172,6 +174,25 @@ class RunDir:
             return json.loads(self.attempt_path.read_text())["token"] == token
         except (FileNotFoundError, NotADirectoryError):
             return False
+
+    def checkpoint_location(self, resolved: ResolvedJob) -> str:
+        """Folder or URL of the run's checkpoints. Under output.checkpoint_path each run has a folder of its own, which goes out
+        of use together with this directory's content (--new)."""
+        base = resolved.job.output.checkpoint_path
+        try:
+            known = json.loads(self.checkpoint_location_path.read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            known = {"base": None, "location": str(self.checkpoints_dir)}
+            if base is not None and not self.checkpoints_dir.exists():
+                known = {"base": base, "location": f"{base.rstrip('/')}/{resolved.run}-{secrets.token_hex(4)}"}
+                write_whole(self.checkpoint_location_path, json.dumps(known))
+        if known["base"] != base:
+            cure = f"set it to {known['base']!r}" if known["base"] else "remove the key"
+            raise OutputError(
+                f"output.checkpoint_path: got {base!r}, but the checkpoints of this run are at {known['location']}",
+                hint=f"{cure}, or --new to start afresh",
+            )
+        return str(known["location"])
 
     def claim_writer(self, token: str) -> str | None:
         """A fresh name for the group of workers that writes from now on; None where the attempt has no right to commit."""

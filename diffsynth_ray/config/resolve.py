@@ -195,6 +195,9 @@ def _check_rules(job: Job) -> list[Problem]:
     dataset, training = job.dataset, job.training
     if dataset.base_path is None:
         problems.append(Problem("dataset.base_path", "required: the folder of the media files"))
+    if "://" in job.output.path:
+        message = f"got {job.output.path!r}; a folder that all nodes see; only checkpoints can be at a URL (checkpoint_path)"
+        problems.append(Problem("output.path", message))
     if (dataset.height is None) != (dataset.width is None):
         problems.append(Problem("dataset.height", "height and width go together; give both or none"))
     if training.min_timestep_boundary >= training.max_timestep_boundary:

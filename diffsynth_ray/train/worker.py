@@ -111,7 +111,7 @@ class _Worker:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.local_world_size = context.get_local_world_size()
         self.run_dir = RunDir(resolved.output_path)
-        self.storage = Storage.at(self.run_dir.checkpoints_dir)
+        self.storage = Storage.at(self.run_dir.checkpoint_location(resolved))
         self.index: SampleIndex = ray.get(index)
         self.schedule = build_schedule(
             self.job, num_samples=self.index.order.num_samples, global_batch_size=self.resolved.global_batch_size
