@@ -12,6 +12,7 @@ import ray
 
 from diffsynth_ray.errors import DsrayError
 from diffsynth_ray.launch.failures import WorkerPlace, pick_root
+from diffsynth_ray.train.heartbeat import DONE, LOADING, LOADING_PATIENCE
 
 _SHOWN_WORKERS = 8
 
@@ -116,6 +117,8 @@ class Board:
         """What a worker's training thread is at, and for how long; sent by another thread of the worker."""
         if self._group is not None and rank in self._group.workers:
             worker = self._group.workers[rank]
+            if worker.phase == DONE:
+                return
             worker.heard = time.monotonic()
             worker.phase, worker.step, worker.since = phase, step, worker.heard - age_s
 
@@ -150,9 +153,15 @@ class Board:
         if self._group is None or self._group.hung:
             return None
         now = time.monotonic()
-        stopped = {rank: worker for rank, worker in self._group.workers.items() if now - worker.heard > timeout_s}
+        limits = {
+            rank: timeout_s * (LOADING_PATIENCE if worker.phase in LOADING else 1)
+            for rank, worker in self._group.workers.items()
+            if worker.phase != DONE
+        }
+        workers = self._group.workers
+        stopped = {rank: workers[rank] for rank, limit in limits.items() if now - workers[rank].heard > limit}
         # A process that is silent altogether is the cause; the others only wait for it.
-        stuck = stopped or {rank: worker for rank, worker in self._group.workers.items() if now - worker.since > timeout_s}
+        stuck = stopped or {rank: workers[rank] for rank, limit in limits.items() if now - workers[rank].since > limit}
         if not stuck:
             return None
         texts = {

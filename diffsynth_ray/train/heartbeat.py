@@ -6,6 +6,12 @@ import threading
 import time
 from collections.abc import Callable
 
+LOADING = frozenset({"starting", "checking the checkpoint", "loading the model", "restoring the checkpoint"})
+"""Phases that read much from a disk, and so may take several times distributed.timeout_s."""
+LOADING_PATIENCE = 4
+DONE = "done"
+"""The phase of a worker that waits for the others to end too."""
+
 
 class Heartbeat:
     """A process that is stopped or gone sends nothing; one whose training thread stands still sends a growing age."""
@@ -24,6 +30,7 @@ class Heartbeat:
     def end(self) -> None:
         """No more signs: the training function has ended."""
         self._ended.set()
+        self._send(DONE, self._step, 0.0)
 
     def _run(self) -> None:
         while not self._ended.is_set():

@@ -65,6 +65,7 @@ def test_a_loss_has_rank_place_log_and_step(board):
 
 
 def test_a_silent_process_is_the_one_that_hangs(board, clock):
+    board.beat(1, "training", 5, 0)
     clock.now += 20
     board.beat(0, "training", 5, 20)
     assert board.take(30.0).hung is None
@@ -103,3 +104,26 @@ def test_idle_is_the_time_without_workers(board, clock):
     clock.now += 7
     assert board.take(30.0).idle_s == 7
     assert board.silence_s() == float("inf")
+
+
+def test_loading_may_take_longer_than_a_step(board, clock):
+    for age in (31, 119):
+        clock.now = 100.0 + age
+        for rank in range(2):
+            board.beat(rank, "loading the model", 0, age)
+        assert board.take(30.0).hung is None
+    clock.now = 100.0 + 121
+    for rank in range(2):
+        board.beat(rank, "loading the model", 0, 121)
+    assert "loading the model" in board.take(30.0).hung.text
+
+
+def test_a_worker_that_is_done_is_not_missed(board, clock):
+    board.beat(0, "done", 9, 0)
+    board.beat(1, "exporting", 9, 0)
+    board.beat(0, "training", 9, 0)  # sent before, arrived later
+    clock.now += 25
+    board.beat(1, "exporting", 9, 25)
+    clock.now += 10
+    hung = board.take(30.0).hung
+    assert hung.handles == ["handle 1"]
