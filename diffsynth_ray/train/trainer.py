@@ -25,9 +25,10 @@ from diffsynth_ray.models.flow_matching import (
     per_sample_loss,
     timestep_id_range,
 )
-from diffsynth_ray.models.lora import add_lora, load_lora
-from diffsynth_ray.models.weights import load_components, load_state_dict
+from diffsynth_ray.models.lora import add_lora
+from diffsynth_ray.models.weights import load_components
 from diffsynth_ray.schedule import Schedule, trained_components
+from diffsynth_ray.train.initial import as_list
 from diffsynth_ray.train.optim import MasterOptimizer, lr_factor
 from diffsynth_ray.train.residency import Residency
 from diffsynth_ray.train.strategy.base import Strategy
@@ -135,51 +136,6 @@ def _build_family(job: Job) -> ModelFamily:
     return get_family(name).load(files, dtype=dtype, device="meta", tokenizer_paths=tokenizers)
 
 
-def load_initial_weights(family: ModelFamily, job: Job) -> None:
-    """Start from given weights: an initialisation, not a resume."""
-    if job.lora.checkpoint is not None:
-        assert job.lora.base_model is not None  # resolve has checked it
-        load_lora(family.component(job.lora.base_model), Path(job.lora.checkpoint))
-    if job.training.resume_from_checkpoint is not None:
-        component = next((name for name in trained_components(job) if name != job.lora.base_model), None)
-        if component is None:
-            raise JobFileError(
-                "job",
-                [
-                    Problem(
-                        "training.resume_from_checkpoint",
-                        "needs training.trainable_models; a LoRA starts from lora.checkpoint",
-                    )
-                ],
-            )
-        load_exported(family, component, Path(job.training.resume_from_checkpoint))
-
-
-def load_exported(family: ModelFamily, component: str, path: Path) -> None:
-    """Load a component's exported weights in place; raises ModelError for keys or shapes that do not fit."""
-    module = family.component(component)
-    own = dict(module.named_parameters())
-    state = {}
-    unknown = []
-    for key, tensor in load_state_dict([path]).items():
-        name = family.memory_key(component, key.removeprefix(f"pipe.{component}."))
-        if name is None:
-            continue
-        if name not in own or own[name].shape != tensor.shape:
-            unknown.append(key)
-        else:
-            state[name] = tensor
-    missing = sorted(own.keys() - state.keys())
-    if unknown or missing:
-        raise ModelError(
-            f"training.resume_from_checkpoint: {path} does not fit {component}: {len(unknown)} keys are unknown there or "
-            f"of another shape (first: {unknown[:3]}), {len(missing)} of its parameters are missing (first: {missing[:3]})"
-        )
-    with torch.no_grad():
-        for name, tensor in state.items():
-            own[name].copy_(tensor)
-
-
 def check_components(family: ModelFamily | type[ModelFamily], job: Job) -> None:
     """Raise JobFileError for trained components that the family does not have, and for a LoRA without targets."""
     known = family.component_names
@@ -188,6 +144,7 @@ def check_components(family: ModelFamily | type[ModelFamily], job: Job) -> None:
         for key, names in (
             ("training.trainable_models", job.training.trainable_models),
             ("lora.base_model", [job.lora.base_model] if job.lora.base_model else []),
+            ("lora.preset_model", as_list(job.lora.preset_model)),
         )
         for name in names
         if name not in known
@@ -287,12 +244,6 @@ class Trainer:
         if self.family.device.type == "cuda":
             noise = noise.pin_memory().to(self.family.device, non_blocking=True)
         return noise, torch.tensor([timestep_id for _, timestep_id in draws])
-
-    def masters(self) -> dict[str, Tensor]:
-        """Float32 (or only) copies of the trained weights by "component.parameter"."""
-        return {
-            name: master.detach() for name, master in zip(self.optimizer.names, self.optimizer.masters, strict=True)
-        }
 
     def lr(self, step: int) -> float:
         """Learning rate of a step (from 0)."""
