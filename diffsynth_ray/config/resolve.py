@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from diffsynth_ray.config import schema
 from diffsynth_ray.config.load import lookup
 from diffsynth_ray.config.schema import Job
+from diffsynth_ray.config.zero import check_zero_keys
 from diffsynth_ray.errors import JobFileError, Problem
 
 READ_CPUS = 0.1
@@ -194,7 +195,7 @@ def _check_rules(job: Job) -> list[Problem]:
     problems += _check_plain_values("training.optimizer_args", training.optimizer_args)
     if isinstance(job.distributed.num_workers, int) and job.distributed.num_workers < 1:
         problems.append(Problem("distributed.num_workers", "must be at least 1"))
-    return problems + _check_model(job)
+    return problems + check_zero_keys(job) + _check_model(job)
 
 
 def _check_plain_values(key: str, values: dict[str, Any]) -> list[Problem]:

@@ -10,6 +10,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models.names import lora_to_diffsynth
-from diffsynth_ray.models.weights import load_tensors, seeded_generator
+from diffsynth_ray.models.weights import defer_weight, load_tensors, put_weight, seeded_generator
 
 ADAPTER = "default"
 AUTOMATIC_MIN_WIDTH = 512
@@ -116,12 +117,22 @@ def add_lora(
         device = layer.get_base_layer().weight.device
         for part in ("lora_A", "lora_B"):
             linear = getattr(layer, part)[ADAPTER]
-            value = torch.zeros(linear.weight.shape)
-            if part == "lora_A":
-                bound = 1 / math.sqrt(value.shape[1])  # kaiming uniform with a = sqrt(5), as nn.Linear and peft
-                value.uniform_(-bound, bound, generator=seeded_generator(seed, f"{name}.lora_A.{ADAPTER}.weight"))
-            linear.weight = nn.Parameter(value.to(device=device, dtype=dtype))
+            initial = partial(_initial_weight, f"{name}.{part}.{ADAPTER}.weight", tuple(linear.weight.shape), seed=seed)
+            if device.type == "meta":
+                linear.weight = nn.Parameter(torch.empty(linear.weight.shape, dtype=dtype, device="meta"))
+                defer_weight(linear.weight, initial, dtype=dtype)
+            else:
+                linear.weight = nn.Parameter(initial().to(device=device, dtype=dtype))
     return names
+
+
+def _initial_weight(name: str, shape: tuple[int, ...], *, seed: int) -> Tensor:
+    """A: kaiming uniform with a = sqrt(5), as nn.Linear and peft, from (seed, name); B: zeros."""
+    value = torch.zeros(shape)
+    if ".lora_A." in name:
+        bound = 1 / math.sqrt(shape[1])
+        value.uniform_(-bound, bound, generator=seeded_generator(seed, name))
+    return value
 
 
 def lora_layers(module: nn.Module) -> dict[str, Any]:
@@ -129,17 +140,19 @@ def lora_layers(module: nn.Module) -> dict[str, Any]:
     return {name: child for name, child in module.named_modules() if ADAPTER in getattr(child, "lora_A", ())}
 
 
-def lora_state_dict(module: nn.Module) -> dict[str, Tensor]:
+def lora_state_dict(module: nn.Module, *, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The adapters under DiffSynth-Studio's key names, which have no alpha: B comes multiplied by alpha / rank.
 
-    With alpha = rank the tensors are the parameters themselves, not copies.
+    `values` by parameter name replace the module's own, which may be partitioned over processes. With alpha = rank the
+    tensors are the parameters (or values) themselves, not copies.
     """
     state: dict[str, Tensor] = {}
     for name, layer in lora_layers(module).items():
         scaling = _scaling(layer)
-        lora_b = layer.lora_B[ADAPTER].weight.detach()
-        state[f"{name}.lora_A.{ADAPTER}.weight"] = layer.lora_A[ADAPTER].weight.detach()
-        state[f"{name}.lora_B.{ADAPTER}.weight"] = lora_b if scaling == 1 else lora_b * scaling
+        for part in ("lora_A", "lora_B"):
+            key = f"{name}.{part}.{ADAPTER}.weight"
+            value = getattr(layer, part)[ADAPTER].weight.detach() if values is None else values[key]
+            state[key] = value * scaling if part == "lora_B" and scaling != 1 else value
     return state
 
 
@@ -183,8 +196,7 @@ def load_lora(module: nn.Module, source: Path | str | Mapping[str, Tensor]) -> N
                 f"{where}: {key} is {list(state[key].shape)}, this job's is {list(parameter.shape)}; "
                 "is [lora] rank the file's?"
             )
-        with torch.no_grad():
-            parameter.copy_(state[key] if scaling == 1 else state[key] / scaling)
+        put_weight(parameter, state[key] if scaling == 1 else state[key] / scaling)
 
 
 def merge_lora(module: nn.Module, source: Path | str | Mapping[str, Tensor]) -> int:

@@ -14,7 +14,8 @@ import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from contextvars import ContextVar
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -173,6 +174,70 @@ def meta_parameters() -> Iterator[None]:
         hook.remove()
 
 
+_DEFERRED: ContextVar[frozenset[str]] = ContextVar("deferred components", default=frozenset())
+
+
+@contextmanager
+def deferred_weights(components: Iterable[str]) -> Iterator[None]:
+    """Components loaded inside stay on the meta device; each parameter knows how to read its value (`read_weight`).
+
+    For strategies that place a model piece by piece, so that no process ever holds all of it.
+    """
+    token = _DEFERRED.set(frozenset(components))
+    try:
+        yield
+    finally:
+        _DEFERRED.reset(token)
+
+
+def defer_weight(param: nn.Parameter, read: Callable[[], Tensor], *, dtype: torch.dtype) -> None:
+    """Give a meta parameter the way to its value."""
+    param.read_value = lambda: read().to(dtype)  # type: ignore[attr-defined]
+
+
+def read_weight(param: nn.Parameter) -> Tensor:
+    """The value of a deferred parameter, on the CPU."""
+    return cast(Any, param).read_value()
+
+
+@torch.no_grad()
+def put_weight(param: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter another value, now or, where it is deferred, when it is read."""
+    if param.is_meta:
+        dtype = param.dtype
+        defer_weight(param, lambda: value, dtype=dtype)
+    else:
+        param.copy_(value)
+
+
+@lru_cache(maxsize=16)
+def _open_file(path: Path) -> Callable[[str], Tensor]:
+    """Key -> tensor of a weight file; headers are parsed once, nothing else is kept in memory."""
+    if path.suffix in TORCH_SUFFIXES:
+        return _read_torch_file(path).__getitem__
+    return safe_open(path, framework="pt").get_tensor
+
+
+def _defer_file_weights(module: nn.Module, sources: Mapping[str, tuple[Path, str]], *, dtype: torch.dtype) -> None:
+    """Defer every parameter of a meta module; `sources` says file and key by name."""
+    params = dict(module.named_parameters())
+    for name, (path, key) in sources.items():
+        read = partial(_read_from, path, key)
+        if name in params:
+            defer_weight(params[name], read, dtype=dtype)
+        else:
+            _set_buffer(module, name, read())
+
+
+def _read_from(path: Path, key: str) -> Tensor:
+    return _open_file(path)(key)
+
+
+def _set_buffer(module: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module.get_submodule(owner)._buffers[leaf] = value.clone()
+
+
 def assign_weights(
     module: nn.Module,
     files: ComponentFiles,
@@ -192,6 +257,11 @@ def assign_weights(
     _check_fit(
         wanted, {name: shapes[key] for key, name in names.items()}, source=f"{component} ({_names(files.paths)})"
     )
+    if component in _DEFERRED.get():
+        found = {names[key]: (path, key) for path in files.paths for key, _, _ in _read_file(path) if key in names}
+        _defer_file_weights(module, found, dtype=dtype)
+        module.requires_grad_(False).eval()
+        return
     state: dict[str, Tensor] = {}
     for path in files.paths:
         for key, _, read in _read_file(path):
@@ -256,6 +326,13 @@ def seeded_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
+def _random_weight(name: str, shape: tuple[int, ...], *, seed: int, component: str) -> Tensor:
+    if name.endswith("gamma") or (len(shape) == 1 and name.endswith("weight")):
+        return torch.ones(shape)
+    std = 0.02 if len(shape) == 1 else 1 / math.sqrt(math.prod(shape[1:]))
+    return torch.randn(shape, generator=seeded_generator(seed, f"{component}.{name}")) * std
+
+
 def randomize_weights(
     module: nn.Module, *, seed: int, component: str, dtype: torch.dtype, device: torch.device | str
 ) -> None:
@@ -263,17 +340,18 @@ def randomize_weights(
 
     Norms are 1, biases N(0, 0.02^2), everything else N(0, 1 / fan_in), which keeps activations at one scale.
     """
+    if component in _DEFERRED.get():
+        for name, param in module.named_parameters():
+            read = partial(_random_weight, name, tuple(param.shape), seed=seed, component=component)
+            defer_weight(param, read, dtype=dtype)
+        module.requires_grad_(False).eval()
+        return
     state: dict[str, Tensor] = {}
     for name, tensor in module.state_dict().items():
         if not tensor.is_meta:
             state[name] = tensor
             continue
-        shape = tuple(tensor.shape)
-        if name.endswith("gamma") or (len(shape) == 1 and name.endswith("weight")):
-            value = torch.ones(shape)
-        else:
-            std = 0.02 if len(shape) == 1 else 1 / math.sqrt(math.prod(shape[1:]))
-            value = torch.randn(shape, generator=seeded_generator(seed, f"{component}.{name}")) * std
+        value = _random_weight(name, tuple(tensor.shape), seed=seed, component=component)
         state[name] = value.to(device=device, dtype=dtype)
     module.load_state_dict(state, assign=True, strict=True)
     module.to(device)
