@@ -79,6 +79,7 @@ class RunDir:
         self.path = path
         self.job_path = path / "job.json"
         self.attempt_path = path / "attempt.json"
+        self.writer_path = path / "writer.json"
         self.attempts_path = path / "attempts.jsonl"
         self.error_path = path / "error.json"
         self.progress_path = path / "progress.json"
@@ -111,9 +112,7 @@ class RunDir:
         differing = [key for key in keys if owner.given.get(key) != resolved.given.get(key)]
         lines = [f"  {key}: {owner.given.get(key)!r} there, {resolved.given.get(key)!r} here" for key in differing]
         raise OutputError(
-            "\n".join(
-                [f"{self.path} belongs to the run {owner.run}, this job is {resolved.run}; they differ in", *lines]
-            ),
+            "\n".join([f"{self.path} belongs to the run {owner.run}, this job is {resolved.run}; they differ in", *lines]),
             hint="use another output.path, or --new to move the old content to "
             f"{self.path / 'previous' / owner.run} and start afresh",
         )
@@ -171,6 +170,22 @@ class RunDir:
             return json.loads(self.attempt_path.read_text())["token"] == token
         except (FileNotFoundError, NotADirectoryError):
             return False
+
+    def claim_writer(self, token: str) -> str | None:
+        """A fresh name for the group of workers that writes from now on; None where the attempt has no right to commit."""
+        if not self.holds_token(token):
+            return None
+        writer = secrets.token_hex(4)
+        write_whole(self.writer_path, json.dumps({"token": token, "writer": writer}))
+        return writer
+
+    def may_commit(self, token: str, writer: str) -> bool:
+        """Whether neither a newer attempt nor a restarted group of workers has taken over."""
+        try:
+            newest = json.loads(self.writer_path.read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return self.holds_token(token) and newest == {"token": token, "writer": writer}
 
     def note_attempt(self, attempt: Attempt, event: str, **details: Any) -> None:
         """Append one line to attempts.jsonl."""

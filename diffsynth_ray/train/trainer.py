@@ -266,12 +266,6 @@ class Trainer:
             noise = noise.pin_memory().to(self.family.device, non_blocking=True)
         return noise, torch.tensor([timestep_id for _, timestep_id in draws])
 
-    def masters(self) -> dict[str, Tensor]:
-        """Float32 (or only) copies of the trained weights by "component.parameter"."""
-        return {
-            name: master.detach() for name, master in zip(self.optimizer.names, self.optimizer.masters, strict=True)
-        }
-
     def lr(self, step: int) -> float:
         """Learning rate of a step (from 0)."""
         training = self.job.training

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import ray
 import ray.train
-import ray.train.collective
 import ray.train.torch
 import torch
 import torch.distributed as dist
@@ -24,9 +23,11 @@ from diffsynth_ray.data.stream import StreamedBatch, build_stream
 from diffsynth_ray.errors import DsrayError, RunError
 from diffsynth_ray.run_dir import Progress, RunDir
 from diffsynth_ray.schedule import build_schedule
-from diffsynth_ray.train.checkpoint import find_restorable, read_checkpoint, save_checkpoint
+from diffsynth_ray.train.checkpoint import Checkpoint, damage_of, find_checkpoints, find_restorable, read_checkpoint
 from diffsynth_ray.train.export import export_weights
 from diffsynth_ray.train.figures import FigureWriter
+from diffsynth_ray.train.saver import CheckpointSaver, WriterIdentity
+from diffsynth_ray.train.storage import Storage
 from diffsynth_ray.train.trainer import (
     MicroInput,
     SampleBatch,
@@ -78,6 +79,7 @@ class _Worker:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.local_world_size = context.get_local_world_size()
         self.run_dir = RunDir(resolved.output_path)
+        self.storage = Storage.at(self.run_dir.checkpoints_dir)
         self.index: SampleIndex = ray.get(index)
         self.schedule = build_schedule(
             self.job, num_samples=self.index.order.num_samples, global_batch_size=self.resolved.global_batch_size
@@ -89,13 +91,15 @@ class _Worker:
         device = ray.train.torch.get_device()
         if device.type == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_world_size))
-        # Flags from rank 0 travel on the CPU, so that they never wait for the GPU.
-        self.control = dist.new_group(backend="gloo") if self.world_size > 1 else None
-        start_step = self._choose_start()
+        # Flags from rank 0 travel on the CPU, so that they never wait for the GPU; checkpoints are written by a thread.
+        self.control = Group(self.world_size)
+        self.writers = Group(self.world_size)
+        self.writer = self._claim_writer()
+        checkpoint = self._choose_start()
         # Ray Data's processes start while the model is loaded.
-        stream = Prefetched(self._build_stream(start_step))
+        stream = Prefetched(self._build_stream(checkpoint.step if checkpoint else 0))
         self.trainer = self._build_trainer(device)
-        self._restore(start_step)
+        self._restore(checkpoint)
         result = self._train(stream)
         return {"state": result, "step": self.trainer.step, "num_steps": self.schedule.num_steps}
 
@@ -119,13 +123,22 @@ class _Worker:
         prompts = tuple(self.index.prompt(row) for row in micro.rows)
         return MicroInput(SampleBatch(pixels, prompts, micro.rows), micro.indices)
 
-    def _choose_start(self) -> int:
-        """The step to go on from, chosen by rank 0 for all: that of the newest whole checkpoint, or 0."""
-        step = 0
-        if self.rank == 0:
-            found = find_restorable(self.run_dir, self.say)
-            step = found.step if found else 0
-        return int(ray.train.collective.broadcast_from_rank_zero(step))
+    def _claim_writer(self) -> str:
+        """The name of this group of workers, given by rank 0; from here on no earlier group commits anything."""
+        writer = self.control.from_rank_zero(self.run_dir.claim_writer(self.token) if self.rank == 0 else None)
+        if writer is None:
+            raise _superseded()
+        return str(writer)
+
+    def _choose_start(self) -> Checkpoint | None:
+        """The newest whole checkpoint, the same for all ranks, or None. Each rank checks its share of the files."""
+        found = self.control.from_rank_zero(find_checkpoints(self.storage) if self.rank == 0 else None)
+
+        def damage(checkpoint: Checkpoint) -> str | None:
+            shards = checkpoint.shards[self.rank :: self.world_size]
+            return next((each for each in self.control.gather(damage_of(self.storage, shards)) if each), None)
+
+        return find_restorable(found, damage, say=self.say)
 
     def _build_stream(self, start_step: int) -> Iterator[list[StreamedBatch]]:
         return _steps(
@@ -140,22 +153,23 @@ class _Worker:
             )
         )
 
-    def _restore(self, step: int) -> None:
-        if step == 0:
+    def _restore(self, checkpoint: Checkpoint | None) -> None:
+        if checkpoint is None:
             return
-        tensors = read_checkpoint(self.run_dir, step, expected_masters=set(self.trainer.trained))
+        state = read_checkpoint(self.storage, checkpoint, expected_masters=set(self.trainer.trained))
         assert self.trainer.strategy is not None  # built by start()
-        self.trainer.strategy.load_state_tensors(tensors)
-        self.trainer.step = step
-        self.say(f"continuing after step {step} of {self.schedule.num_steps}")
+        self.trainer.strategy.load_state(state)
+        state.close()
+        self.trainer.step = checkpoint.step
+        self.say(f"continuing after step {checkpoint.step} of {self.schedule.num_steps}")
 
     def _train(self, steps: Iterator[list[StreamedBatch]]) -> str:
         if self.trainer.step >= self.schedule.num_steps:
             return "SUCCEEDED"
         figures = FigureWriter(self.run_dir, self.job.logging, start_step=self.trainer.step) if self.rank == 0 else None
         reporter = _Reporter(self, figures)
+        self.saver = self._build_saver()
         self.say("waiting for the first samples")
-        last_checkpoint = time.monotonic()
         try:
             while self.trainer.step < self.schedule.num_steps:
                 started = time.monotonic()
@@ -166,63 +180,103 @@ class _Worker:
                 )
                 reporter.after_step(result, streamed, started=started, data_wait_s=data_wait_s)
                 self._export()
-                flags = self._flags(last_checkpoint)
+                flags = self._flags()
                 if flags & _CHECKPOINT:
                     self._checkpoint()
-                    last_checkpoint = time.monotonic()
+                self.saver.check()
                 if flags & _STOP:
+                    self.saver.finish()
                     return "STOPPED"
+            self.saver.finish()
         finally:
             if figures is not None:
                 figures.close()
         return "SUCCEEDED"
 
-    def _flags(self, last_checkpoint: float) -> int:
+    def _flags(self) -> int:
         """What rank 0 wants after this step, the same on all ranks."""
         flags = 0
         if self.rank == 0:
             step, output = self.trainer.step, self.job.output
             stop_reason = self.run_dir.stop_reason()
-            minutes = (time.monotonic() - last_checkpoint) / 60
+            minutes = (time.monotonic() - self.last_checkpoint) / 60
             if stop_reason is not None:
                 self.say(f"stopping after step {step}: {stop_reason}")
                 flags |= _STOP | _CHECKPOINT
-            due = output.checkpoint_minutes is not None and minutes >= output.checkpoint_minutes
+            # By time, a checkpoint can wait for the one that is still being written; by steps, training waits.
+            due = output.checkpoint_minutes is not None and minutes >= output.checkpoint_minutes and not self.saver.in_flight
             due |= output.checkpoint_steps is not None and step % output.checkpoint_steps == 0
             if due or step == self.schedule.num_steps:
                 flags |= _CHECKPOINT
-        if self.control is not None:
-            message = torch.tensor([flags])
-            dist.broadcast(message, src=0, group=self.control)
-            flags = int(message)
-        return flags
+        return self.control.number_from_rank_zero(flags)
+
+    def _build_saver(self) -> CheckpointSaver:
+        self.last_checkpoint = time.monotonic()
+        return CheckpointSaver(
+            self.storage,
+            WriterIdentity(rank=self.rank, world_size=self.world_size, token=self.token, writer=self.writer),
+            keep=self.job.output.keep_checkpoints,
+            may_commit=self._may_commit,
+            gather=self.writers.gather,
+            say=self.say,
+        )
+
+    def _may_commit(self) -> bool:
+        return self.run_dir.may_commit(self.token, self.writer)
 
     def _checkpoint(self) -> None:
         assert self.trainer.strategy is not None  # built by start()
-        if self.rank != 0:
-            return  # under DDP rank 0 has everything
-        started = time.monotonic()
-        path = save_checkpoint(
-            self.run_dir,
-            step=self.trainer.step,
-            tensors=self.trainer.strategy.state_tensors(),
-            token=self.token,
-            keep=self.job.output.keep_checkpoints,
-        )
-        if path is None:
-            raise RunError("a newer attempt of this run has taken over; this one commits nothing and ends")
-        self.say(f"checkpoint after step {self.trainer.step} in {time.monotonic() - started:.1f} s")
+        self.saver.start(self.trainer.step, self.trainer.strategy.state_slices())
+        self.last_checkpoint = time.monotonic()
 
     def _export(self) -> None:
         stem = self.schedule.export_stem(self.trainer.step)
-        if stem is None or self.rank != 0:
+        if stem is None:
             return
-        if not self.run_dir.holds_token(self.token):
-            raise RunError("a newer attempt of this run has taken over; this one writes nothing and ends")
-        paths = export_weights(
-            self.trainer.family, self.job, masters=self.trainer.masters(), output_dir=self.run_dir.path, stem=stem
-        )
+        assert self.trainer.strategy is not None  # built by start()
+        masters = self.trainer.strategy.full_masters()
+        if self.rank != 0:
+            return
+        if not self._may_commit():
+            raise _superseded()
+        paths = export_weights(self.trainer.family, self.job, masters=masters, output_dir=self.run_dir.path, stem=stem)
         self.say(f"wrote {', '.join(str(path.relative_to(self.run_dir.path)) for path in paths)}")
+
+
+class Group:
+    """Small values among all ranks, on the CPU, whatever the training's backend is."""
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+
+    def from_rank_zero(self, value: Any) -> Any:
+        """Rank 0's value."""
+        if self._group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def number_from_rank_zero(self, number: int) -> int:
+        """Rank 0's number, without the cost of pickling."""
+        if self._group is None:
+            return number
+        message = torch.tensor([number])
+        dist.broadcast(message, src=0, group=self._group)
+        return int(message)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks."""
+        if self._group is None:
+            return [value]
+        found: list[Any] = [None] * self._world_size
+        dist.all_gather_object(found, value, group=self._group)
+        return found
+
+
+def _superseded() -> RunError:
+    return RunError("a newer attempt of this run has taken over; this one writes nothing and ends")
 
 
 class _Reporter:
@@ -238,9 +292,7 @@ class _Reporter:
         for gauge in self.gauges.values():
             gauge.set_default_tags(tags)
 
-    def after_step(
-        self, result: StepResult, streamed: list[StreamedBatch], *, started: float, data_wait_s: float
-    ) -> None:
+    def after_step(self, result: StepResult, streamed: list[StreamedBatch], *, started: float, data_wait_s: float) -> None:
         """Called after every step; reads the device only where the step is logged, exported or the last."""
         worker, step = self.worker, self.worker.trainer.step
         logged = step % worker.job.logging.every_steps == 0 or worker.schedule.export_stem(step) is not None
