@@ -86,9 +86,9 @@ def read_zero_config(job: Job) -> dict[str, Any]:
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False
     if job.distributed.deepspeed_config is not None:
-        path = Path(job.distributed.deepspeed_config)
-        given = {name: value for name, value in _leaves(_read_json(path)) if value != "auto"}
-        if problems := _conflicts(given, own, path):
+        file = Path(job.distributed.deepspeed_config)
+        given = {name: value for name, value in _leaves(_read_json(file)) if value != "auto"}
+        if problems := _conflicts(given, own, file):
             raise JobFileError(f"job {job.name}", problems)
         for name, value in given.items():
             if name not in own:

@@ -56,7 +56,7 @@ def load_optimizer_class(name: str) -> type[torch.optim.Optimizer]:
 
 
 def build_optimizer(
-    params: Sequence[Tensor], training: TrainingSection, optimizer_class: type[torch.optim.Optimizer] | None = None
+    params: Sequence[Tensor], training: TrainingSection, optimizer_class: Callable[..., torch.optim.Optimizer] | None = None
 ) -> torch.optim.Optimizer:
     """The job's optimizer over `params` (in another class where one is given); raises JobFileError for wrong arguments."""
     if optimizer_class is None:

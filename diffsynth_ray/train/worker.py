@@ -112,7 +112,7 @@ class _Worker:
         trainer = Trainer(self.job, family, self.schedule)
         count = sum(param.numel() for param in trainer.trained.values())
         self.say(f"model loaded in {time.monotonic() - started:.1f} s, {count:,} trained parameters")
-        trainer.start(self._probe_input())
+        trainer.start(self._probe_input(), say=self.say)
         return trainer
 
     def _probe_input(self) -> MicroInput:
