@@ -16,6 +16,7 @@ from diffsynth_ray.errors import JobFileError, Problem
 
 _KEY = "distributed.deepspeed_config"
 _ZERO_KEYS = ("zero_stage", "offload_optimizer_device", "offload_param_device", "deepspeed_config")
+_NEEDS_WHOLE_TENSORS = tuple(f"torch.optim.{name}" for name in ("Adafactor", "LBFGS", "Muon", "SparseAdam"))
 _PASSED_ON = (
     "aio",
     "comms_logger",
@@ -61,6 +62,13 @@ def check_zero_keys(job: Job) -> list[Problem]:
     if not training.master_weights:
         problems.append(
             Problem("training.master_weights", "DeepSpeed keeps float32 masters under bf16; remove the key, or use ddp")
+        )
+    if training.optimizer in _NEEDS_WHOLE_TENSORS:
+        problems.append(
+            Problem(
+                "training.optimizer",
+                f"{training.optimizer} needs whole tensors, and DeepSpeed shares out flat parts; use AdamW, or ddp",
+            )
         )
     if training.find_unused_parameters is True:
         problems.append(
@@ -131,6 +139,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _conflicts(given: dict[str, Any], own: dict[str, tuple[str, Any]], path: Path) -> list[Problem]:
     problems = []
+    reported = set()
     for name, value in given.items():
         refused = next((key for key in _REFUSED if name == key or name.startswith(f"{key}.")), None)
         if name in own:
@@ -139,8 +148,9 @@ def _conflicts(given: dict[str, Any], own: dict[str, tuple[str, Any]], path: Pat
                 message = f"{path}: {name} = {value!r} contradicts {key} ({wanted!r} there); change one of them"
                 problems.append(Problem(_KEY, message))
         elif refused is not None:
-            if value not in (False, None):
-                problems.append(Problem(_KEY, f"{path}: {name}: {_REFUSED[refused]}"))
+            if value and refused not in reported:
+                problems.append(Problem(_KEY, f"{path}: {refused}: {_REFUSED[refused]}"))
+                reported.add(refused)
         elif name.split(".")[0] not in (*_PASSED_ON, "bf16", "fp16"):
             message = f"{path}: {name} is not passed on; what is: {', '.join(_PASSED_ON)}"
             problems.append(Problem(_KEY, message))

@@ -191,7 +191,8 @@ def deferred_weights(components: Iterable[str]) -> Iterator[None]:
 
 
 def defer_weight(param: nn.Parameter, read: Callable[[], Tensor], *, dtype: torch.dtype) -> None:
-    """Give a meta parameter the way to its value."""
+    """Give a meta parameter the way to its value, and the number format that it will have."""
+    param.data = param.data.to(dtype)
     param.read_value = lambda: read().to(dtype)  # type: ignore[attr-defined]
 
 

@@ -11,11 +11,13 @@ DeepSpeed averages gradients over the workers, so that the share of a loss is sc
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import os
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -91,12 +93,11 @@ class DeepSpeedStrategy:
         optimizer = _offloaded_optimizer(job, params, family.device, say=say) or build_optimizer(params, job.training)
         names = {name.partition(".")[0] for name in self._trained}
         components = nn.ModuleDict({name: family.components[name] for name in sorted(names)})
-        self.engine, *_ = self._deepspeed.initialize(
-            model=_Seen(components if self.stage == 3 else nn.ParameterList(params), graph.__call__),
-            optimizer=optimizer,
-            config=config,
-            dist_init_required=False,
-        )
+        seen = components if self.stage == 3 else nn.ParameterList(params)
+        with redirect_stdout(io.StringIO()):  # it prints beside its logger
+            self.engine, *_ = self._deepspeed.initialize(
+                model=_Seen(seen, graph.__call__), optimizer=optimizer, config=config, dist_init_required=False
+            )
         self._parts = {name: self._find_part(param) for name, param in self._trained.items()}
         self._idle: list[str] = []
         """Parameters that get no gradient. Torch's optimizers leave such a parameter alone; in a flat partition its gradient

@@ -143,7 +143,6 @@ def test_problems_of_overrides_and_file_come_together(tmp_path: Path) -> None:
         ('model.fp8_models=["text_encoder"]', "FP8 storage"),
         ("offload.cpu_offload=true", "layerwise CPU offload"),
         ("split.enabled=true", "split training"),
-        ("distributed.strategy=deepspeed", "DeepSpeed"),
         ("task=direct_distill", "direct distillation"),
         ("gradient.checkpointing=auto", "selective recomputation"),
         ("distributed.num_workers=[1, 4]", "elastic"),

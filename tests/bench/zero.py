@@ -1,0 +1,152 @@
+"""One training step of Qwen-Image's DiT under DDP, ZeRO-2 and ZeRO-3 on the GPUs of this machine, by the project's Trainer.
+
+Weights are random (shapes, number formats and work per step are the real ones); latents and prompt embeddings are given, as in
+stage two of split training. Each method runs in processes of its own; a method that runs out of memory says so and the next
+follows. Prints one JSON line a method.
+
+usage: python tests/bench/zero.py --gpus 2 [--full] [--layers N] [--size PIXELS] [--steps N] [--methods ddp zero2 ...]
+Methods: ddp, zero1, zero2, zero3, zero2-host (the optimizer in host memory), zero3-host (and the parameters).
+"""
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from diffsynth_ray.config.schema import Job
+from diffsynth_ray.models.family import EncodedBatch
+from diffsynth_ray.models.qwen_image import QwenImage, build_component
+from diffsynth_ray.models.weights import defer_weight
+from diffsynth_ray.schedule import build_schedule
+from diffsynth_ray.train.trainer import MicroInput, Trainer, select_trained
+
+TEXT_TOKENS = 256
+METHODS = ("ddp", "zero1", "zero2", "zero3", "zero2-host", "zero3-host")
+
+
+def build_job(options: argparse.Namespace, method: str) -> Job:
+    distributed: dict[str, Any] = {}
+    if method != "ddp":
+        stage = int(method[4])
+        distributed = {"strategy": "deepspeed", "zero_stage": stage}
+        if method.endswith("-host"):
+            distributed["offload_optimizer_device"] = "cpu"
+            distributed["offload_param_device"] = "cpu" if stage == 3 else "none"
+    return Job.model_validate(
+        {
+            "name": "bench",
+            "training": {"trainable_models": ["dit"] if options.full else [], "optimizer_args": {"fused": True}},
+            "lora": {} if options.full else {"base_model": "dit", "rank": 32},
+            "distributed": distributed,
+        }
+    )
+
+
+def build_family(num_layers: int, device: torch.device, *, deferred: bool) -> QwenImage:
+    """Random weights in place, or read on the device when the strategy asks for them."""
+    dit = build_component("dit", {"num_layers": num_layers})  # the classes' defaults are the real size
+    for module in dit.modules():
+        for name, param in list(module.named_parameters(recurse=False)):
+
+            def draw(shape: torch.Size = param.shape) -> torch.Tensor:
+                return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
+
+            if deferred:
+                param.requires_grad_(False)
+                defer_weight(param, draw, dtype=torch.bfloat16)
+            else:
+                setattr(module, name, torch.nn.Parameter(draw(), requires_grad=False))
+    return QwenImage({"dit": dit}, dtype=torch.bfloat16, device=device)
+
+
+def run_rank(rank: int, options: argparse.Namespace, method: str, folder: str) -> None:
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    store = dist.FileStore(f"{folder}/store", options.gpus)
+    dist.init_process_group("nccl", store=store, rank=rank, world_size=options.gpus)
+    torch.manual_seed(0)
+    record: dict[str, Any] = {"method": method}
+    try:
+        record |= measure(options, build_job(options, method), device)
+    except torch.OutOfMemoryError as error:
+        record["error"] = str(error).splitlines()[0]
+    if rank == 0 or "error" in record:
+        Path(folder, f"record-{rank}.json").write_text(json.dumps(record))
+    if "error" in record:
+        os._exit(0)  # the other ranks wait in a collective operation
+
+
+def measure(options: argparse.Namespace, job: Job, device: torch.device) -> dict[str, Any]:
+    rank, started = dist.get_rank(), time.perf_counter()
+    deferred = job.distributed.strategy == "deepspeed" and job.distributed.zero_stage == 3
+    family = build_family(options.layers, device, deferred=deferred)
+    select_trained(family, job)
+    trainer = Trainer(job, family, build_schedule(job, num_samples=1000, global_batch_size=options.gpus))
+    num_trained = sum(param.numel() for param in trainer.trained.values())
+    generator = torch.Generator(device).manual_seed(rank)
+    latents = torch.randn(
+        1, *family.latents_shape(options.size, options.size), device=device, generator=generator
+    )
+    embeds = torch.randn(1, TEXT_TOKENS, 3584, device=device, dtype=torch.bfloat16, generator=generator)
+    micro = MicroInput(EncodedBatch(latents, {"prompt_embeds": embeds}), (rank,))
+    trainer.start(micro, say=lambda line: print(f"# {line}", flush=True) if rank == 0 else None)
+    start_s = time.perf_counter() - started
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    assert trainer.strategy is not None
+    for _ in range(options.steps):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        result = trainer.train_step([micro], num_samples=options.gpus)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    loss = trainer.strategy.sum_over_workers(result.loss_sum).item() / options.gpus
+    settled = sorted(times[2:])
+    return {
+        **{key: value for key, value in vars(options).items() if key != "methods"},
+        "trained_parameters": num_trained,
+        "start_s": round(start_s, 1),
+        "s_per_step": round(settled[len(settled) // 2], 3),
+        "min_s": round(settled[0], 3),
+        "peak_gib_per_gpu": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "peak_host_gib_per_process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "loss": round(loss, 4),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--layers", type=int, default=60)
+    parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["ddp", "zero2", "zero3"])
+    options = parser.parse_args()
+    for method in options.methods:
+        with tempfile.TemporaryDirectory() as folder:
+            context = mp.spawn(run_rank, (options, method, folder), nprocs=options.gpus, join=False)
+            try:
+                while not context.join(timeout=5):
+                    if any("error" in path.read_text() for path in Path(folder).glob("record-*.json")):
+                        break
+            finally:
+                for process in context.processes:
+                    process.kill()
+                    process.join()
+            for path in sorted(Path(folder).glob("record-*.json"))[:1]:
+                print(path.read_text(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
