@@ -59,6 +59,16 @@ def check_zero_keys(job: Job) -> list[Problem]:
     if distributed.offload_param_device != "none" and distributed.zero_stage != 3:
         message = f"needs distributed.zero_stage = 3 (it is {distributed.zero_stage}): only there parameters are partitioned"
         problems.append(Problem("distributed.offload_param_device", message))
+    if job.offload.cpu_offload:
+        problems.append(
+            Problem(
+                "offload.cpu_offload",
+                "layer offload and DeepSpeed exclude each other; DeepSpeed has offload_optimizer_device and "
+                "offload_param_device",
+            )
+        )
+    if distributed.zero_stage == 3:
+        problems += _check_partitioned(job)
     if not training.master_weights:
         problems.append(
             Problem("training.master_weights", "DeepSpeed keeps float32 masters under bf16; remove the key, or use ddp")
@@ -77,6 +87,20 @@ def check_zero_keys(job: Job) -> list[Problem]:
                 'with DeepSpeed parameters without a gradient are found once, before step 0; use "auto"',
             )
         )
+    return problems
+
+
+def _check_partitioned(job: Job) -> list[Problem]:
+    problems = []
+    trained = [*job.training.trainable_models, job.lora.base_model]
+    if names := [name for name in job.model.fp8_models if name in trained]:
+        message = f"zero_stage = 3 shares {', '.join(names)} out, and DeepSpeed cannot share FP8 weights; use zero_stage = 2"
+        problems.append(Problem("model.fp8_models", message))
+    if job.gradient.checkpointing_offload:
+        message = "zero_stage = 3 has no offload of activations; use zero_stage = 2"
+        problems.append(Problem("gradient.checkpointing_offload", message))
+    if job.training.compile is True:
+        problems.append(Problem("training.compile", 'blocks are not compiled under zero_stage = 3; use "auto"'))
     return problems
 
 

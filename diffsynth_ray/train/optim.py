@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,13 +56,20 @@ def load_optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     return found
 
 
+_HAVE_FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+"""Their updates are one kernel for many parameters on the GPU, where asked for."""
+
+
 def build_optimizer(
     params: Sequence[Tensor], training: TrainingSection, optimizer_class: Callable[..., torch.optim.Optimizer] | None = None
 ) -> torch.optim.Optimizer:
     """The job's optimizer over `params` (in another class where one is given); raises JobFileError for wrong arguments."""
     if optimizer_class is None:
         optimizer_class = load_optimizer_class(training.optimizer)
-    arguments = {"lr": training.learning_rate, "weight_decay": training.weight_decay} | training.optimizer_args
+    arguments: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+    if optimizer_class in _HAVE_FUSED and all(param.is_cuda for param in params):
+        arguments["fused"] = True
+    arguments |= training.optimizer_args
     try:
         return optimizer_class(params, **arguments)
     except (TypeError, ValueError) as error:

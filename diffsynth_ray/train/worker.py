@@ -26,6 +26,7 @@ from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.checkpoint import Checkpoint, damage_of, find_checkpoints, find_restorable, read_checkpoint
 from diffsynth_ray.train.export import export_weights
 from diffsynth_ray.train.figures import FigureWriter
+from diffsynth_ray.train.residency import settle
 from diffsynth_ray.train.saver import CheckpointSaver, WriterIdentity
 from diffsynth_ray.train.storage import Storage
 from diffsynth_ray.train.trainer import (
@@ -108,8 +109,9 @@ class _Worker:
         self.say("loading the model")
         family = load_family(self.job, device=device)
         select_trained(family, self.job)
+        residency = settle(family, self.job, say=self.say)
         load_initial_weights(family, self.job)
-        trainer = Trainer(self.job, family, self.schedule)
+        trainer = Trainer(self.job, family, self.schedule, residency=residency)
         count = sum(param.numel() for param in trainer.trained.values())
         self.say(f"model loaded in {time.monotonic() - started:.1f} s, {count:,} trained parameters")
         trainer.start(self._probe_input(), say=self.say)

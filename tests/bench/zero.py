@@ -24,8 +24,8 @@ import torch.multiprocessing as mp
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.models.family import EncodedBatch
 from diffsynth_ray.models.qwen_image import QwenImage, build_component
-from diffsynth_ray.models.weights import defer_weight
 from diffsynth_ray.schedule import build_schedule
+from diffsynth_ray.train.residency import settle
 from diffsynth_ray.train.trainer import MicroInput, Trainer, select_trained
 
 TEXT_TOKENS = 256
@@ -50,20 +50,22 @@ def build_job(options: argparse.Namespace, method: str) -> Job:
     )
 
 
-def build_family(num_layers: int, device: torch.device, *, deferred: bool) -> QwenImage:
-    """Random weights in place, or read on the device when the strategy asks for them."""
+class RandomWeights:
+    """Weights of std 0.02 made on the device: the shapes are the real ones, the values cost no disk."""
+
+    def __init__(self, component: torch.nn.Module, device: torch.device) -> None:
+        self.shapes = {name: param.shape for name, param in component.named_parameters()}
+        self.device = device
+
+    def read(self, name: str) -> torch.Tensor:
+        """See placement.WeightSource."""
+        return torch.empty(self.shapes[name], dtype=torch.bfloat16, device=self.device).normal_(0, 0.02)
+
+
+def build_family(num_layers: int, device: torch.device) -> QwenImage:
     dit = build_component("dit", {"num_layers": num_layers})  # the classes' defaults are the real size
-    for module in dit.modules():
-        for name, param in list(module.named_parameters(recurse=False)):
-
-            def draw(shape: torch.Size = param.shape) -> torch.Tensor:
-                return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
-
-            if deferred:
-                param.requires_grad_(False)
-                defer_weight(param, draw, dtype=torch.bfloat16)
-            else:
-                setattr(module, name, torch.nn.Parameter(draw(), requires_grad=False))
+    dit.requires_grad_(False).eval().to(torch.bfloat16)
+    dit.weight_source = RandomWeights(dit, device)
     return QwenImage({"dit": dit}, dtype=torch.bfloat16, device=device)
 
 
@@ -86,10 +88,16 @@ def run_rank(rank: int, options: argparse.Namespace, method: str, folder: str) -
 
 def measure(options: argparse.Namespace, job: Job, device: torch.device) -> dict[str, Any]:
     rank, started = dist.get_rank(), time.perf_counter()
-    deferred = job.distributed.strategy == "deepspeed" and job.distributed.zero_stage == 3
-    family = build_family(options.layers, device, deferred=deferred)
+    family = build_family(options.layers, device)
     select_trained(family, job)
-    trainer = Trainer(job, family, build_schedule(job, num_samples=1000, global_batch_size=options.gpus))
+
+    def say(line: str) -> None:
+        if rank == 0:
+            print(f"# {line}", flush=True)
+
+    residency = settle(family, job, say=say)
+    schedule = build_schedule(job, num_samples=1000, global_batch_size=options.gpus)
+    trainer = Trainer(job, family, schedule, residency=residency)
     num_trained = sum(param.numel() for param in trainer.trained.values())
     generator = torch.Generator(device).manual_seed(rank)
     latents = torch.randn(
@@ -97,7 +105,7 @@ def measure(options: argparse.Namespace, job: Job, device: torch.device) -> dict
     )
     embeds = torch.randn(1, TEXT_TOKENS, 3584, device=device, dtype=torch.bfloat16, generator=generator)
     micro = MicroInput(EncodedBatch(latents, {"prompt_embeds": embeds}), (rank,))
-    trainer.start(micro, say=lambda line: print(f"# {line}", flush=True) if rank == 0 else None)
+    trainer.start(micro, say=say)
     start_s = time.perf_counter() - started
     torch.cuda.reset_peak_memory_stats()
     times = []

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.models.family import EncodedBatch
 from diffsynth_ray.models.qwen_image import QwenImage
-from diffsynth_ray.models.weights import deferred_weights
 from diffsynth_ray.schedule import build_schedule
+from diffsynth_ray.train.residency import settle
 from diffsynth_ray.train.trainer import MicroInput, Trainer, select_trained
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -38,11 +38,12 @@ def train(precision, full, **distributed):
         }
     )
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    with deferred_weights(["dit"] if distributed.get("zero_stage") == 3 else []):
-        family = QwenImage.build_tiny(0, components=["dit"], dtype=dtype, device="cuda")
+    family = QwenImage.build_tiny(0, components=["dit"], dtype=dtype, device="meta")
+    family.device = torch.device("cuda")
     select_trained(family, job)
-    trainer = Trainer(job, family, build_schedule(job, num_samples=20, global_batch_size=2))
     said = []
+    residency = settle(family, job, say=said.append)
+    trainer = Trainer(job, family, build_schedule(job, num_samples=20, global_batch_size=2), residency=residency)
     trainer.start(micro(0), say=said.append)
     losses = [trainer.train_step([micro(0), micro(1)], num_samples=2).loss_sum.item() / 2 for _ in range(6)]
     masters = {name: tensor.float().cpu().clone() for name, tensor in trainer.strategy.full_masters().items()}

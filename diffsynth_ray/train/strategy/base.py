@@ -45,8 +45,9 @@ class GradientWatch:
         self._reached: set[str] = set()
         self._hooks = [param.register_hook(partial(self._note, name)) for name, param in params.items()]
 
-    def _note(self, name: str, gradient: Tensor) -> None:
-        self._reached.add(name)
+    def _note(self, name: str, gradient: Tensor | None) -> None:
+        if gradient is not None:  # a recomputed block has an answer for each of its parameters
+            self._reached.add(name)
 
     def stop(self) -> list[str]:
         """Names of the parameters without gradient; raises ModelError where that is all of them."""

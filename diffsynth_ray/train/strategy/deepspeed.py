@@ -21,7 +21,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 from diffsynth_ray.config.schema import Job, TrainingSection
 from diffsynth_ray.config.zero import read_zero_config
+from diffsynth_ray.memory.placement import WeightSource, find_spots
 from diffsynth_ray.models.family import ModelFamily
-from diffsynth_ray.models.weights import read_weight
 from diffsynth_ray.train.optim import build_optimizer
+from diffsynth_ray.train.residency import partitioned_components
 from diffsynth_ray.train.strategy import trained_parameters
 from diffsynth_ray.train.strategy.base import GradientWatch, StateReader, StateSlice
 
@@ -85,15 +86,13 @@ class DeepSpeedStrategy:
         self._deepspeed = load_deepspeed(family.device)
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         config = _engine_config(job, graph, family.device)
-        if self.stage == 3:
-            self._partition_components(family, graph, config, say=say)
+        components = partitioned_components(job)
+        self._partition_components(family, components, config, say=say)
         self._trained = trained_parameters(graph)
         self._shapes = {name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in self._trained.items()}
         params = list(self._trained.values())
         optimizer = _offloaded_optimizer(job, params, family.device, say=say) or build_optimizer(params, job.training)
-        names = {name.partition(".")[0] for name in self._trained}
-        components = nn.ModuleDict({name: family.components[name] for name in sorted(names)})
-        seen = components if self.stage == 3 else nn.ParameterList(params)
+        seen = nn.ModuleDict({name: family.component(name) for name in components}) or nn.ParameterList(params)
         with redirect_stdout(io.StringIO()):  # it prints beside its logger
             self.engine, *_ = self._deepspeed.initialize(
                 model=_Seen(seen, graph.__call__), optimizer=optimizer, config=config, dist_init_required=False
@@ -115,16 +114,26 @@ class DeepSpeedStrategy:
             self._watch = None
 
     def _partition_components(
-        self, family: ModelFamily, graph: nn.Module, config: dict[str, Any], *, say: Callable[[str], object]
+        self, family: ModelFamily, components: list[str], config: dict[str, Any], *, say: Callable[[str], object]
     ) -> None:
-        """Read the trained components block by block, each shared out before the next: no rank ever holds one whole."""
-        for component in sorted({name.partition(".")[0] for name in trained_parameters(graph)}):
+        """Read components block by block, each shared out before the next: no rank ever holds one whole.
+
+        Rank 0 reads; DeepSpeed hands its values out when it partitions.
+        """
+        for component in components:
             module = family.component(component)
+            source = cast(WeightSource, cast(Any, module).weight_source)
+            spots = {id(spot.meta): spot for spot in find_spots(module)}
             # The blocks first; what is left of the component comes last.
             units = [*family.repeated_blocks(component), module]
             last_said = time.monotonic()
             for number, unit in enumerate(units, start=1):
-                _materialise(unit, device=family.device, rank=self.rank)
+                for param in list(unit.parameters()):
+                    spot = spots.get(id(param))
+                    if spot is not None and self.rank == 0:
+                        spot.put(source.read(spot.source_name).to(family.device))
+                    elif spot is not None:
+                        spot.put(torch.empty_like(param, device=family.device))
                 self._deepspeed.zero.Init(module=unit, config_dict_or_path=copy.deepcopy(config))
                 if time.monotonic() - last_said > _SAY_EVERY_S:
                     say(f"sharing out {component}: {number} of {len(units)} parts")
@@ -316,22 +325,6 @@ def _engine_config(job: Job, graph: nn.Module, device: torch.device) -> dict[str
             if zero[section]["device"] != "none":
                 zero[section].setdefault("pin_memory", True)
     return config
-
-
-@torch.no_grad()
-def _materialise(unit: nn.Module, *, device: torch.device, rank: int) -> None:
-    """Put deferred parameters of a module on the device. Rank 0 reads them; DeepSpeed hands them out when it partitions."""
-    for module in unit.modules():
-        for name, param in list(module.named_parameters(recurse=False)):
-            if not param.is_meta:
-                continue
-            if rank == 0:
-                value = read_weight(param).to(device, copy=True)
-            else:
-                value = torch.empty(param.shape, dtype=param.dtype, device=device)
-            setattr(module, name, nn.Parameter(value, requires_grad=param.requires_grad))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            module._buffers[name] = buffer.to(device)
 
 
 def _offloaded_optimizer(

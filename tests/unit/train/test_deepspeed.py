@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from diffsynth_ray.config.schema import TrainingSection
 
+pytestmark = pytest.mark.timeout(1000)
 RANK = Path(__file__).parent / "zero_rank.py"
 QUICK = ["lora 2", "lora 3", "full 3 host"]
 """Of all the cases with two workers, those that every run of the tests takes; the rest are minutes on two cores."""
@@ -30,7 +31,7 @@ def run_ranks(folder, *, world_size, cases):
                 )
             )
     try:
-        codes = [process.wait(timeout=280) for process in ranks]
+        codes = [process.wait(timeout=900) for process in ranks]
     finally:
         for process in ranks:
             process.kill()

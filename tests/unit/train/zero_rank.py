@@ -18,9 +18,9 @@ from diffsynth_ray.config.schema import Job
 from diffsynth_ray.models.family import ComponentFiles, EncodedBatch
 from diffsynth_ray.models.qwen_image import QwenImage, build_component
 from diffsynth_ray.models.qwen_image_configs import TINY
-from diffsynth_ray.models.weights import deferred_weights
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.export import export_weights
+from diffsynth_ray.train.residency import settle
 from diffsynth_ray.train.shards import ShardedState, write_shard
 from diffsynth_ray.train.storage import Storage
 from diffsynth_ray.train.trainer import MicroInput, Trainer, select_trained
@@ -80,18 +80,15 @@ def build_job(*parts):
     return Job.model_validate(job)
 
 
-def is_partitioned(job):
-    return job.distributed.strategy == "deepspeed" and job.distributed.zero_stage == 3
-
-
-def build_trainer(job, family=None):
+def build_trainer(job, family=None, probe=None):
     if family is None:
         dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
-        with deferred_weights(["dit"] if is_partitioned(job) else []):
-            family = QwenImage.build_tiny(0, components=["dit"], dtype=dtype)
+        family = QwenImage.build_tiny(0, components=["dit"], dtype=dtype, device="meta")
+    family.device = torch.device("cpu")
     select_trained(family, job)
-    trainer = Trainer(job, family, build_schedule(job, num_samples=24, global_batch_size=3))
-    trainer.start(micro(0))
+    residency = settle(family, job, say=print)
+    trainer = Trainer(job, family, build_schedule(job, num_samples=24, global_batch_size=3), residency=residency)
+    trainer.start(probe or micro(0), say=print)
     return trainer
 
 
@@ -249,11 +246,9 @@ def run_memory(rank, folder):
     file.write_text(json.dumps({"zero_optimization": few}))
     job = build_job(LORA, zero(3, deepspeed_config=str(file)))
     with PeakMemory() as memory:
-        with deferred_weights(["dit"]):
-            family = QwenImage.load({"dit": ComponentFiles(BIG, (path,), shapes)}, dtype=torch.float32)
-        select_trained(family, job)
-        trainer = Trainer(job, family, build_schedule(job, num_samples=24, global_batch_size=3))
-        trainer.start(micro(0, width=512))
+        files = ComponentFiles(BIG, (path,), shapes)
+        family = QwenImage.load({"dit": files}, dtype=torch.float32, device="meta")
+        trainer = build_trainer(job, family, micro(0, width=512))
         trainer.train_step([micro(rank, width=512)], num_samples=2)
     close(trainer)
     peaks = [None, None]
