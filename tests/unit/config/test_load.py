@@ -140,8 +140,6 @@ def test_problems_of_overrides_and_file_come_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "feature"),
     [
-        ('model.fp8_models=["text_encoder"]', "FP8 storage"),
-        ("offload.cpu_offload=true", "layerwise CPU offload"),
         ("split.enabled=true", "split training"),
         ("task=direct_distill", "direct distillation"),
         ("gradient.checkpointing=auto", "selective recomputation"),
