@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models.names import lora_to_diffsynth
-from diffsynth_ray.models.weight_source import seeded_generator
+from diffsynth_ray.models.weight_source import WeightSource, seeded_generator
 from diffsynth_ray.models.weights import load_tensors
 
 ADAPTER = "default"
@@ -142,10 +142,10 @@ def _plain_lora_linear() -> type[nn.Module]:
         def forward(self, x: Tensor) -> Tensor:
             if self.disable_adapters or self.merged:
                 return super().forward(x)
-            low = F.linear(x, self.lora_A[ADAPTER].weight)
-            update = F.linear(low, self.lora_B[ADAPTER].weight)
+            base, down = self.base_layer(x), self.lora_A[ADAPTER].weight
+            update = F.linear(F.linear(x.to(down.dtype), down), self.lora_B[ADAPTER].weight)
             scaling = self.scaling[ADAPTER]
-            return self.base_layer(x) + (update if scaling == 1 else update * scaling)
+            return (base + (update if scaling == 1 else update * scaling)).to(base.dtype)
 
     return PlainLoraLinear
 
@@ -215,18 +215,30 @@ def load_lora(module: nn.Module, source: Path | str | Mapping[str, Tensor]) -> N
             parameter.copy_(state[key] if scaling == 1 else state[key] / scaling)
 
 
+class MergedWeights:
+    """A weight source with LoRAs' B A added to the weights that it reads."""
+
+    def __init__(self, source: WeightSource, updates: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """`updates`: layer -> (A [rank, in], B [out, rank])."""
+        self._source, self._updates = source, updates
+
+    def read(self, name: str) -> Tensor:
+        """See WeightSource."""
+        weight = self._source.read(name)
+        if name.removesuffix(".weight") not in self._updates:
+            return weight
+        down, up = self._updates[name.removesuffix(".weight")]
+        return (weight.float() + up.float() @ down.float()).to(weight.dtype)
+
+
 def merge_lora(module: nn.Module, source: Path | str | Mapping[str, Tensor]) -> int:
-    """Add a LoRA's B A to the base weights, in place (`[lora] preset_path`); returns the number of layers changed."""
+    """Add a LoRA's B A to the base weights that `module` will read (`[lora] preset_path`); returns the number of layers changed."""
     state = _read_lora(module, source)
-    linears = {name.removesuffix(".base_layer"): linear for name, linear in _linears(module).items()}
+    linears = {name.removesuffix(".base_layer") for name in _linears(module)}
     names = [key.removesuffix(f".lora_A.{ADAPTER}.weight") for key in state if ".lora_A." in key]
     for name in names:
         if name not in linears:
             raise ModelError(f"preset LoRA: layer {name!r} is not part of this component")
-        weight = linears[name].weight
-        down, up = (
-            state[f"{name}.{part}.{ADAPTER}.weight"].to(weight.device, torch.float32) for part in ("lora_A", "lora_B")
-        )
-        with torch.no_grad():
-            weight.copy_(weight.float() + up @ down)
+    updates = {name: (state[f"{name}.lora_A.{ADAPTER}.weight"], state[f"{name}.lora_B.{ADAPTER}.weight"]) for name in names}
+    module.weight_source = MergedWeights(cast(WeightSource, module.weight_source), updates)  # type: ignore[assignment]
     return len(names)

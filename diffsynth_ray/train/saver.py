@@ -46,10 +46,11 @@ class CheckpointSaver:
         may_commit: Callable[[], bool],
         gather: Callable[[Any], list[Any]],
         say: Callable[[str], object],
+        on_commit: Callable[[], object] = lambda: None,
     ) -> None:
         """`gather` gives the values of all ranks, in a group that nobody else uses; `say` is silent on ranks but 0."""
         self._storage, self._identity, self._keep = storage, identity, keep
-        self._may_commit, self._gather, self._say = may_commit, gather, say
+        self._may_commit, self._gather, self._say, self._on_commit = may_commit, gather, say, on_commit
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._host: dict[str, Tensor] = {}
@@ -135,6 +136,7 @@ class CheckpointSaver:
             raise CheckpointNotWrittenError(f"checkpoint {where} could not be committed: {error}") from error
         if not committed:
             raise RunError("a newer attempt of this run has taken over; this one writes nothing and ends")
+        self._on_commit()
         num_bytes = sum(shard.num_bytes for shard in shards)
         self._say(
             f"checkpoint after step {step}: {num_bytes / 2**20:.1f} MiB in {time.monotonic() - started:.1f} s, "

@@ -25,10 +25,11 @@ from diffsynth_ray.models.flow_matching import (
     per_sample_loss,
     timestep_id_range,
 )
-from diffsynth_ray.models.lora import add_lora, load_lora
-from diffsynth_ray.models.weights import load_components, load_state_dict, put_weights
+from diffsynth_ray.models.lora import add_lora
+from diffsynth_ray.models.weights import load_components
 from diffsynth_ray.schedule import Schedule, trained_components
-from diffsynth_ray.train.optim import lr_factor
+from diffsynth_ray.train.initial import as_list
+from diffsynth_ray.train.optim import MasterOptimizer, lr_factor
 from diffsynth_ray.train.residency import Residency
 from diffsynth_ray.train.strategy import build_strategy, trained_parameters
 from diffsynth_ray.train.strategy.base import Strategy
@@ -135,49 +136,6 @@ def _build_family(job: Job) -> ModelFamily:
     return get_family(name).load(files, dtype=dtype, device="meta", tokenizer_paths=tokenizers)
 
 
-def load_initial_weights(family: ModelFamily, job: Job) -> None:
-    """Start from given weights: an initialisation, not a resume."""
-    if job.lora.checkpoint is not None:
-        assert job.lora.base_model is not None  # resolve has checked it
-        load_lora(family.component(job.lora.base_model), Path(job.lora.checkpoint))
-    if job.training.resume_from_checkpoint is not None:
-        component = next((name for name in trained_components(job) if name != job.lora.base_model), None)
-        if component is None:
-            raise JobFileError(
-                "job",
-                [
-                    Problem(
-                        "training.resume_from_checkpoint",
-                        "needs training.trainable_models; a LoRA starts from lora.checkpoint",
-                    )
-                ],
-            )
-        load_exported(family, component, Path(job.training.resume_from_checkpoint))
-
-
-def load_exported(family: ModelFamily, component: str, path: Path) -> None:
-    """Load a component's exported weights in place; raises ModelError for keys or shapes that do not fit."""
-    module = family.component(component)
-    own = dict(module.named_parameters())
-    state = {}
-    unknown = []
-    for key, tensor in load_state_dict([path]).items():
-        name = family.memory_key(component, key.removeprefix(f"pipe.{component}."))
-        if name is None:
-            continue
-        if name not in own or own[name].shape != tensor.shape:
-            unknown.append(key)
-        else:
-            state[name] = tensor
-    missing = sorted(own.keys() - state.keys())
-    if unknown or missing:
-        raise ModelError(
-            f"training.resume_from_checkpoint: {path} does not fit {component}: {len(unknown)} keys are unknown there or "
-            f"of another shape (first: {unknown[:3]}), {len(missing)} of its parameters are missing (first: {missing[:3]})"
-        )
-    put_weights(module, state)
-
-
 def check_components(family: ModelFamily | type[ModelFamily], job: Job) -> None:
     """Raise JobFileError for trained components that the family does not have, and for a LoRA without targets."""
     known = family.component_names
@@ -186,6 +144,7 @@ def check_components(family: ModelFamily | type[ModelFamily], job: Job) -> None:
         for key, names in (
             ("training.trainable_models", job.training.trainable_models),
             ("lora.base_model", [job.lora.base_model] if job.lora.base_model else []),
+            ("lora.preset_model", as_list(job.lora.preset_model)),
         )
         for name in names
         if name not in known
@@ -241,6 +200,9 @@ class Trainer:
         self.residency = residency or Residency()
         self.graph = TrainGraph(family, trained=trained_components(job))
         self.id_range = timestep_id_range(job.training.min_timestep_boundary, job.training.max_timestep_boundary)
+        zero = job.distributed.strategy == "deepspeed"
+        self.optimizer = None if zero else MasterOptimizer(self.trained, job.training)
+        """DeepSpeed has its own over the parts that a worker updates."""
         self.strategy: Strategy | None = None
         self.step = 0
         """Optimizer steps done."""
@@ -258,7 +220,9 @@ class Trainer:
         inputs = None if probe is None else (probe.batch, *self._draw(probe, step=0))
         self.residency.begin()
         with fastest_attention():
-            self.strategy = build_strategy(self.job, self.family, self.graph, probe=inputs, say=say)
+            self.strategy = build_strategy(
+                self.job, self.family, self.graph, optimizer=self.optimizer, probe=inputs, say=say
+            )
 
     def _draw(self, micro: MicroInput, *, step: int) -> tuple[Tensor, Tensor]:
         """Noise [b, c, (f,) h, w] float32 and timestep ids [b] int64 of a micro batch, on the CPU."""
