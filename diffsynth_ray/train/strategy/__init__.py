@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 def trained_parameters(graph: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by "component.parameter"."""
-    return {
-        name.removeprefix("components."): param for name, param in graph.named_parameters() if param.requires_grad
-    }
+    return {name.removeprefix("components."): param for name, param in graph.named_parameters() if param.requires_grad}
 
 
 def build_strategy(

@@ -309,9 +309,7 @@ def load_deepspeed(device: torch.device) -> ModuleType:
     os.environ["DS_ACCELERATOR"] = device.type
     os.environ["LOCAL_RANK"] = str(device.index or 0)
     if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
-        )
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
