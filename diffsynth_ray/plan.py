@@ -152,8 +152,8 @@ def _check_model_files(resolved: ResolvedJob) -> None:
             ("model.tokenizer_path", model.tokenizer_path),
             ("training.resume_from_checkpoint", resolved.job.training.resume_from_checkpoint),
             ("lora.checkpoint", resolved.job.lora.checkpoint),
-            ("lora.preset_path", resolved.job.lora.preset_path),
             ("distributed.deepspeed_config", resolved.job.distributed.deepspeed_config),
+            ("lora.preset_path", resolved.job.lora.preset_path),
         )
         if value is not None
         for path in ([value] if isinstance(value, str) else value)
