@@ -31,8 +31,8 @@ source "${DSRAY_VENV:-$HOME/dsray}/bin/activate"
 
 gcs_port=$((20000 + SLURM_JOB_ID % 5000))
 dashboard_port=$((26000 + SLURM_JOB_ID % 5000))
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-head_ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head_node" hostname --all-ip-addresses | awk '{ print $1; exit }')
+head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | awk 'NR == 1')
+head_ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head_node" hostname --all-ip-addresses | awk 'NR == 1 { print $1 }')
 dashboard=http://$head_ip:$dashboard_port
 
 # Other users of these machines reach the ports: every request needs the token of a file that only you can read.
