@@ -175,3 +175,22 @@ def close_quietly() -> None:
     """After the reader of a pipe has gone (`dsray logs | head`), nothing more can be said."""
     with suppress(OSError):
         sys.stdout.close()
+
+
+def doctor(checks: list[dict[str, Any]]) -> None:
+    """The checks of `dsray doctor`: a line each, and a line for every place that differs or needs a cure."""
+    for check in checks:
+        findings = check["findings"]
+        details = {finding["detail"] for finding in findings}
+        same = len(details) == 1 and (len(findings) == 1 or check["state"] in ("ok", "skipped"))
+        places = f", {len(findings)} nodes" if len(findings) > 1 else ""
+        head = f"{check['number']:>2}  {check['state']:<8}{check['title']}"
+        result(f"{head}: {next(iter(details))}{places}" if same else head)
+        for finding in findings:
+            if not same:
+                mark = "" if finding["state"] == check["state"] else f" {finding['state']}:"
+                result(f"{'':<12}{finding['where']}:{mark} {finding['detail']}")
+            if finding["cure"] and finding["state"] != "ok":
+                result(f"{'':<12}-> {finding['cure']}")
+    counts = {state: sum(check["state"] == state for check in checks) for state in ("failed", "warning", "ok", "skipped")}
+    say(", ".join(f"{count} {state}" for state, count in counts.items() if count))

@@ -178,7 +178,8 @@ FAKES = {
     "ray": 'echo "ray $*" >> calls; exec sleep 60',
     "curl": 'if [[ -e two ]]; then echo \'"state": "ALIVE" "state": "ALIVE"\'; else echo \'"state": "ALIVE"\'; touch two; fi',
     "openssl": "echo secret",
-    "dsray": 'echo "dsray $* token=$(stat -c %a "$RAY_AUTH_TOKEN_PATH")" >> calls; [[ $1 == stop ]] && touch stopped && exit 0\n'
+    "dsray": 'echo "dsray $* token=$(stat -c %a "$RAY_AUTH_TOKEN_PATH")" >> calls\n'
+    "[[ $1 == stop ]] && touch stopped && exit 0\n"
     "for _ in $(seq 100); do [[ -e stopped || ! -e wait ]] && exit 103; sleep 0.1; done",
 }
 

@@ -1,0 +1,133 @@
+"""`dsray doctor` on a cluster of two nodes on this machine, with token authentication."""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from diffsynth_ray.cli import app
+from diffsynth_ray.errors import ClusterError, ExitCode
+from diffsynth_ray.launch import client
+from diffsynth_ray.launch.supervisor import _free_ports, head_command, head_environment
+
+pytestmark = pytest.mark.timeout(240)
+
+JOB = """
+[dataset]
+base_path = "{photos}"
+metadata_path = "{photos}/metadata.csv"
+max_pixels = 4096
+[model]
+family = "qwen_image"
+tiny = true
+[lora]
+base_model = "dit"
+[distributed]
+num_workers = 2
+resources_per_worker = {{ CPU = 0.5, half_a_node = 1 }}
+[output]
+path = "{output}"
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Head on 127.0.0.1, a second node on 127.0.0.2; yields the dashboard's address and the token."""
+    folder = tmp_path_factory.mktemp("ray")
+    token_path = folder / "token"
+    token_path.write_text(secrets.token_hex(32))
+    ports = _free_ports(5)
+    named = dict(zip(("--port", "--dashboard-port", "--ray-client-server-port"), ports, strict=False))
+    temp_dir = Path(f"/tmp/dsray-doctor-{os.getpid()}")
+    head = head_command(cpus=2, gpus=0, temp_dir=temp_dir, ports=named, object_store_bytes=100 << 20)
+    node = [
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address=127.0.0.1:{ports[0]}",
+        "--node-ip-address=127.0.0.2", "--num-cpus=2", "--object-store-memory=104857600",
+        "--min-worker-port=0", "--max-worker-port=0",
+    ]  # fmt: skip
+    environment = os.environ | head_environment(token_path, metric_ports=ports[3:5])
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    extra = ['--resources={"half_a_node": 1}']  # so that each node gets one worker
+    started = []
+    with (folder / "log").open("wb") as log:
+        for command in (head, node):
+            started.append(subprocess.Popen([*command, *extra], env=environment, stdout=log, stderr=log, cwd="/"))
+            if command is head:
+                _wait_for_nodes(named["--dashboard-port"], token_path, 1)
+        _wait_for_nodes(named["--dashboard-port"], token_path, 2)
+    yield f"http://127.0.0.1:{named['--dashboard-port']}", token_path.read_text()
+    ours = [child for process in started for child in psutil.Process(process.pid).children(recursive=True)]
+    for process in started:
+        process.terminate()
+    for process in started:
+        process.wait(30)
+    for child in psutil.wait_procs(ours, timeout=5)[1]:
+        child.kill()
+    subprocess.run(["rm", "-rf", str(temp_dir)], check=True)
+
+
+def _wait_for_nodes(port, token_path, count):
+    reached = client.Cluster(url=f"http://127.0.0.1:{port}", token=token_path.read_text())
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            if client.cluster_resources(reached).cpus == 2 * count:
+                return
+        except ClusterError:
+            pass
+        time.sleep(0.3)
+    raise TimeoutError(f"{count} node(s) did not come up")
+
+
+@pytest.fixture
+def doctor(cluster, tmp_path, photos, monkeypatch, capsys):
+    monkeypatch.setenv("DSRAY_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", cluster[1])
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    job_file = tmp_path / "job.toml"
+    job_file.write_text(JOB.format(photos=photos, output=tmp_path / "out"))
+
+    def run(*overrides):
+        arguments = [part for override in overrides for part in ("--set", override)]
+        code = app.main(["doctor", str(job_file), "--address", cluster[0], "--json", *arguments])
+        shown = json.loads(capsys.readouterr().out)
+        return code, {check["name"]: check for check in shown["checks"]}
+
+    return run
+
+
+def test_two_nodes_are_looked_at_in_parallel_and_speak_to_each_other(doctor, tmp_path):
+    code, checks = doctor()
+    failed = {name: check["findings"] for name, check in checks.items() if check["state"] == "failed"}
+    assert (code, failed) == (0, {})
+    assert checks["cluster"]["findings"][0]["detail"].endswith("took the token")
+    where = [finding["where"] for finding in checks["nodes"]["findings"]]
+    assert where == ["127.0.0.1 (head)", "127.0.0.2"]
+    assert [finding["state"] for finding in checks["versions"]["findings"]] == ["ok", "ok"]
+    assert "shared with the head" in checks["output"]["findings"][1]["detail"]
+    assert checks["all_reduce"]["findings"][0]["detail"].startswith("2 workers on 2 node(s), gloo: ")
+    assert checks["all_reduce"]["state"] == "ok"
+    assert [path for path in tmp_path.rglob(".dsray-probe-*")] == []
+
+
+def test_what_is_missing_is_told_of_every_node(doctor):
+    code, checks = doctor("dataset.base_path=/nowhere", "distributed.resources_per_worker={ CPU = 0.5, half_a_node = 2 }")
+    assert code == ExitCode.UNEXPECTED
+    assert [finding["where"] for finding in checks["data"]["findings"]] == ["127.0.0.1 (head)", "127.0.0.2"]
+    assert checks["data"]["state"] == "failed"
+    assert checks["resources"]["state"] == "failed"
+    assert "of 2 workers with 0.5 CPU, 2 half_a_node only 0 fit" in checks["resources"]["findings"][-1]["detail"]
+    assert checks["all_reduce"]["state"] == "skipped"
+
+
+def test_a_wrong_token_is_exit_3(doctor, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong" * 10)
+    code, checks = doctor()
+    assert code == ExitCode.CLUSTER
+    assert "refuses us" in checks["cluster"]["findings"][0]["detail"]
