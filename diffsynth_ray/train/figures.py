@@ -1,4 +1,4 @@
-"""The figures of a run on disk: loss.csv (step,key,value) and TensorBoard."""
+"""The figures of a run: loss.csv (step,key,value), TensorBoard, and the trackers of `services.py`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from diffsynth_ray.config.schema import LoggingSection
 from diffsynth_ray.run_dir import RunDir, write_whole
+from diffsynth_ray.train.services import open_services
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -27,6 +28,7 @@ class FigureWriter:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(run_dir.tensorboard_dir), purge_step=start_step + 1, flush_secs=10)
+        self._services = open_services(run_dir, logging)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Append the figures of optimizer step `step` (from 1)."""
@@ -36,11 +38,15 @@ class FigureWriter:
         if self._tensorboard is not None:
             for key, value in figures.items():
                 self._tensorboard.add_scalar(f"train/{key}", value, step)
+        for service in self._services:
+            service.write(step, figures)
 
     def close(self) -> None:
         """Flush everything."""
         if self._tensorboard is not None:
             self._tensorboard.close()
+        for service in self._services:
+            service.close()
 
 
 def _rows_up_to(path: Path, step: int) -> list[str]:

@@ -44,6 +44,9 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     "typer": ("cli.",),
     "rich": ("cli.",),
     "click": ("cli.",),
+    "wandb": ("train.services",),
+    "swanlab": ("train.services",),
+    "mlflow": ("train.services",),
 }
 
 # Where DESIGN's tree puts a module. A command group of the same name may stand beside it in cli.
