@@ -171,7 +171,7 @@ def _output(path: str | None, probe: str | None) -> Iterator[tuple[State, str, s
     Path(own).unlink(missing_ok=True)
     if probe is None:
         yield "ok", f"{folder} is writable", ""
-    elif _sees(probe):
+    elif sees(probe):
         yield "ok", f"{folder} is writable, and shared with the head", ""
     else:
         yield (
@@ -181,7 +181,8 @@ def _output(path: str | None, probe: str | None) -> Iterator[tuple[State, str, s
         )
 
 
-def _sees(probe: str) -> bool:
+def sees(probe: str) -> bool:
+    """Whether the file that `write_probe` wrote elsewhere is here, with its content."""
     try:
         return Path(probe).read_text() == Path(probe).name
     except OSError:

@@ -1,11 +1,18 @@
-"""`dsray doctor` on a cluster of two nodes on this machine, with token authentication."""
+"""A cluster of two nodes on this machine, reached from outside with a token: `dsray doctor`, and a run on both nodes.
+
+The nodes do not have our package: it travels with the jobs.
+"""
 
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -52,7 +59,7 @@ def cluster(tmp_path_factory):
         "--min-worker-port=0", "--max-worker-port=0",
     ]  # fmt: skip
     environment = os.environ | head_environment(token_path, metric_ports=ports[3:5])
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    environment.pop("PYTHONPATH", None)
     extra = ['--resources={"half_a_node": 1}']  # so that each node gets one worker
     started = []
     with (folder / "log").open("wb") as log:
@@ -86,13 +93,17 @@ def _wait_for_nodes(port, token_path, count):
 
 
 @pytest.fixture
-def doctor(cluster, tmp_path, photos, monkeypatch, capsys):
+def job_file(cluster, tmp_path, photos, monkeypatch):
     monkeypatch.setenv("DSRAY_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("RAY_AUTH_TOKEN", cluster[1])
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    job_file = tmp_path / "job.toml"
-    job_file.write_text(JOB.format(photos=photos, output=tmp_path / "out"))
+    path = tmp_path / "job.toml"
+    path.write_text(JOB.format(photos=photos, output=tmp_path / "out"))
+    return path
 
+
+@pytest.fixture
+def doctor(cluster, job_file, capsys):
     def run(*overrides):
         arguments = [part for override in overrides for part in ("--set", override)]
         code = app.main(["doctor", str(job_file), "--address", cluster[0], "--json", *arguments])
@@ -131,3 +142,39 @@ def test_a_wrong_token_is_exit_3(doctor, monkeypatch):
     code, checks = doctor()
     assert code == ExitCode.CLUSTER
     assert "refuses us" in checks["cluster"]["findings"][0]["detail"]
+
+
+@pytest.mark.slow
+def test_a_run_on_both_nodes_and_the_metrics_that_the_dashboard_shows(cluster, job_file, tmp_path, capsys):
+    board = json.loads((Path(__file__).parents[2] / "cluster" / "grafana_dashboard.json").read_text())
+    expressions = " ".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
+    shown = {name for name in re.findall(r"ray_\w+", expressions) if "gpu" not in name}
+    scraped: set[str] = set()
+    has_ended = threading.Event()
+
+    def scrape():
+        while not has_ended.wait(0.5):
+            for address in metric_addresses():
+                with suppress(OSError), urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as reply:
+                    scraped.update(re.findall(r"^(ray_\w+)\{", reply.read().decode(), re.MULTILINE))
+
+    def metric_addresses():
+        path = Path(f"/tmp/dsray-doctor-{os.getpid()}/prom_metrics_service_discovery.json")
+        return [target for entry in json.loads(path.read_text()) for target in entry["targets"]] if path.exists() else []
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    try:
+        arguments = ["--address", cluster[0], "--json", "--set", "training.max_steps=30", "--set", "dataset.repeat=20"]
+        code = app.main(["submit", str(job_file), *arguments])
+    finally:
+        has_ended.set()
+        thread.join()
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    assert "sending job.json" in captured.err
+    assert "the package diffsynth_ray" in captured.err
+    assert json.loads(captured.out)["state"] == "SUCCEEDED"
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "starting 2 training worker(s)" in log
+    assert shown <= scraped, shown - scraped
