@@ -42,6 +42,8 @@ def _of_the_family(draft: Draft, name: str) -> list[Problem]:
         for component in components[:1]  # a list of parts has hundreds
         if component not in family.component_names
     ]
+    if values.get("task") == "direct_distill":
+        return problems  # its columns are the teacher's settings, not conditions of the model
     known = {
         "model.extra_inputs": getattr(family, "extra_inputs", ()),
         "model.options": getattr(family, "option_names", ()),
