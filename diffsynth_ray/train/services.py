@@ -93,7 +93,7 @@ class _Swanlab:
 
         try:
             self._run = swanlab.init(
-                project=project, experiment_name=resolved.run, logdir=str(run_dir.path / "swanlab"),
+                project=project, name=resolved.run, id=resolved.run, resume="allow", log_dir=str(run_dir.path / "swanlab"),
                 config=resolved.job.model_dump(mode="json"), reinit=True,
             )  # fmt: skip
         except (RuntimeError, ValueError, OSError) as error:

@@ -83,7 +83,7 @@ def test_figures_go_to_one_run_of_the_tracker(run_of, monkeypatch, name):
     run_dir, resolved = run_of(f'{name}_project = "animals"')
     write_three_steps(run_dir, resolved)
     (_, options), *steps, end = package.calls
-    assert (options["project"], resolved.run in (options.get("id"), options.get("experiment_name"))) == ("animals", True)
+    assert [options[key] for key in ("project", "name", "id", "resume")] == ["animals", resolved.run, resolved.run, "allow"]
     assert options["config"]["lora"]["base_model"] == "dit"
     assert steps == [(step, {"train/loss": 1.0 / step, "train/lr": 1e-4}) for step in (1, 2, 3)]
     assert end == ("finish",)
