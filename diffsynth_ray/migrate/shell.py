@@ -65,6 +65,8 @@ class _Reader:
         self.variables: dict[str, str] = {}
         self.arrays: dict[str, list[str]] = {}
         self.exported: dict[str, str] = {}
+        self.here_documents: list[str] = []
+        """Delimiters of here-documents that begin after this line."""
         self._begin_command()
 
     def _begin_command(self) -> None:
@@ -75,7 +77,6 @@ class _Reader:
         self.is_plain = True
         """No part of the word is quoted or from a variable: it may be a keyword or an assignment."""
         self.skip_word = False
-        self.here_documents: list[str] = getattr(self, "here_documents", [])
 
     def read(self) -> None:
         """Read all commands."""

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ from diffsynth_ray.errors import ClusterError, ExitCode
 from diffsynth_ray.launch import client
 from diffsynth_ray.launch.supervisor import _free_ports, head_command, head_environment
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(300)
 
 JOB = """
 [dataset]
@@ -56,32 +57,27 @@ def cluster(tmp_path_factory):
     node = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address=127.0.0.1:{ports[0]}",
         "--node-ip-address=127.0.0.2", "--num-cpus=2", "--object-store-memory=104857600",
-        "--min-worker-port=0", "--max-worker-port=0",
+        "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0",
     ]  # fmt: skip
     environment = os.environ | head_environment(token_path, metric_ports=ports[3:5])
     environment.pop("PYTHONPATH", None)
     extra = ['--resources={"half_a_node": 1}']  # so that each node gets one worker
     started = []
-    with (folder / "log").open("wb") as log:
-        for command in (head, node):
-            started.append(subprocess.Popen([*command, *extra], env=environment, stdout=log, stderr=log, cwd="/"))
-            if command is head:
-                _wait_for_nodes(named["--dashboard-port"], token_path, 1)
-        _wait_for_nodes(named["--dashboard-port"], token_path, 2)
-    yield f"http://127.0.0.1:{named['--dashboard-port']}", token_path.read_text()
-    ours = [child for process in started for child in psutil.Process(process.pid).children(recursive=True)]
-    for process in started:
-        process.terminate()
-    for process in started:
-        process.wait(30)
-    for child in psutil.wait_procs(ours, timeout=5)[1]:
-        child.kill()
-    subprocess.run(["rm", "-rf", str(temp_dir)], check=True)
+    log_path = folder / "log"
+    try:
+        with log_path.open("wb") as log:
+            for number, command in enumerate((head, node), start=1):
+                started.append(subprocess.Popen([*command, *extra], env=environment, stdout=log, stderr=log, cwd="/"))
+                _wait_for_nodes(named["--dashboard-port"], token_path, number, log_path)
+        yield f"http://127.0.0.1:{named['--dashboard-port']}", token_path.read_text()
+    finally:
+        _end(started)
+        shutil.rmtree(temp_dir, ignore_errors=True)
 
 
-def _wait_for_nodes(port, token_path, count):
+def _wait_for_nodes(port, token_path, count, log_path):
     reached = client.Cluster(url=f"http://127.0.0.1:{port}", token=token_path.read_text())
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:
             if client.cluster_resources(reached).cpus == 2 * count:
@@ -89,7 +85,19 @@ def _wait_for_nodes(port, token_path, count):
         except ClusterError:
             pass
         time.sleep(0.3)
-    raise TimeoutError(f"{count} node(s) did not come up")
+    raise TimeoutError(f"{count} node(s) did not come up: {log_path.read_text()[-2000:]}")
+
+
+def _end(started):
+    """The nodes, the second first, and whatever of theirs does not end with them."""
+    ours = [child for process in started for child in psutil.Process(process.pid).children(recursive=True)]
+    for process in reversed(started):
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+    for process in [*psutil.wait_procs(ours, timeout=5)[1], *started]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @pytest.fixture
