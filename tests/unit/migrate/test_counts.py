@@ -19,7 +19,7 @@ NEVER = {
 }
 LATER = (
     "not in this version", "family wan is not built", "family flux is not built", "family z_image is not built",
-    "model.paths: required", "family qwen_image does not know",
+    "model.paths: required", "model.extra_inputs: family", "model.options: family",
 )  # fmt: skip
 
 
