@@ -250,12 +250,12 @@ class LoggingSection(Section):
     """Write loss.csv (step,key,value)."""
     tensorboard: bool = _key(True)
     """Write {path}/tensorboard."""
-    wandb_project: str | None = _key(not_built="Weights & Biases")
-    """Weights & Biases project."""
-    swanlab_project: str | None = _key(not_built="SwanLab")
-    """SwanLab project."""
-    mlflow_tracking_uri: str | None = _key(not_built="MLflow")
-    """MLflow server."""
+    wandb_project: str | None = _key()
+    """Weights & Biases project; needs the package wandb, and WANDB_API_KEY on the nodes."""
+    swanlab_project: str | None = _key()
+    """SwanLab project; needs the package swanlab, and SWANLAB_API_KEY on the nodes."""
+    mlflow_tracking_uri: str | None = _key()
+    """Address of an MLflow server; needs the package mlflow-skinny."""
     every_steps: int = _key(1, ge=1)
     """Optimizer steps between two logged figures; each costs one synchronisation with the host."""
 

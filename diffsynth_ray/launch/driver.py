@@ -27,6 +27,7 @@ from diffsynth_ray.errors import DsrayError, ExitCode
 from diffsynth_ray.launch.board import Board, Failure, Loss, News
 from diffsynth_ray.launch.failures import WorkerPlace, describe, with_hint
 from diffsynth_ray.launch.stages import train_stage
+from diffsynth_ray.launch.visibility import check_visible
 from diffsynth_ray.plan import build_plan
 from diffsynth_ray.run_dir import Attempt, RunDir, write_whole
 
@@ -88,6 +89,7 @@ def build_plan_lines(resolved: ResolvedJob) -> list[str]:
 
 
 def _run_stages(resolved: ResolvedJob, attempt: Attempt, watcher: _Watcher) -> dict[str, Any]:
+    check_visible(resolved, watcher.tell)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     stage = train_stage.options(scheduling_strategy=here).remote(

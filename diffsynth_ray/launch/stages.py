@@ -36,6 +36,7 @@ def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -
     from diffsynth_ray.launch.watch import Watch
     from diffsynth_ray.models.family import get_family
     from diffsynth_ray.models.weights import load_components
+    from diffsynth_ray.train.services import check_services
     from diffsynth_ray.train.trainer import check_components
 
     resolved = ResolvedJob.model_validate_json(resolved_json)
@@ -44,6 +45,7 @@ def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -
         board.say.remote(line)
 
     # What the files say is checked before any GPU is taken.
+    check_services(resolved.job.logging)
     model = resolved.job.model
     family = load_components(model.paths, family=model.family)[0] if model.paths else str(model.family)
     check_components(get_family(family), resolved.job)

@@ -53,6 +53,8 @@ def measure(trainer: Trainer, device: torch.device) -> MemoryUse:
         optimizer=0,
         gradients=0,
     )
+    if trainer.job.offload.optimize_on_cpu:
+        return use  # gradients leave block by block, the rest never was here
     if optimizer is None:
         return _with_shares(use, trainer)
     states = (value for state in optimizer.optimizer.state.values() for value in state.values())
@@ -76,7 +78,12 @@ def _with_shares(use: MemoryUse, trainer: Trainer) -> MemoryUse:
 
 def _num_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
     found = (getattr(tensor, "ds_tensor", tensor) for tensor in tensors)  # a partitioned parameter is empty, its part is not
-    return sum(tensor.numel() * tensor.element_size() for tensor in found if tensor.device.type == device.type)
+    # An offloaded weight that is away is one element repeated, a loaded one a part of its unit's memory.
+    return sum(
+        min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+        for tensor in found
+        if tensor.device.type == device.type
+    )
 
 
 def out_of_memory(job: Job, use: MemoryUse, *, rank: int, world_size: int, computed: str, cause: str) -> RunError:

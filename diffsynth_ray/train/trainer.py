@@ -29,11 +29,7 @@ from diffsynth_ray.models.lora import add_lora
 from diffsynth_ray.models.weights import load_components
 from diffsynth_ray.schedule import Schedule, trained_components
 from diffsynth_ray.train.initial import as_list
-<<<<<<< HEAD
-from diffsynth_ray.train.optim import lr_factor
-=======
 from diffsynth_ray.train.optim import MasterOptimizer, lr_factor
->>>>>>> wt-deepspeed
 from diffsynth_ray.train.residency import Residency
 from diffsynth_ray.train.strategy import build_strategy, trained_parameters
 from diffsynth_ray.train.strategy.base import Strategy
@@ -204,9 +200,9 @@ class Trainer:
         self.residency = residency or Residency()
         self.graph = TrainGraph(family, trained=trained_components(job))
         self.id_range = timestep_id_range(job.training.min_timestep_boundary, job.training.max_timestep_boundary)
-        zero = job.distributed.strategy == "deepspeed"
-        self.optimizer = None if zero else MasterOptimizer(self.trained, job.training)
-        """DeepSpeed has its own over the parts that a worker updates."""
+        has_own = job.distributed.strategy == "deepspeed" or job.offload.optimize_on_cpu
+        self.optimizer = None if has_own else MasterOptimizer(self.trained, job.training)
+        """None where the strategy has its own, over the parts that a worker updates."""
         self.strategy: Strategy | None = None
         self.step = 0
         """Optimizer steps done."""
@@ -225,11 +221,13 @@ class Trainer:
         self.residency.begin()
         with fastest_attention():
             self.strategy = build_strategy(
-<<<<<<< HEAD
-                self.job, self.family, self.graph, residency=self.residency, probe=inputs, say=say
-=======
-                self.job, self.family, self.graph, optimizer=self.optimizer, probe=inputs, say=say
->>>>>>> wt-deepspeed
+                self.job,
+                self.family,
+                self.graph,
+                optimizer=self.optimizer,
+                residency=self.residency,
+                probe=inputs,
+                say=say,
             )
 
     def _draw(self, micro: MicroInput, *, step: int) -> tuple[Tensor, Tensor]:

@@ -29,11 +29,7 @@ from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.checkpoint import Checkpoint, damage_of, find_checkpoints, find_restorable, read_checkpoint
 from diffsynth_ray.train.export import export_weights
 from diffsynth_ray.train.figures import FigureWriter
-<<<<<<< HEAD
 from diffsynth_ray.train.group import Group, NodeWorkers
-=======
-from diffsynth_ray.train.group import Group
->>>>>>> wt-deepspeed
 from diffsynth_ray.train.heartbeat import Heartbeat
 from diffsynth_ray.train.initial import load_initial_weights, merge_presets
 from diffsynth_ray.train.memory_report import measure, out_of_memory
@@ -160,14 +156,11 @@ class _Worker:
         probe = self._probe_input()
         self.computed = f"the costliest micro batch, tried before the first step ({_describe(probe)})"
         self.trainer.start(probe, say=self.say)
-<<<<<<< HEAD
 
     def _node_workers(self) -> NodeWorkers | None:
         context = ray.train.get_context()
         place = NodePlace(context.get_node_rank(), context.get_local_rank(), self.local_world_size)
         return NodeWorkers(self.control, place) if self.world_size > 1 else None
-=======
->>>>>>> wt-deepspeed
 
     def out_of_memory(self, error: torch.OutOfMemoryError) -> RunError:
         """What the user is told of a full device."""

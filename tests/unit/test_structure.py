@@ -27,9 +27,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"run_dir", "schedule", "config", "errors"},
     "memory": {"run_dir", "schedule", "config", "errors"},
     "train": {"data", "models", "memory", "run_dir", "schedule", "config", "errors"},
+    "migrate": {"models", "config", "errors"},
     "plan": {"data", "run_dir", "schedule", "config", "errors"},
     "launch": {"plan", "train", "data", "models", "memory", "run_dir", "schedule", "config", "errors"},
-    "cli": {"launch", "plan", "train", "data", "models", "memory", "run_dir", "schedule", "config", "errors"},
+    "cli": {"launch", "plan", "migrate", "train", "data", "models", "memory", "run_dir", "schedule", "config", "errors"},
 }
 # plan promises to need no torch; of data it reads the metadata only.
 PLAN_READS = {"diffsynth_ray.data.metadata"}
@@ -43,6 +44,9 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     "typer": ("cli.",),
     "rich": ("cli.",),
     "click": ("cli.",),
+    "wandb": ("train.services",),
+    "swanlab": ("train.services",),
+    "mlflow": ("train.services",),
 }
 
 # Where DESIGN's tree puts a module. A command group of the same name may stand beside it in cli.

@@ -13,6 +13,7 @@ from diffsynth_ray.train.strategy.base import Strategy
 
 if TYPE_CHECKING:
     from diffsynth_ray.train.optim import MasterOptimizer
+    from diffsynth_ray.train.residency import Residency
 
 
 def trained_parameters(graph: nn.Module) -> dict[str, nn.Parameter]:
@@ -26,6 +27,7 @@ def build_strategy(
     graph: nn.Module,
     *,
     optimizer: MasterOptimizer | None,
+    residency: Residency,
     probe: tuple[Any, ...] | None,
     say: Callable[[str], object],
 ) -> Strategy:
@@ -35,6 +37,12 @@ def build_strategy(
     gradient, and an out-of-memory before the first step.
     """
     # Imported late: optim imports strategy.base, and DeepSpeed takes its time.
+    if job.offload.optimize_on_cpu:
+        from diffsynth_ray.train.strategy.host import HostStrategy
+
+        assert residency.offload is not None  # resolve has checked it
+        trained = trained_parameters(graph)
+        return HostStrategy(job, graph, trained, residency.offload, place=residency.place, probe=probe)
     if optimizer is None:
         from diffsynth_ray.train.strategy.deepspeed import DeepSpeedStrategy
 
