@@ -87,7 +87,7 @@ def test_the_defaults_that_the_lora_recipe_shows_are_the_defaults(tmp_path: Path
     examples = {
         "height", "width", "max_steps", "global_batch_size", "resume_from_checkpoint", "alpha", "target_modules",
         "checkpoint", "save_steps", "remove_prefix_in_ckpt", "checkpoint_steps", "num_workers = 8",
-        "resources_per_worker",
+        "resources_per_worker", "preset_path", "preset_model", "checkpoint_path",
     }  # fmt: skip
     lines = []
     for line in text.splitlines():
