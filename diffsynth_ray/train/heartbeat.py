@@ -25,9 +25,10 @@ class Heartbeat:
         self._ended = threading.Event()
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
-    def enter(self, phase: str, step: int) -> None:
-        """The training thread begins something else, at optimizer step `step`."""
-        self._phase, self._step, self._since = phase, step, time.monotonic()
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """The training thread begins something else, at optimizer step `step` if that is another one."""
+        self._phase, self._since = phase, time.monotonic()
+        self._step = self._step if step is None else step
         if self._since - self._sent > _SEND_AT_MOST_EVERY_S:
             self._tell()
 

@@ -32,6 +32,7 @@ from diffsynth_ray.train.group import Group
 from diffsynth_ray.train.heartbeat import Heartbeat
 from diffsynth_ray.train.initial import load_initial_weights, merge_presets
 from diffsynth_ray.train.memory_report import measure, out_of_memory
+from diffsynth_ray.train.residency import settle
 from diffsynth_ray.train.saver import CheckpointSaver, WriterIdentity
 from diffsynth_ray.train.storage import Storage
 from diffsynth_ray.train.trainer import (
@@ -80,7 +81,7 @@ def train_loop(*, resolved_json: str, token: str, index: ray.ObjectRef, board: A
     except RuntimeError as error:
         if is_lost_connection(error):
             # The worker at the other end is the cause; Ray Train hears of its death a little later than we do.
-            heartbeat.enter("waiting to be ended: another worker is gone", 0)
+            heartbeat.enter("waiting to be ended: another worker is gone")
             time.sleep(_FOLLOWER_WAIT_S)
         raise
     finally:
@@ -145,8 +146,9 @@ class _Worker:
         family = load_family(self.job, device=device)
         merge_presets(family, self.job, self.say)
         select_trained(family, self.job)
+        residency = settle(family, self.job, say=self.say)
         load_initial_weights(family, self.job, self.say)
-        self.trainer = Trainer(self.job, family, self.schedule)
+        self.trainer = Trainer(self.job, family, self.schedule, residency=residency)
         count = sum(param.numel() for param in self.trainer.trained.values())
         self.say(f"model loaded in {time.monotonic() - started:.1f} s, {count:,} trained parameters")
         probe = self._probe_input()

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models.qwen_image import QwenImage
-from diffsynth_ray.models.weights import load_components, load_state_dict, seeded_generator
+from diffsynth_ray.models.weight_source import seeded_generator
+from diffsynth_ray.models.weights import load_components, load_state_dict
 
 torch.set_num_threads(1)
 TINY = Path(__file__).parents[2] / "assets" / "qwen_image_tiny"

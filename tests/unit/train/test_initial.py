@@ -13,6 +13,7 @@ from diffsynth_ray.models.qwen_image import QwenImage
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.export import export_weights
 from diffsynth_ray.train.initial import load_exported, load_initial_weights, merge_presets, preset_loras
+from diffsynth_ray.train.residency import settle
 from diffsynth_ray.train.trainer import Trainer, check_components, select_trained
 
 torch.set_num_threads(1)
@@ -146,6 +147,24 @@ def test_presets_are_merged_into_the_base_before_the_trained_lora_is_added(tmp_p
     assert "layers of dit" in said[1]
     fresh = lora_state_dict(family.component("dit"))
     assert not fresh[f"{layer}.lora_B.default.weight"].any(), "the trained LoRA starts from zero"
+
+
+@pytest.mark.parametrize("memory", [{}, {"model": {"fp8_models": ["dit"]}}])
+def test_presets_of_weights_that_are_still_to_be_read(tmp_path, family, memory):
+    path, _ = export_lora(tmp_path)
+    job = build_lora_job(preset_path=path)
+    lazy = QwenImage.build_tiny(0, dtype=torch.float32, device="meta")
+    lazy.device = torch.device("cpu")
+    for each in (family, lazy):
+        merge_presets(each, job, print)
+        select_trained(each, job)
+    settle(lazy, job.model_copy(update={"model": Job.model_validate({"name": "t"} | memory).model}), say=print)
+    layer = "transformer_blocks.0.attn.to_q"
+    merged, plain = (each.component("dit").get_submodule(layer).base_layer.weight for each in (lazy, family))
+    if memory:
+        assert merged.dtype == torch.float8_e4m3fn
+    else:
+        assert torch.equal(merged, plain)
 
 
 def test_each_preset_may_have_its_component():
