@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_ray.config.resolve import ResolvedJob
+from diffsynth_ray.config.schema import Job
+from diffsynth_ray.config.zero import read_zero_config
 from diffsynth_ray.data.metadata import PROMPT_COLUMN, read_metadata
 from diffsynth_ray.errors import JobFileError, Problem
 from diffsynth_ray.schedule import build_schedule, export_file_names, trained_components
@@ -24,6 +26,7 @@ class Plan:
     num_workers: int
     min_workers: int
     device: str
+    strategy: str
     resources_per_worker: dict[str, float]
     decode_tasks: int
     decode_cpus: float
@@ -64,7 +67,7 @@ class Plan:
         return [
             f"run       {self.run}",
             f"stages    {' -> '.join(self.stages)} on {self.device}, training {', '.join(self.trained)}",
-            f"workers   {count} x ({resources}), {self.decode_tasks} decoding task(s) of "
+            f"workers   {count} x ({resources}) under {self.strategy}, {self.decode_tasks} decoding task(s) of "
             f"{self.decode_cpus:g} CPU each",
             f"samples   {self.num_rows} rows x repeat {self.repeat} = {self.num_samples} an epoch",
             f"batch     {batch} samples a step",
@@ -106,6 +109,7 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
         num_workers=resolved.num_workers,
         min_workers=resolved.min_workers,
         device=resolved.device,
+        strategy=_strategy(job),
         resources_per_worker=resolved.resources_per_worker,
         decode_tasks=resolved.decode_tasks,
         decode_cpus=resolved.decode_cpus,
@@ -124,6 +128,21 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
     )
 
 
+def _strategy(job: Job) -> str:
+    distributed = job.distributed
+    if distributed.strategy == "ddp":
+        return "DDP"
+    offloaded = [
+        what
+        for what, device in (
+            ("optimizer", distributed.offload_optimizer_device),
+            ("parameters", distributed.offload_param_device),
+        )
+        if device != "none"
+    ]
+    return f"DeepSpeed ZeRO-{distributed.zero_stage}" + (f", {' and '.join(offloaded)} on the host" if offloaded else "")
+
+
 def _check_model_files(resolved: ResolvedJob) -> None:
     model = resolved.job.model
     named = [("model.paths", path) for entry in model.paths for path in ([entry] if isinstance(entry, str) else entry)]
@@ -134,6 +153,7 @@ def _check_model_files(resolved: ResolvedJob) -> None:
             ("training.resume_from_checkpoint", resolved.job.training.resume_from_checkpoint),
             ("lora.checkpoint", resolved.job.lora.checkpoint),
             ("lora.preset_path", resolved.job.lora.preset_path),
+            ("distributed.deepspeed_config", resolved.job.distributed.deepspeed_config),
         )
         if value is not None
         for path in ([value] if isinstance(value, str) else value)
@@ -141,3 +161,5 @@ def _check_model_files(resolved: ResolvedJob) -> None:
     missing = [Problem(key, f"{path} does not exist") for key, path in named if not Path(path).exists()]
     if missing:
         raise JobFileError(f"job {resolved.job.name}", missing)
+    if resolved.job.distributed.strategy == "deepspeed":
+        read_zero_config(resolved.job)

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from diffsynth_ray.config import schema
 from diffsynth_ray.config.load import lookup
 from diffsynth_ray.config.schema import Job
+from diffsynth_ray.config.zero import check_zero_keys
 from diffsynth_ray.errors import JobFileError, Problem
 
 READ_CPUS = 0.1
@@ -234,18 +235,7 @@ def _check_rules(job: Job) -> list[Problem]:
     if isinstance(asked, list) and not 1 <= asked[0] <= asked[1]:
         message = f"got {asked}; [min, max] of an elastic run, with 1 <= min <= max, as in [1, 4]"
         problems.append(Problem("distributed.num_workers", message))
-    return problems + _check_model(job)
-
-
-def _check_presets(job: Job) -> list[Problem]:
-    paths, models = job.lora.preset_path, job.lora.preset_model
-    if models is not None and not paths:
-        return [Problem("lora.preset_model", "needs lora.preset_path: the LoRA to merge")]
-    num_paths = len(paths) if isinstance(paths, list) else 1
-    if isinstance(models, list) and len(models) not in (1, num_paths):
-        message = f"names {len(models)} components for {num_paths} files of lora.preset_path; give one, or one for each"
-        return [Problem("lora.preset_model", message)]
-    return []
+    return problems + check_zero_keys(job) + _check_model(job)
 
 
 def _check_offload(job: Job) -> list[Problem]:
@@ -264,6 +254,17 @@ def _check_offload(job: Job) -> list[Problem]:
     if job.gradient.checkpointing_offload and job.gradient.checkpointing is False:
         problems.append(Problem("gradient.checkpointing_offload", "needs gradient.checkpointing = true"))
     return problems
+
+
+def _check_presets(job: Job) -> list[Problem]:
+    paths, models = job.lora.preset_path, job.lora.preset_model
+    if models is not None and not paths:
+        return [Problem("lora.preset_model", "needs lora.preset_path: the LoRA to merge")]
+    num_paths = len(paths) if isinstance(paths, list) else 1
+    if isinstance(models, list) and len(models) not in (1, num_paths):
+        message = f"names {len(models)} components for {num_paths} files of lora.preset_path; give one, or one for each"
+        return [Problem("lora.preset_model", message)]
+    return []
 
 
 def _check_plain_values(key: str, values: dict[str, Any]) -> list[Problem]:

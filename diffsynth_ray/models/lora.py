@@ -142,10 +142,10 @@ def _plain_lora_linear() -> type[nn.Module]:
         def forward(self, x: Tensor) -> Tensor:
             if self.disable_adapters or self.merged:
                 return super().forward(x)
-            low = F.linear(x, self.lora_A[ADAPTER].weight)
-            update = F.linear(low, self.lora_B[ADAPTER].weight)
+            base, down = self.base_layer(x), self.lora_A[ADAPTER].weight
+            update = F.linear(F.linear(x.to(down.dtype), down), self.lora_B[ADAPTER].weight)
             scaling = self.scaling[ADAPTER]
-            return self.base_layer(x) + (update if scaling == 1 else update * scaling)
+            return (base + (update if scaling == 1 else update * scaling)).to(base.dtype)
 
     return PlainLoraLinear
 
@@ -155,17 +155,19 @@ def lora_layers(module: nn.Module) -> dict[str, Any]:
     return {name: child for name, child in module.named_modules() if ADAPTER in getattr(child, "lora_A", ())}
 
 
-def lora_state_dict(module: nn.Module) -> dict[str, Tensor]:
+def lora_state_dict(module: nn.Module, *, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The adapters under DiffSynth-Studio's key names, which have no alpha: B comes multiplied by alpha / rank.
 
-    With alpha = rank the tensors are the parameters themselves, not copies.
+    `values` by parameter name replace the module's own, which may be partitioned over processes. With alpha = rank the
+    tensors are the parameters (or values) themselves, not copies.
     """
     state: dict[str, Tensor] = {}
     for name, layer in lora_layers(module).items():
         scaling = _scaling(layer)
-        lora_b = layer.lora_B[ADAPTER].weight.detach()
-        state[f"{name}.lora_A.{ADAPTER}.weight"] = layer.lora_A[ADAPTER].weight.detach()
-        state[f"{name}.lora_B.{ADAPTER}.weight"] = lora_b if scaling == 1 else lora_b * scaling
+        for part in ("lora_A", "lora_B"):
+            key = f"{name}.{part}.{ADAPTER}.weight"
+            value = getattr(layer, part)[ADAPTER].weight.detach() if values is None else values[key]
+            state[key] = value * scaling if part == "lora_B" and scaling != 1 else value
     return state
 
 
@@ -214,45 +216,29 @@ def load_lora(module: nn.Module, source: Path | str | Mapping[str, Tensor]) -> N
 
 
 class MergedWeights:
-    """A component's weights with a LoRA added to them as they are read."""
+    """A weight source with LoRAs' B A added to the weights that it reads."""
 
-    def __init__(self, source: WeightSource, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """`factors`: parameter name -> (B [out, rank], A [rank, in]), float32."""
-        self._source, self._factors = source, factors
+    def __init__(self, source: WeightSource, updates: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """`updates`: layer -> (A [rank, in], B [out, rank])."""
+        self._source, self._updates = source, updates
 
     def read(self, name: str) -> Tensor:
         """See WeightSource."""
-        tensor = self._source.read(name)
-        if name not in self._factors:
-            return tensor
-        up, down = self._factors[name]
-        return (tensor.float() + up @ down).to(tensor.dtype)
+        weight = self._source.read(name)
+        if name.removesuffix(".weight") not in self._updates:
+            return weight
+        down, up = self._updates[name.removesuffix(".weight")]
+        return (weight.float() + up.float() @ down.float()).to(weight.dtype)
 
 
 def merge_lora(module: nn.Module, source: Path | str | Mapping[str, Tensor]) -> int:
-    """Add a LoRA's B A to the base weights (`[lora] preset_path`); returns the number of layers changed.
-
-    In place; of a module whose weights are still to be read, as they are read. Adapters are put in afterwards.
-    """
+    """Add a LoRA's B A to the base weights that `module` will read (`[lora] preset_path`); returns the number of layers changed."""
     state = _read_lora(module, source)
-    linears = _linears(module)
+    linears = {name.removesuffix(".base_layer") for name in _linears(module)}
     names = [key.removesuffix(f".lora_A.{ADAPTER}.weight") for key in state if ".lora_A." in key]
-    unknown = [name for name in names if name not in linears]
-    if unknown:
-        raise ModelError(f"preset LoRA: {len(unknown)} layers are not part of this component (first: {unknown[:3]})")
-    factors = {
-        f"{name}.weight": (
-            state[f"{name}.lora_B.{ADAPTER}.weight"].float(),
-            state[f"{name}.lora_A.{ADAPTER}.weight"].float(),
-        )
-        for name in names
-    }
-    if any(linears[name].weight.is_meta for name in names):
-        module.weight_source = MergedWeights(cast(WeightSource, module.weight_source), factors)  # type: ignore[assignment]
-        return len(names)
     for name in names:
-        weight = linears[name].weight
-        up, down = (factor.to(weight.device) for factor in factors[f"{name}.weight"])
-        with torch.no_grad():
-            weight.copy_(weight.float() + up @ down)
+        if name not in linears:
+            raise ModelError(f"preset LoRA: layer {name!r} is not part of this component")
+    updates = {name: (state[f"{name}.lora_A.{ADAPTER}.weight"], state[f"{name}.lora_B.{ADAPTER}.weight"]) for name in names}
+    module.weight_source = MergedWeights(cast(WeightSource, module.weight_source), updates)  # type: ignore[assignment]
     return len(names)
