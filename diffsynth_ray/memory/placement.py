@@ -100,7 +100,7 @@ def split_units(component: nn.Module, blocks: Sequence[nn.Module], *, max_bytes:
         is_called = bool(name) and not holds_blocks and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
         # A part of a block is frozen in full, adapters stay outside: gradients are then summed in the whole block's order.
         is_whole = module in blocks_inside or not any(param.requires_grad for param in module.parameters())
-        if is_called and ((num_bytes <= limit and is_whole) or not any(True for _ in module.children())):
+        if is_called and (num_bytes <= limit and is_whole or not any(True for _ in module.children())):
             units[name] = module
             return
         for child_name, child in module.named_children():

@@ -186,20 +186,22 @@ def test_a_damaged_checkpoint_is_passed_over(reference, tmp_path, photos, damage
     assert_same(run, reference)
 
 
-CHAINS = [[("ddp", 2), ("ddp", 1), ("ddp", 2)]]
-"""(strategy, workers) of one attempt after the other."""
+ZERO_2 = ("distributed.strategy=deepspeed", "distributed.zero_stage=2")
+ZERO_3 = ("distributed.strategy=deepspeed", "distributed.zero_stage=3")
+CHAINS = [[((), 2), ((), 1), ((), 2)], [((), 2), (ZERO_2, 1), (ZERO_3, 2), ((), 1)]]
+"""(settings, workers) of one attempt after the other."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chain", CHAINS)
 def test_stopped_and_continued_on_other_workers(reference, tmp_path, photos, chain):
     run = Run(tmp_path, photos)
-    for number, (strategy, num_workers) in enumerate(chain):
+    for number, (settings, num_workers) in enumerate(chain):
         is_last = number == len(chain) - 1
         if not is_last:
-            at = f"step {3 * (number + 1)}/10"
+            at = f"step {2 * (number + 1)}/10"
             threading.Thread(target=lambda at=at: (run.wait_for(at), run.dir.request_stop(reason="test"))).start()
-        code = run.start(f"distributed.num_workers={num_workers}", f"distributed.strategy={strategy}")
+        code = run.start(f"distributed.num_workers={num_workers}", *settings)
         assert code == (ExitCode.DONE if is_last else ExitCode.STOPPED), run.said
     assert run.losses() == pytest.approx(reference.losses(), abs=1e-5)
     assert distance(reference.weights(), run.weights()) < 1e-3
