@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import psutil
 import pytest
-from training_runs import JOB, wait_until
+from training_runs import JOB, note_recovery, wait_until
 
 from diffsynth_ray.config.load import load_job
 from diffsynth_ray.config.resolve import Resources, resolve
@@ -131,7 +131,9 @@ def test_an_elastic_run_shrinks_when_a_node_dies_and_grows_when_it_comes_back(tm
     at = run.wait_for(r"2 training worker\(s\): rank 0", after=at)
     at = run.wait_for(r"step \d+/1000", after=at)
     grown_s = time.monotonic() - back
-    print(f"\nshrunk after {shrunk_s:.0f} s, grown after {grown_s:.0f} s; {redone(run.log())} steps redone")
+    note_recovery("a node, of two, elastic: on one worker", [{"seconds": round(shrunk_s, 1)}])
+    note_recovery("a node that comes back, elastic: on two workers", [{"seconds": round(grown_s, 1)}])
+    note_recovery("both of these together", [{"steps_redone": redone(run.log())}])
     run.dir.request_stop(reason="the test has seen enough")
     assert run.process.wait(120) == ExitCode.STOPPED, run.log()
     [loss] = [entry for entry in run.dir.attempts() if entry["event"] == "workers lost"]

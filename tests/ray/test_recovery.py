@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from training_runs import Run, distance
+from training_runs import Run, distance, note_recovery
 
 from diffsynth_ray.errors import ExitCode
 from diffsynth_ray.train.checkpoint import find_checkpoints
@@ -71,6 +71,8 @@ def test_a_worker_killed_while_it_writes_a_checkpoint_and_one_after_a_report(ref
     assert second["step"] >= 6
     assert any("lost rank 1 (pid" in line and "loss 1, max_failures = 3" in line for line in run.said)
     assert {path.name for path in run.dir.checkpoints_dir.iterdir()} == {"step-9", "step-10"}, "no leftovers"
+    for what, recovery in zip(("a worker while it writes a checkpoint", "a worker after a report"), run.recoveries(), strict=True):
+        note_recovery(what, [recovery])
 
 
 def test_max_failures_ends_the_run_with_rank_step_and_log_and_the_next_submit_continues(reference, tmp_path, photos):
@@ -144,6 +146,7 @@ def test_a_worker_killed_early_and_late(reference, tmp_path, photos, moment):
     os.kill(run.pids()[0], signal.SIGKILL)
     assert run.end() == ExitCode.DONE, run.said
     assert_same(run, reference)
+    note_recovery(f"a worker {moment}", run.recoveries())
 
 
 @pytest.mark.slow
@@ -159,6 +162,7 @@ def test_a_hung_worker_is_ended_named_and_replaced(reference, tmp_path, photos, 
     [loss] = run.lost()
     assert loss["rank"] == hung
     assert "hung" in loss["cause"]
+    note_recovery("a worker that hangs (counted from its end after timeout_s)", run.recoveries())
     assert run.losses() == pytest.approx(reference.losses(), abs=0 if num_workers == 2 else 1e-5)
 
 
