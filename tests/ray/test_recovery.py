@@ -71,8 +71,9 @@ def test_a_worker_killed_while_it_writes_a_checkpoint_and_one_after_a_report(ref
     assert second["step"] >= 6
     assert any("lost rank 1 (pid" in line and "loss 1, max_failures = 3" in line for line in run.said)
     assert {path.name for path in run.dir.checkpoints_dir.iterdir()} == {"step-9", "step-10"}, "no leftovers"
-    for what, recovery in zip(("a worker while it writes a checkpoint", "a worker after a report"), run.recoveries(), strict=True):
-        note_recovery(what, [recovery])
+    first, second = run.recoveries()
+    note_recovery("a worker while it writes a checkpoint", [first])
+    note_recovery("a worker after a report", [second])
 
 
 def test_max_failures_ends_the_run_with_rank_step_and_log_and_the_next_submit_continues(reference, tmp_path, photos):
