@@ -1,4 +1,4 @@
-"""Two nodes on one machine, each with an address of its own: one dies, is taken away, comes back, while an elastic run goes on."""
+"""Two nodes on one machine, each with an address of its own: one dies, is drained, comes back; an elastic run goes on."""
 
 import json
 import os
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 FAST_DETECTION = {
-    "health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
+    "health_check_initial_delay_ms": 5000, "health_check_period_ms": 1000, "health_check_timeout_ms": 3000,
     "health_check_failure_threshold": 3,
 }  # fmt: skip
 ELASTIC = (
@@ -33,7 +33,7 @@ ELASTIC = (
 
 
 class Nodes:
-    """A head at this machine's address and a second node at 127.0.0.2, two CPUs each; a worker of 1.2 CPUs fits once on each."""
+    """A head and a second node at 127.0.0.2, two CPUs each; a worker of 1.2 CPUs fits once on each."""
 
     def __init__(self, tmp_path):
         self.temp_dir = f"/tmp/dsray-nodes-{os.getpid()}"
