@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import time
 from datetime import timedelta
@@ -18,9 +19,11 @@ import torch
 import torch.distributed as dist
 
 from diffsynth_ray.config.schema import Job, LoggingSection
+from diffsynth_ray.errors import RunError
 from diffsynth_ray.models.qwen_image import QwenImage
 from diffsynth_ray.run_dir import RunDir, write_whole
 from diffsynth_ray.schedule import build_schedule
+from diffsynth_ray.train import saver as saver_module
 from diffsynth_ray.train.checkpoint import damage_of, find_checkpoints, find_restorable, read_checkpoint
 from diffsynth_ray.train.figures import FigureWriter
 from diffsynth_ray.train.group import Group
@@ -41,8 +44,8 @@ def micro(step, rank):
     return MicroInput(SampleBatch(pixels, ("a cat",), (rank,)), (rank,))
 
 
-def train(path, rank, num_steps, every):
-    """One rank of one attempt."""
+def train(path, rank, num_steps, every, trouble):
+    """One rank of one attempt; `trouble` is called before each step with the step and the rank."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(path / f"store-{os.getppid()}-{RunDir(path).attempts()[-1]['attempt']}"), WORLD_SIZE)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60))
@@ -69,9 +72,12 @@ def train(path, rank, num_steps, every):
         may_commit=lambda: run_dir.may_commit(token, writer), gather=writers.gather, say=lambda line: None,
     )  # fmt: skip
     while trainer.step < num_steps:
+        trouble(trainer.step, rank)
         result = trainer.train_step([micro(trainer.step, rank)], num_samples=WORLD_SIZE)
         loss = trainer.strategy.sum_over_workers(result.loss_sum) / WORLD_SIZE
         if figures is not None:
+            if not run_dir.may_commit(token, writer):
+                raise RunError("a newer attempt of this run has taken over")
             figures.write(trainer.step, {"loss": loss.item(), "grad_norm": result.grad_norm.item()})
         if trainer.step % every == 0 or trainer.step == num_steps:
             saver.start(trainer.step, trainer.strategy.state_slices())
@@ -81,16 +87,26 @@ def train(path, rank, num_steps, every):
         torch.save(trainer.strategy.full_masters(), path / "masters.pt")
 
 
-def attempt(path, number, num_steps, every, *, kill=None):
-    """Run both ranks; `kill` = (rank, whether to wait for a step first, seconds). Returns whether they ended well."""
+def no_trouble(step, rank):
+    """An undisturbed run."""
+
+
+def begin(path, number, num_steps, every, trouble=no_trouble):
+    """Start both ranks."""
     path.mkdir(exist_ok=True)
     write_whole(path / "attempt.json", json.dumps({"number": number, "token": f"token-{number}"}))
     with (path / "attempts.jsonl").open("a") as file:
         file.write(json.dumps({"attempt": number, "event": "started"}) + "\n")
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=train, args=(path, rank, num_steps, every)) for rank in range(WORLD_SIZE)]
+    ranks = [fork.Process(target=train, args=(path, rank, num_steps, every, trouble)) for rank in range(WORLD_SIZE)]
     for process in ranks:
         process.start()
+    return ranks
+
+
+def attempt(path, number, num_steps, every, *, kill=None):
+    """Run both ranks; `kill` = (rank, whether to wait for a step first, seconds). Returns whether they ended well."""
+    ranks = begin(path, number, num_steps, every)
     if kill is not None:
         rank, in_training, moment = kill
         size = file_size(path / "loss.csv")
@@ -105,9 +121,27 @@ def attempt(path, number, num_steps, every, *, kill=None):
         time.sleep(0.1)
         for process in ranks:
             process.kill()
+    return ended_well(ranks)
+
+
+def ended_well(ranks):
     for process in ranks:
         process.join()
     return all(process.exitcode == 0 for process in ranks)
+
+
+def assert_same(path, whole):
+    assert (path / "loss.csv").read_text() == (whole / "loss.csv").read_text()
+    ours, theirs = (torch.load(each / "masters.pt") for each in (path, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def wait_for(condition, seconds=200):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def file_size(path):
@@ -135,13 +169,76 @@ def soak(tmp_path, *, num_kills, num_steps, every, seed=0):
             progressed += found[0].step > last_step
             last_step = found[0].step
     assert attempt(tmp_path / "killed", kills + 1, num_steps, every)
-    assert (tmp_path / "killed" / "loss.csv").read_text() == (tmp_path / "whole" / "loss.csv").read_text()
-    whole, killed = (torch.load(tmp_path / name / "masters.pt") for name in ("whole", "killed"))
-    assert whole.keys() == killed.keys()
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert_same(tmp_path / "killed", tmp_path / "whole")
     return progressed, last_step
 
 
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run, a checkpoint after each step."""
+    path = tmp_path_factory.mktemp("whole") / "run"
+    assert attempt(path, 1, STEPS, 1)
+    return path
+
+
+def test_a_full_disk_and_then_a_kill_in_the_middle_of_a_file(tmp_path, whole):
+    """The limits are the kernel's: rank 1 may write nothing for a step, and later stops half-way through a file."""
+    path, half_written = tmp_path / "run", tmp_path / "half"
+
+    def trouble(step, rank):
+        if rank == 1 and step in (1, 2):
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if step == 1 else hard, hard))
+        if rank == 1 and step == 3:
+            saver_module.write_shard = write_half
+
+    def write_half(storage, name, slices):
+        with storage.writing(name) as file:
+            file.write(b"half of it")
+            file.flush()
+            half_written.touch()
+            time.sleep(1000)
+
+    ranks = begin(path, 1, STEPS, 1, trouble)
+    wait_for(half_written.exists)
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    ranks[0].kill()
+    assert not ended_well(ranks)
+    storage = Storage.at(path / "checkpoints")
+    # Of step 2 nothing is left, of step 4 no manifest; those of 1 and 3 are whole.
+    assert [found.step for found in find_checkpoints(storage)] == [3, 1]
+    assert storage.list() == ["step-1", "step-3", "step-4"]
+    assert attempt(path, 2, STEPS, 1)
+    assert_same(path, whole)
+    assert storage.list() == ["step-5", "step-6"]
+
+
+def test_of_two_attempts_at_once_the_older_one_ends_and_writes_nothing(tmp_path, whole):
+    path = tmp_path / "run"
+
+    def trouble(step, rank):
+        if step == 3:
+            wait_for((path / "newer").exists)
+
+    older = begin(path, 1, STEPS, 1, trouble)
+    wait_for(lambda: "3,loss" in ((path / "loss.csv").read_text() if (path / "loss.csv").exists() else ""))
+    wait_for(lambda: (path / "checkpoints" / "step-3" / "manifest.json").exists())
+    newer = begin(path, 2, STEPS, 1)
+    wait_for(lambda: json.loads((path / "writer.json").read_text())["token"] == "token-2")
+    (path / "newer").touch()
+    older[0].join(60)
+    for process in older:
+        process.kill()
+    assert not ended_well(older)
+    assert ended_well(newer)
+    assert_same(path, whole)
+    assert {found.token for found in find_checkpoints(Storage.at(path / "checkpoints"))} == {"token-2"}
+
+
+@pytest.mark.slow
 def test_two_kills_change_no_bit(tmp_path):
     soak(tmp_path, num_kills=2, num_steps=6, every=1)
 
