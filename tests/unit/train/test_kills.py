@@ -185,22 +185,28 @@ def whole(tmp_path_factory):
 
 
 def test_a_full_disk_and_then_a_kill_in_the_middle_of_a_file(tmp_path, whole):
-    """The limits are the kernel's: rank 1 may write nothing for a step, and later stops half-way through a file."""
+    """Of step 2 rank 1 may write 1000 bytes only, by the kernel's limit; of step 4 it has written half when it is killed."""
     path, half_written = tmp_path / "run", tmp_path / "half"
 
-    def trouble(step, rank):
-        if rank == 1 and step in (1, 2):
-            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if step == 1 else hard, hard))
-        if rank == 1 and step == 3:
-            saver_module.write_shard = write_half
+    write_shard = saver_module.write_shard
 
-    def write_half(storage, name, slices):
-        with storage.writing(name) as file:
-            file.write(b"half of it")
-            file.flush()
-            half_written.touch()
-            time.sleep(1000)
+    def trouble(step, rank):
+        if rank == 1 and step == 0:
+            saver_module.write_shard = write_troubled
+
+    def write_troubled(storage, name, slices):
+        if name.startswith("step-4/"):
+            with storage.writing(name) as file:
+                file.write(b"half of it")
+                file.flush()
+                half_written.touch()
+                time.sleep(1000)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if name.startswith("step-2/") else soft, hard))
+        try:
+            return write_shard(storage, name, slices)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     ranks = begin(path, 1, STEPS, 1, trouble)
     wait_for(half_written.exists)
