@@ -1,4 +1,8 @@
-"""Real kills: whatever ends, the run goes on from its last checkpoint and trains the same numbers to the last bit."""
+"""Real kills: whatever ends, the run goes on from its last checkpoint and trains the same numbers to the last bit.
+
+The kill in the test command is the one of most parts; the others are run by hand (`pytest -m slow`), with
+DSRAY_RECOVERY_JSON=tests/bench/results/recovery.json to keep their figures. tests/unit/train/test_kills.py has kills without Ray.
+"""
 
 import json
 import os
@@ -76,6 +80,7 @@ def test_a_worker_killed_while_it_writes_a_checkpoint_and_one_after_a_report(ref
     note_recovery("a worker after a report", [second])
 
 
+@pytest.mark.slow
 def test_max_failures_ends_the_run_with_rank_step_and_log_and_the_next_submit_continues(reference, tmp_path, photos):
     run = Run(tmp_path, photos)
     run.begin(*TWO, "distributed.max_failures=0")
@@ -93,6 +98,7 @@ def test_max_failures_ends_the_run_with_rank_step_and_log_and_the_next_submit_co
     assert_same(run, reference)
 
 
+@pytest.mark.slow
 def test_of_two_attempts_the_older_commits_nothing(reference, tmp_path, photos):
     older, newer = (Run(tmp_path, photos) for _ in range(2))
     older.begin("output.checkpoint_steps=1")
@@ -108,6 +114,7 @@ def test_of_two_attempts_the_older_commits_nothing(reference, tmp_path, photos):
     assert [entry["attempt"] for entry in ends] == [2], "the older one does not write the end either"
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_checkpoints_but_not_the_run(reference, tmp_path, photos):
     run = Run(tmp_path, photos)
     run.begin(*TWO)
