@@ -1,7 +1,7 @@
 """Real kills: whatever ends, the run goes on from its last checkpoint and trains the same numbers to the last bit.
 
 The kill in the test command is the one of most parts; the others are run by hand (`pytest -m slow`), with
-DSRAY_RECOVERY_JSON=tests/bench/results/recovery.json to keep their figures. tests/unit/train/test_kills.py has kills without Ray.
+DSRAY_RECOVERY_JSON=tests/bench/results/recovery.json to keep their figures. tests/unit/train/test_kills.py kills without Ray.
 """
 
 import json
