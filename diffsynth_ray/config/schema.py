@@ -227,7 +227,7 @@ class DistributedSection(Section):
     priority: int = _key(0, not_built="the queue")
     """Order among waiting jobs."""
     timeout_s: float = _key(1800.0, gt=0)
-    """Seconds after which a collective operation that does not finish is an error."""
+    """Seconds without progress after which a worker counts as hung: it is named, ended and replaced."""
 
 
 class SplitSection(Section):

@@ -47,6 +47,7 @@ _STATE_OF_EXIT = {ExitCode.DONE: "SUCCEEDED", ExitCode.STOPPED: "STOPPED", ExitC
 _POLL_S = 0.2
 _IDLE_S = 5.0
 """Seconds without workers after which a wish to stop is not left to them."""
+_TELL_IDLE_S = 30.0
 
 Say = Callable[[str], None]
 
@@ -121,12 +122,19 @@ class _Watcher:
         self.resolved, self.attempt, self.tell = resolved, attempt, tell
         self.run_dir = RunDir(resolved.output_path)
         self.losses: list[Loss] = []
+        self.told_idle_s = 0.0
         self.failure: Failure | None = None
 
     def tell_news(self, news: News) -> None:
         """Pass the board's news on."""
         for line in news.lines:
             self.tell(line)
+        if news.idle_s < self.told_idle_s:
+            self.told_idle_s = 0.0
+        if news.idle_s - self.told_idle_s > _TELL_IDLE_S:
+            self.told_idle_s = news.idle_s
+            needed = ", ".join(f"{amount:g} {name}" for name, amount in self.resolved.resources_per_worker.items())
+            self.tell(f"no training worker for {news.idle_s:.0f} s; needed: {self.resolved.min_workers} x ({needed})")
         self.failure = news.failure or self.failure
         if news.hung is not None:
             self.tell(f"ending what hangs: {news.hung.text}")
@@ -152,7 +160,7 @@ class _Watcher:
         place = self.failure.worker if self.failure is not None else None
         if self.failure is not None:
             cause = with_hint(self.failure.error)
-        elif last is not None and isinstance(error, WorkerGroupError | ray.exceptions.RayTaskError):
+        elif last is not None and isinstance(getattr(error, "cause", error), WorkerGroupError):
             place = last.worker
             cause = f"{place} failed at step {last.step}: {last.cause}\n  " + (
                 f"it was loss {len(self.losses)} of this attempt, more than distributed.max_failures = "

@@ -9,6 +9,7 @@ from collections.abc import Callable
 LOADING = frozenset({"starting", "checking the checkpoint", "loading the model", "restoring the checkpoint"})
 """Phases that read much from a disk, and so may take several times distributed.timeout_s."""
 LOADING_PATIENCE = 4
+_SEND_AT_MOST_EVERY_S = 0.2
 DONE = "done"
 """The phase of a worker that waits for the others to end too."""
 
@@ -20,12 +21,16 @@ class Heartbeat:
         """`send` gets phase, step and seconds in that phase."""
         self._send, self._every_s = send, every_s
         self._phase, self._step, self._since = "starting", 0, time.monotonic()
+        self._sent = 0.0
         self._ended = threading.Event()
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
-    def enter(self, phase: str, step: int) -> None:
-        """The training thread begins something else, at optimizer step `step`."""
-        self._phase, self._step, self._since = phase, step, time.monotonic()
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """The training thread begins something else, at optimizer step `step` if that is another one."""
+        self._phase, self._since = phase, time.monotonic()
+        self._step = self._step if step is None else step
+        if self._since - self._sent > _SEND_AT_MOST_EVERY_S:
+            self._tell()
 
     def end(self) -> None:
         """No more signs: the training function has ended."""
@@ -34,5 +39,9 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._ended.is_set():
-            self._send(self._phase, self._step, time.monotonic() - self._since)
+            self._tell()
             self._ended.wait(self._every_s)
+
+    def _tell(self) -> None:
+        self._sent = time.monotonic()
+        self._send(self._phase, self._step, self._sent - self._since)

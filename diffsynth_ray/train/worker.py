@@ -82,7 +82,7 @@ def train_loop(*, resolved_json: str, token: str, index: ray.ObjectRef, board: A
     except RuntimeError as error:
         if is_lost_connection(error):
             # The worker at the other end is the cause; Ray Train hears of its death a little later than we do.
-            heartbeat.enter("waiting to be ended: another worker is gone", 0)
+            heartbeat.enter("waiting to be ended: another worker is gone")
             time.sleep(_FOLLOWER_WAIT_S)
         raise
     finally:

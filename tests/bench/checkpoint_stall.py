@@ -67,6 +67,7 @@ def measure(optimizer, folder, *, is_asynchronous, checkpoints, steps_between):
         "stall_s": [round(stall, 4) for stall in stalls],
         # The first one allocates the host buffers that the later ones use again.
         "stall_s_median_after_the_first": round(statistics.median(stalls[1:] or stalls), 4),
+        "stall_s_least": round(min(stalls), 4),
         "step_s_median": round(statistics.median(steps), 4),
         "step_s_median_while_writing": round(statistics.median(steps_beside), 4) if steps_beside else None,
         "whole_s": round(time.monotonic() - began, 2),
@@ -94,11 +95,14 @@ def main():
         shutil.rmtree(folder)
     numel = sum(parameter.numel() for parameter in optimizer.params)
     minimum = 3 * 4 * numel + 4 * len(optimizer.params)  # master and two moments of each weight, one count a parameter
-    stall = "stall_s_median_after_the_first"
     print(json.dumps({
         "trained_parameters": numel,
         "results": results,
-        "stall_asynchronous_to_synchronous": round(results["asynchronous"][stall] / results["synchronous"][stall], 4),
+        "stall_asynchronous_to_synchronous": {
+            name: round(results["asynchronous"][name] / results["synchronous"][name], 4)
+            for name in ("stall_s_median_after_the_first", "stall_s_least")
+        },
+        "load_average": os.getloadavg(),
         "bytes_minimum": minimum,
         "bytes_to_minimum": round(results["asynchronous"]["bytes"] / minimum, 6),
         "hardware": f"{os.cpu_count()} x {platform.processor() or platform.machine()}, local disk",

@@ -1,9 +1,12 @@
 """Whole runs of a small job, for tests that watch, stop, kill and continue them."""
 
 import csv
+import json
+import os
 import re
 import threading
 import time
+from pathlib import Path
 
 from safetensors.torch import load_file
 
@@ -45,10 +48,30 @@ class Run:
         self.job_path.write_text(JOB.format(photos=photos, output=self.output))
         self.dir = RunDir(self.output)
         self.said = []
+        self.heard = []
+        """When each line was said."""
 
     def start(self, *overrides):
         resolved = resolve(load_job(str(self.job_path), list(overrides)), Resources(cpus=2, gpus=0))
-        return run_job(resolved, submission_id="test", say=self.said.append)
+        return run_job(resolved, submission_id="test", say=self._hear)
+
+    def _hear(self, line):
+        self.heard.append(time.monotonic())
+        self.said.append(line)
+
+    def recoveries(self):
+        """For every loss of workers: seconds until a step was done again, and how many steps were done twice."""
+        found = []
+        for number, line in enumerate(self.said):
+            if not line.startswith("lost rank"):
+                continue
+            before = [int(step) for each in self.said[:number] for step in re.findall(r"^step (\d+)/", each)]
+            after = [(at, re.match(r"step (\d+)/", each)) for at, each in enumerate(self.said) if at > number]
+            at, match = next((pair for pair in after if pair[1]), (None, None))
+            if match is not None:
+                again = max(before, default=0) - int(match[1]) + 1
+                found.append({"seconds": round(self.heard[at] - self.heard[number], 1), "steps_redone": max(again, 0)})
+        return found
 
     def begin(self, *overrides):
         """Start in a thread; `end` waits and gives the exit code."""
@@ -80,6 +103,16 @@ class Run:
     def wait_for(self, text, seconds=120, *, count=1):
         """Until a line with `text` was said `count` times."""
         wait_until(lambda: sum(text in line for line in list(self.said)) >= count, seconds, lambda: self.said)
+
+
+def note_recovery(what, recoveries):
+    """Add to the figures of the file that the environment names (tests/bench/results/recovery.json is one)."""
+    path = os.environ.get("DSRAY_RECOVERY_JSON")
+    if path is None:
+        return
+    known = json.loads(Path(path).read_text()) if Path(path).exists() else {}
+    known.setdefault(what, []).extend(recoveries)
+    Path(path).write_text(json.dumps(known, indent=2) + "\n")
 
 
 def wait_until(condition, seconds=120, explain=lambda: ""):

@@ -88,6 +88,7 @@ def test_the_defaults_that_the_lora_recipe_shows_are_the_defaults(tmp_path: Path
         "height", "width", "max_steps", "global_batch_size", "resume_from_checkpoint", "alpha", "target_modules",
         "checkpoint", "save_steps", "remove_prefix_in_ckpt", "checkpoint_steps", "num_workers = 8",
         "resources_per_worker", "wandb_project", "swanlab_project", "mlflow_tracking_uri",
+        "preset_path", "preset_model", "checkpoint_path",
     }  # fmt: skip
     lines = []
     for line in text.splitlines():

@@ -1,0 +1,101 @@
+"""What the driver makes of the board's news: lines, attempts.jsonl and error.json."""
+
+import json
+
+import pytest
+from ray.train import WorkerGroupError
+
+from diffsynth_ray.config.resolve import Resources, resolve
+from diffsynth_ray.config.schema import Job
+from diffsynth_ray.errors import RunError
+from diffsynth_ray.launch.board import Failure, Hung, Loss, News
+from diffsynth_ray.launch.driver import _Watcher
+from diffsynth_ray.launch.failures import WorkerPlace
+from diffsynth_ray.run_dir import RunDir
+
+PLACE = WorkerPlace(rank=1, node="10.0.0.2", pid=77, log="/logs/one.err")
+
+
+def news(**changes):
+    return News(**({"lines": [], "failure": None, "losses": [], "hung": None, "idle_s": 0.0} | changes))
+
+
+@pytest.fixture
+def watcher(tmp_path):
+    job = Job.model_validate({
+        "name": "t", "dataset": {"base_path": "/data"}, "model": {"family": "qwen_image", "tiny": True},
+        "lora": {"base_model": "dit"}, "output": {"path": str(tmp_path)}, "distributed": {"max_failures": 2},
+    })  # fmt: skip
+    resolved = resolve(job, Resources(cpus=4, gpus=0))
+    attempt = RunDir(tmp_path).begin_attempt(resolved, "t-a1")
+    said = []
+    watcher = _Watcher(resolved, attempt, said.append)
+    watcher.said = said
+    return watcher
+
+
+def test_a_loss_is_told_and_kept_with_rank_node_step_and_log(watcher):
+    watcher.tell_news(news(lines=["step 4/9"], losses=[Loss(PLACE, "its process died", 4, False)]))
+    assert watcher.said[0] == "step 4/9"
+    assert watcher.said[1].startswith("lost rank 1 (pid 77 on 10.0.0.2, log /logs/one.err) at step 4: its process died")
+    assert "loss 1, max_failures = 2" in watcher.said[1]
+    entry = watcher.run_dir.attempts()[-1]
+    assert (entry["event"], entry["rank"], entry["node"], entry["step"]) == ("workers lost", 1, "10.0.0.2", 4)
+    assert (entry["log"], entry["cause"]) == ("/logs/one.err", "its process died")
+
+
+def test_a_preempted_node_is_no_failure(watcher):
+    watcher.tell_news(news(losses=[Loss(PLACE, "its node died", 4, True), Loss(PLACE, "its process died", 5, False)]))
+    assert "taken away with its node" in watcher.said[0]
+    assert "loss 1, max_failures = 2" in watcher.said[1]
+
+
+def test_an_attempt_that_was_taken_over_notes_nothing(watcher):
+    RunDir(watcher.run_dir.path).begin_attempt(watcher.resolved, "t-a2")
+    before = watcher.run_dir.attempts_path.read_text()
+    watcher.tell_news(news(losses=[Loss(PLACE, "its process died", 4, False)]))
+    assert watcher.run_dir.attempts_path.read_text() == before
+
+
+def test_the_error_after_the_last_loss_names_it_and_those_before(watcher):
+    watcher.tell_news(news(losses=[Loss(PLACE, "first", 3, False), Loss(PLACE, "second", 5, False)]))
+    error = watcher.explain(WorkerGroupError("x", {1: ValueError("x")}))
+    assert (error["rank"], error["step"], error["log"]) == (1, 5, "/logs/one.err")
+    assert error["cause"].startswith("rank 1 (pid 77 on 10.0.0.2, log /logs/one.err) failed at step 5: second")
+    assert "loss 2 of this attempt, more than distributed.max_failures = 2 allows" in error["cause"]
+    assert [loss["cause"] for loss in error["losses"]] == ["first", "second"]
+    json.dumps(error)
+
+
+def test_an_error_that_no_restart_mends_is_its_own_cause(watcher):
+    failure = Failure(RunError("the disk is full", hint="make room"), PLACE)
+    watcher.tell_news(news(failure=failure, losses=[Loss(PLACE, "its process died", 4, False)]))
+    error = watcher.explain(failure.error)
+    assert error["cause"] == "the disk is full\n  make room"
+    assert error["rank"] == 1
+    assert error["losses"] == [], "what follows from the failure is no loss"
+
+
+def test_another_error_after_a_loss_is_not_the_loss(watcher):
+    watcher.tell_news(news(losses=[Loss(PLACE, "its process died", 4, False)]))
+    assert watcher.explain(KeyError("a bug"))["cause"] == "KeyError: 'a bug'"
+
+
+def test_hanging_and_waiting_are_told(watcher):
+    watcher.tell_news(news(hung=Hung([], "rank 1 hung")))
+    assert watcher.said == ["ending what hangs: rank 1 hung"]
+    for idle_s in (10.0, 31.0, 40.0, 62.0, 0.0, 31.0):
+        watcher.tell_news(news(idle_s=idle_s))
+    assert [line.split(";")[0] for line in watcher.said[1:]] == [
+        "no training worker for 31 s", "no training worker for 62 s", "no training worker for 31 s"
+    ]  # fmt: skip
+
+
+def test_a_full_disk_does_not_end_the_driver(watcher, monkeypatch):
+    def full(*arguments, **details):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunDir, "note_attempt", full)
+    watcher.tell_news(news(losses=[Loss(PLACE, "its process died", 4, False)]))
+    assert any("could not be written" in line for line in watcher.said)
+    assert any(line.startswith("lost rank 1") for line in watcher.said)
