@@ -81,6 +81,7 @@ class RunDir:
         self.attempt_path = path / "attempt.json"
         self.attempts_path = path / "attempts.jsonl"
         self.error_path = path / "error.json"
+        self.bad_samples_path = path / "bad_samples.jsonl"
         self.progress_path = path / "progress.json"
         self.stop_path = path / "stop.json"
         self.loss_path = path / "loss.csv"
@@ -179,7 +180,7 @@ class RunDir:
 
     def attempts(self) -> list[dict[str, Any]]:
         """The lines of attempts.jsonl; a line cut by a crash is left out."""
-        return list(_read_jsonl(self.attempts_path))
+        return list(read_jsonl(self.attempts_path))
 
     def request_stop(self, *, reason: str) -> None:
         """Ask the running attempt to checkpoint and end; rank 0 reads it after each step."""
@@ -204,7 +205,8 @@ class RunDir:
             return None
 
 
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON Lines file, none where there is no file; a line cut by a crash is left out."""
     try:
         lines = path.read_text().splitlines()
     except (FileNotFoundError, NotADirectoryError):
@@ -226,11 +228,11 @@ def append_line(path: Path, line: str) -> None:
         file.write(f"{line}\n".encode())
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that it appears under its name only when complete."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that it appears under its name only when complete."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    with temporary.open("w") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -22,7 +22,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffsynth_ray.config.resolve import ResolvedJob
-from diffsynth_ray.errors import DsrayError, ExitCode
+from diffsynth_ray.data.bad_samples import BadSampleList
+from diffsynth_ray.errors import DataError, DsrayError, ExitCode
 from diffsynth_ray.launch.board import Board
 from diffsynth_ray.launch.stages import train_stage
 from diffsynth_ray.plan import build_plan
@@ -87,11 +88,19 @@ def _run_stages(resolved: ResolvedJob, attempt: Attempt, tell: Say) -> dict[str,
     stage = train_stage.options(scheduling_strategy=here).remote(
         resolved.model_dump_json(), attempt.token, f"attempt-{attempt.number}", board
     )
+    dataset = resolved.job.dataset
+    bad_list = BadSampleList(RunDir(resolved.output_path).bad_samples_path, limit=dataset.bad_sample_limit)
     while True:
         done, _ = ray.wait([stage], timeout=_POLL_S)
-        lines, failure = ray.get(board.take.remote())
+        lines, bad, failure = ray.get(board.take.remote())
         for line in lines:
             tell(line)
+        try:
+            if told := bad_list.add(bad):
+                tell(told)
+        except DataError:
+            ray.cancel(stage, recursive=True)
+            raise
         if failure is not None:
             # Ray Train would restart the workers; a user's mistake, or a full device, stays what it is.
             ray.cancel(stage, recursive=True)

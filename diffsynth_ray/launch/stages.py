@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from diffsynth_ray.config.resolve import ResolvedJob
-from diffsynth_ray.data.samples import build_sample_index
+from diffsynth_ray.data.samples import SampleRule, build_sample_index
 from diffsynth_ray.run_dir import RunDir
 
 
@@ -40,9 +40,11 @@ def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -
 
     # What the files say is checked before any GPU is taken.
     model = resolved.job.model
-    family = load_components(model.paths, family=model.family)[0] if model.paths else str(model.family)
-    check_components(get_family(family), resolved.job)
-    index = build_sample_index(resolved, say)
+    family = get_family(load_components(model.paths, family=model.family)[0] if model.paths else str(model.family))
+    check_components(family, resolved.job)
+    index = build_sample_index(resolved, say, rule=SampleRule(family.size_multiple, family.clip_step))
+    if index.unusable:
+        board.note_bad.remote(index.bad_headers())
     say(f"starting {resolved.num_workers} training worker(s)")
     trainer = TorchTrainer(
         _train_loop,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,15 @@ import torch.distributed as dist
 from ray.util.metrics import Gauge
 
 from diffsynth_ray.config.resolve import ResolvedJob
+from diffsynth_ray.data.bad_samples import BadSample
 from diffsynth_ray.data.samples import SampleIndex
-from diffsynth_ray.data.stream import StreamedBatch, build_stream
+from diffsynth_ray.data.stream import build_stream
 from diffsynth_ray.errors import DsrayError, RunError
 from diffsynth_ray.run_dir import Progress, RunDir
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.checkpoint import find_restorable, read_checkpoint, save_checkpoint
 from diffsynth_ray.train.export import export_weights
+from diffsynth_ray.train.feed import DeviceFeed, FedStep
 from diffsynth_ray.train.figures import FigureWriter
 from diffsynth_ray.train.trainer import (
     MicroInput,
@@ -83,6 +84,7 @@ class _Worker:
             self.job, num_samples=self.index.order.num_samples, global_batch_size=self.resolved.global_batch_size
         )
         self.say: Callable[[str], object] = board.say.remote if self.rank == 0 else _silent
+        self.note_bad: Callable[[list[BadSample]], object] = board.note_bad.remote
 
     def run(self) -> dict[str, Any]:
         """Train from the newest checkpoint to the end, or to a stop."""
@@ -93,10 +95,11 @@ class _Worker:
         self.control = dist.new_group(backend="gloo") if self.world_size > 1 else None
         start_step = self._choose_start()
         # Ray Data's processes start while the model is loaded.
-        stream = Prefetched(self._build_stream(start_step))
+        feed = self._build_feed(start_step, device)
         self.trainer = self._build_trainer(device)
         self._restore(start_step)
-        result = self._train(stream)
+        result = self._train(feed)
+        feed.close()
         return {"state": result, "step": self.trainer.step, "num_steps": self.schedule.num_steps}
 
     def _build_trainer(self, device: torch.device) -> Trainer:
@@ -127,18 +130,17 @@ class _Worker:
             step = found.step if found else 0
         return int(ray.train.collective.broadcast_from_rank_zero(step))
 
-    def _build_stream(self, start_step: int) -> Iterator[list[StreamedBatch]]:
-        return _steps(
-            build_stream(
-                self.index_ref,
-                start_step=start_step,
-                num_steps=self.schedule.num_steps,
-                rank=self.rank,
-                world_size=self.world_size,
-                decode_cpus=self.resolved.decode_cpus,
-                decode_tasks=self.resolved.decode_tasks,
-            )
+    def _build_feed(self, start_step: int, device: torch.device) -> DeviceFeed:
+        stream = build_stream(
+            self.index_ref,
+            start_step=start_step,
+            num_steps=self.schedule.num_steps,
+            rank=self.rank,
+            world_size=self.world_size,
+            decode_cpus=self.resolved.decode_cpus,
+            decode_tasks=self.resolved.decode_tasks,
         )
+        return DeviceFeed(stream, device)
 
     def _restore(self, step: int) -> None:
         if step == 0:
@@ -149,7 +151,7 @@ class _Worker:
         self.trainer.step = step
         self.say(f"continuing after step {step} of {self.schedule.num_steps}")
 
-    def _train(self, steps: Iterator[list[StreamedBatch]]) -> str:
+    def _train(self, feed: DeviceFeed) -> str:
         if self.trainer.step >= self.schedule.num_steps:
             return "SUCCEEDED"
         figures = FigureWriter(self.run_dir, self.job.logging, start_step=self.trainer.step) if self.rank == 0 else None
@@ -159,12 +161,12 @@ class _Worker:
         try:
             while self.trainer.step < self.schedule.num_steps:
                 started = time.monotonic()
-                streamed = next(steps)
+                fed = next(feed)
                 data_wait_s = time.monotonic() - started
-                result = self.trainer.train_step(
-                    [_micro_input(batch) for batch in streamed], num_samples=streamed[0].num_samples
-                )
-                reporter.after_step(result, streamed, started=started, data_wait_s=data_wait_s)
+                if fed.bad:
+                    self.note_bad(list(fed.bad))
+                result = self.trainer.train_step(fed.micro_inputs, num_samples=fed.num_samples)
+                reporter.after_step(result, fed, started=started, data_wait_s=data_wait_s)
                 self._export()
                 flags = self._flags(last_checkpoint)
                 if flags & _CHECKPOINT:
@@ -238,22 +240,20 @@ class _Reporter:
         for gauge in self.gauges.values():
             gauge.set_default_tags(tags)
 
-    def after_step(
-        self, result: StepResult, streamed: list[StreamedBatch], *, started: float, data_wait_s: float
-    ) -> None:
+    def after_step(self, result: StepResult, fed: FedStep, *, started: float, data_wait_s: float) -> None:
         """Called after every step; reads the device only where the step is logged, exported or the last."""
         worker, step = self.worker, self.worker.trainer.step
         logged = step % worker.job.logging.every_steps == 0 or worker.schedule.export_stem(step) is not None
         if not logged:
-            self.times.append((time.monotonic() - started, data_wait_s, streamed[0].num_samples))
+            self.times.append((time.monotonic() - started, data_wait_s, fed.num_samples))
             return
         assert worker.trainer.strategy is not None  # built by start()
         loss_sum = worker.trainer.strategy.sum_over_workers(result.loss_sum)
         loss, grad_norm = torch.stack([loss_sum, result.grad_norm.to(loss_sum)]).tolist()
-        loss /= streamed[0].num_samples
-        self.times.append((time.monotonic() - started, data_wait_s, streamed[0].num_samples))
+        loss /= fed.num_samples
+        self.times.append((time.monotonic() - started, data_wait_s, fed.num_samples))
         if not np.isfinite(loss):
-            rows = [row + 1 for batch in streamed for row in batch.micro_batch.rows]
+            rows = [row + 1 for row in fed.rows]
             raise RunError(
                 f"the loss of step {step} is {loss}; rank {worker.rank} trained on the metadata rows {rows}",
                 hint="lower training.learning_rate, or look at those rows; the last checkpoint and exports are from before",
@@ -289,41 +289,6 @@ class _Reporter:
         )
         worker.say(progress.line())
         worker.run_dir.write_progress(progress)
-
-
-class Prefetched(Iterator[list[StreamedBatch]]):
-    """A stream whose first step is fetched at once, in a thread; an error is raised where the step is asked for."""
-
-    def __init__(self, steps: Iterator[list[StreamedBatch]]) -> None:
-        self._steps = steps
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="first-step")
-        # None marks an empty stream: StopIteration does not pass through a future.
-        self._first: Future[list[StreamedBatch] | None] | None = self._pool.submit(next, steps, None)
-
-    def __next__(self) -> list[StreamedBatch]:
-        if self._first is None:
-            return next(self._steps)
-        first = self._first.result()
-        self._first = None
-        self._pool.shutdown()
-        if first is None:
-            raise StopIteration
-        return first
-
-
-def _steps(stream: Iterator[StreamedBatch]) -> Iterator[list[StreamedBatch]]:
-    """The micro batches of one step after the other."""
-    group: list[StreamedBatch] = []
-    for batch in stream:
-        group.append(batch)
-        if batch.is_last:
-            yield group
-            group = []
-
-
-def _micro_input(streamed: StreamedBatch) -> MicroInput:
-    micro = streamed.micro_batch
-    return MicroInput(SampleBatch(streamed.pixels, streamed.prompts, micro.rows), micro.indices, micro.is_dummy)
 
 
 def _silent(line: str) -> None:

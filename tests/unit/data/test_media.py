@@ -18,7 +18,6 @@ from diffsynth_ray.data.media import (
     MediaInfo,
     clip_length,
     decode,
-    fetch,
     media_extension,
     read_image,
     read_info,
@@ -26,6 +25,7 @@ from diffsynth_ray.data.media import (
     resize_and_crop,
     target_size,
 )
+from diffsynth_ray.data.storage import fetch
 from diffsynth_ray.errors import DataError
 
 ASSETS = Path(__file__).parents[2] / "assets"
