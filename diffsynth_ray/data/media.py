@@ -110,8 +110,8 @@ def read_info(source: Source) -> MediaInfo:
             return MediaInfo(int(width), int(height), len(reader), float(reader.get_avg_fps()))
     with _open_image(source) as image:
         width, height = image.size
-        # Orientations 5 to 8 are the ones turned by a quarter.
-        if image.getexif().get(0x0112, 1) >= 5:
+        # Orientations 5 to 8 are the ones turned by a quarter. Not the PNG reader's own getexif: it decodes the whole image.
+        if Image.Image.getexif(image).get(0x0112, 1) >= 5:
             width, height = height, width
         num_frames = getattr(image, "n_frames", 1) if image.format == "GIF" else 1
         return MediaInfo(width, height, num_frames, None)

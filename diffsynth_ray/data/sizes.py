@@ -135,6 +135,8 @@ def _save(entries: Mapping[str, tuple[Stamp, MediaInfo]], places: Sequence[Path]
     problems = []
     for place in places:
         try:
+            if place is places[-1]:  # the run's output, which a first run or `dsray data check` does not find there yet
+                place.parent.mkdir(parents=True, exist_ok=True)
             write_whole(place, content)
         except OSError as error:
             problems.append(f"{place.parent} ({error.strerror or error})")

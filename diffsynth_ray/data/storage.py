@@ -27,6 +27,10 @@ _HTTP_ATTEMPTS = 3
 _NUM_THREADS = 32
 _PATHS_PER_TASK = 500
 _REMOTE_READ_BYTES = 256 << 10
+_S3_HINT = (
+    "set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and, for other servers than Amazon's, AWS_ENDPOINT_URL in the "
+    "environment of the nodes"
+)
 # A listing tells a thousand objects a request: beyond a few it is cheaper than asking for each.
 _MOST_SINGLE_QUESTIONS = 64
 
@@ -210,11 +214,7 @@ def _ask(question: Any, argument: Any, *, path: str) -> Any:
     try:
         return question(argument)
     except OSError as error:
-        raise DataError(
-            f"{path}: the storage does not answer: {_first_line(error)}",
-            hint="set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and, for other servers than Amazon's, "
-            "AWS_ENDPOINT_URL in the environment of the nodes",
-        ) from error
+        raise DataError(f"{path}: the storage does not answer: {_first_line(error)}", hint=_S3_HINT) from error
 
 
 def _filesystem(path: str) -> tuple[Any, str]:
@@ -232,7 +232,7 @@ def _s3_of_bucket(bucket: str) -> Any:
     try:
         return FileSystem.from_uri(f"s3://{bucket}")[0]
     except (OSError, ValueError) as error:
-        raise DataError(f"s3://{bucket}: cannot be opened: {_first_line(error)}") from error
+        raise DataError(f"s3://{bucket}: cannot be opened: {_first_line(error)}", hint=_S3_HINT) from error
 
 
 def _first_line(error: BaseException) -> str:
