@@ -29,6 +29,11 @@ _PROGRESS = re.compile(
     r" \| data wait (?P<data_wait_s>[\d.]+) s \| (?P<left_s>\d+) s left"
 )
 
+_DATA_BOUND_SHARE = 0.2
+"""Share of a step's time that may be spent waiting for data."""
+_DATA_BOUND_S = 0.05
+"""Shorter waits are not worth a word."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -50,6 +55,16 @@ class Progress:
             f"step {self.step}/{self.num_steps} | loss {self.loss:.6g} | lr {self.lr:.3g} | grad norm {self.grad_norm:.4g}"
             f" | {self.step_s:.3f} s/step | {self.samples_per_s:.2f} samples/s | data wait {self.data_wait_s:.3f} s"
             f" | {self.left_s} s left"
+        )
+
+    def data_note(self) -> str | None:
+        """One sentence where the job waits for its data more than it should, else None."""
+        share = self.data_wait_s / self.step_s if self.step_s > 0 else 0.0
+        if share < _DATA_BOUND_SHARE or self.data_wait_s < _DATA_BOUND_S:
+            return None
+        return (
+            f"the job is data-bound: {share:.0%} of each step is spent waiting for decoded samples; give the cluster more CPUs "
+            "(or raise dataset.num_workers where it is set), make the files smaller, or train with larger steps"
         )
 
 

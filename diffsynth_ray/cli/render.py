@@ -143,10 +143,13 @@ def status(view: RunView) -> None:
         rows.append(("steps", f"{view.step} of {view.num_steps}"))
     if view.progress is not None:
         left = f", {duration(view.progress.left_s)} left" if view.state == "RUNNING" else ""
-        rows.append(("progress", f"loss {view.progress.loss:.4g}, {view.progress.step_s:.2f} s/step{left}"))
+        wait = f" ({view.progress.data_wait_s:.2f} s of it waiting for data)"
+        rows.append(("progress", f"loss {view.progress.loss:.4g}, {view.progress.step_s:.2f} s/step{wait}{left}"))
     rows += [("started", _clock(view.started)), ("ended", _clock(view.ended))]
     rows += [("output", view.output), ("dashboard", view.address or ""), ("files", ", ".join(view.files))]
     rows += [("cause", view.cause or ""), ("note", view.note or "")]
+    if view.progress is not None and view.state == "RUNNING":
+        rows.append(("data", view.progress.data_note() or ""))
     for name, text in rows:
         if text:
             first, *more = text.splitlines()

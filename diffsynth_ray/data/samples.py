@@ -132,6 +132,14 @@ class SampleIndex:
             bad=tuple(bad),
         )
 
+    def problem(self, micro_batch: MicroBatch) -> str | None:
+        """Why the row of a micro batch of one cannot be used, or None."""
+        try:
+            self._decode_row(micro_batch.rows[0], micro_batch)
+        except DataError as error:
+            return error.message
+        return None
+
     def _decode_or_replace(
         self, row: int, micro: MicroBatch, *, step: int, index: int
     ) -> tuple[int, Frames, dict[str, Extra], BadSample | None]:

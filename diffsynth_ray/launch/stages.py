@@ -5,19 +5,37 @@ Importing the training code costs seconds a process, so that only the training w
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from diffsynth_ray.config.resolve import ResolvedJob
+from diffsynth_ray.config.schema import Job
 from diffsynth_ray.data.samples import SampleRule, build_sample_index
 from diffsynth_ray.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from diffsynth_ray.models.family import ModelFamily
 
 
 def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     from diffsynth_ray.train.worker import train_loop
 
     return train_loop(**config)
+
+
+def sample_rule(job: Job) -> SampleRule:
+    """What the job's family demands of its samples. Raises ModelError for files that are no known model."""
+    family = _family_of(job)
+    return SampleRule(family.size_multiple, family.clip_step)
+
+
+def _family_of(job: Job) -> type[ModelFamily]:
+    from diffsynth_ray.models.family import get_family
+    from diffsynth_ray.models.weights import load_components
+
+    model = job.model
+    return get_family(load_components(model.paths, family=model.family)[0] if model.paths else str(model.family))
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -29,8 +47,6 @@ def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from diffsynth_ray.models.family import get_family
-    from diffsynth_ray.models.weights import load_components
     from diffsynth_ray.train.trainer import check_components
 
     resolved = ResolvedJob.model_validate_json(resolved_json)
@@ -39,10 +55,8 @@ def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -
         board.say.remote(line)
 
     # What the files say is checked before any GPU is taken.
-    model = resolved.job.model
-    family = get_family(load_components(model.paths, family=model.family)[0] if model.paths else str(model.family))
-    check_components(family, resolved.job)
-    index = build_sample_index(resolved, say, rule=SampleRule(family.size_multiple, family.clip_step))
+    check_components(_family_of(resolved.job), resolved.job)
+    index = build_sample_index(resolved, say, rule=sample_rule(resolved.job))
     if index.unusable:
         board.note_bad.remote(index.bad_headers())
     say(f"starting {resolved.num_workers} training worker(s)")

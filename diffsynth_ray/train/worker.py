@@ -233,6 +233,7 @@ class _Reporter:
     def __init__(self, worker: _Worker, figures: FigureWriter | None) -> None:
         self.worker = worker
         self.figures = figures
+        self.was_data_bound = False
         self.times: deque[tuple[float, float, int]] = deque(maxlen=_SPEED_WINDOW)
         tags = {"run": worker.resolved.run, "stage": "train", "rank": str(worker.rank)}
         names = ("loss", "lr", "grad_norm", "step_s", "samples_per_s", "data_wait_s", "step", "gpu_memory_gib")
@@ -288,6 +289,11 @@ class _Reporter:
             **figures,
         )
         worker.say(progress.line())
+        is_data_bound = progress.data_note() is not None
+        # Over a whole window, so that the start says nothing; and once, until it is over.
+        if len(self.times) == _SPEED_WINDOW and is_data_bound != self.was_data_bound:
+            worker.say(progress.data_note() or "the job is no longer data-bound")
+            self.was_data_bound = is_data_bound
         worker.run_dir.write_progress(progress)
 
 

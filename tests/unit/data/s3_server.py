@@ -1,4 +1,4 @@
-"""The part of the S3 interface that reading needs, over a folder: HEAD, GET with ranges, listings. The client is pyarrow's own."""
+"""The part of the S3 interface that reading needs, over a folder: HEAD, GET with ranges, listings."""
 
 import http.server
 import time
@@ -6,13 +6,14 @@ import urllib.parse
 from email.utils import formatdate
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 
 class S3Handler(http.server.BaseHTTPRequestHandler):
     """Serves `root` as every bucket."""
 
     protocol_version = "HTTP/1.1"
-    requests: list[str] = []
+    requests: ClassVar[list[str]] = []
     refuses = False
 
     def __init__(self, *args: object, root: Path) -> None:

@@ -75,9 +75,7 @@ def test_a_folder_on_s3_without_metadata(bucket: Path) -> None:
 
 
 @pytest.mark.parametrize("most_single_questions", [64, 0], ids=["one by one", "by listing"])
-def test_missing_files_on_s3_are_named(
-    bucket: Path, monkeypatch: pytest.MonkeyPatch, most_single_questions: int
-) -> None:
+def test_missing_files_on_s3_are_named(bucket: Path, monkeypatch: pytest.MonkeyPatch, most_single_questions: int) -> None:
     monkeypatch.setattr(storage, "_MOST_SINGLE_QUESTIONS", most_single_questions)
     (bucket / "images" / "2.png").unlink()
     with pytest.raises(DataError, match=r"1 problem.*\n.*metadata.csv:4: 'image' no such file: s3://bucket/images/2.png"):
@@ -96,7 +94,7 @@ def test_a_listing_is_one_question(bucket: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_storage_that_refuses_says_what_to_set(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(S3Handler, "refuses", True)
-    with pytest.raises(DataError, match="s3://bucket/data: the storage does not answer: .*ACCESS_DENIED") as caught:
+    with pytest.raises(DataError, match=r"s3://bucket/data: the storage does not answer: .*ACCESS_DENIED") as caught:
         storage.is_folder("s3://bucket/data")
     assert "AWS_ACCESS_KEY_ID" in str(caught.value.hint)
 
