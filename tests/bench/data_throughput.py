@@ -1,9 +1,9 @@
 """The data plane measured: throughput beside a torch DataLoader, start anywhere, memory, many ranks, backpressure.
 
-    python tests/bench/data_throughput.py [--parts jpeg,video,start,memory,ranks,backpressure] > tests/bench/results/data_throughput.json
+    python tests/bench/data_throughput.py [--parts jpeg,video,start,memory,ranks,backpressure] [--into RESULTS.json]
 
-Every ratio is taken in one run on one machine; the two sides of a comparison take turns. Besides rows a second of the clock, rows
-a CPU second of all processes (Ray's own included) are told: on a machine that does other things they say more.
+Every ratio is taken in one run on one machine; the two sides of a comparison take turns. Besides rows a second of the clock,
+rows a CPU second of all processes (Ray's own included) are told: on a machine that does other things they say more.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -25,7 +25,6 @@ from pathlib import Path
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-import numpy as np
 import psutil
 import ray
 import torch
@@ -40,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PHOTOS = ROOT / "jobs" / "data" / "photos"
 VIDEO = ROOT / "tests" / "assets" / "videos" / "bigbuckbunny.mp4"
 NUM_PROCESSES = 2
+NUM_RANKS = int(os.environ.get("RANKS", "64"))
 ROUNDS = int(os.environ.get("ROUNDS", "3"))
 
 
@@ -150,22 +150,178 @@ def measure_video(work: Path) -> dict[str, object]:
     return {"17 frames 832x480 of 1280x720": compare_throughput(index, skipped=4, counted=10)}
 
 
+def measure_start(work: Path) -> dict[str, object]:
+    """Seconds to the first batch from position 0 and from the middle of 1e12 rows, in turns; Ray's workers are warm."""
+    folder = work / "start"
+    write_photos(folder, count=100, side=64)
+    index = build_index(folder, height=64, width=64, repeat=10**10)
+    reference = ray.put(index)
+
+    def first_batch_s(start_step: int) -> float:
+        started = time.perf_counter()
+        stream = build_stream(
+            reference, start_step=start_step, num_steps=start_step + 10, rank=0, world_size=1, decode_cpus=1.0, decode_tasks=1
+        )
+        assert next(stream).step == start_step
+        return time.perf_counter() - started
+
+    assert index.order.num_samples == 10**12
+    first_batch_s(0)
+    positions = {"0": 0, "5e11": 5 * 10**11}
+    found: dict[str, list[float]] = {name: [] for name in positions}
+    for _ in range(2 * ROUNDS):
+        for name, start_step in positions.items():
+            found[name].append(round(first_batch_s(start_step), 3))
+    ratio = statistics.median(found["5e11"]) / statistics.median(found["0"])
+    return {"first_batch_s": found, "ratio": round(ratio, 3)}
+
+
+def measure_memory(work: Path) -> dict[str, object]:
+    """Memory of the process that builds the order of 100,000 rows and takes steps anywhere, at two repeats."""
+    program = (
+        "import resource, sys, numpy as np\n"
+        "from diffsynth_ray.data.batches import SampleOrder, build_buckets\n"
+        "sizes = np.stack([16 * (1 + np.arange(100_000) % 40), np.full(100_000, 64), np.ones(100_000)], axis=1).astype(int)\n"
+        "order = SampleOrder(build_buckets(sizes), repeat=int(sys.argv[1]), batch_size=2, global_batch_size=64, seed=0)\n"
+        "for n in range(100): order.step(n * order.steps_per_epoch // 100)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    found = {}
+    for repeat in (1, 10**6):
+        done = subprocess.run([sys.executable, "-c", program, str(repeat)], capture_output=True, text=True, check=True)
+        found[f"repeat {repeat}"] = int(done.stdout) // 1024
+    return {"peak_mib": found}
+
+
+def measure_backpressure(work: Path) -> dict[str, object]:
+    """Object store in use while a slow consumer takes 10,000 samples: highest value of each fifth of the way."""
+    folder = work / "backpressure"
+    write_photos(folder, count=20, side=128)
+    index = build_index(folder, height=128, width=128, repeat=1000)
+    stream = build_stream(
+        ray.put(index), start_step=0, num_steps=10_000, rank=0, world_size=1, decode_cpus=1.0, decode_tasks=NUM_PROCESSES
+    )
+    highest = [0.0] * 5
+    for number in range(10_000):
+        next(stream)
+        time.sleep(0.005)
+        if number % 50 == 0:
+            fifth = number // 2000
+            highest[fifth] = max(highest[fifth], store_mib())
+    return {"samples": 10_000, "sample_mib": 128 * 128 * 3 / 2**20, "highest_mib_by_fifth": [round(mib, 1) for mib in highest]}
+
+
+def store_mib() -> float:
+    """Shared memory that Ray's object store holds."""
+    from ray._private.internal_api import memory_summary
+
+    return float(re.search(r"Plasma memory usage (\d+) MiB", memory_summary(stats_only=True))[1])
+
+
+def measure_ranks(work: Path) -> dict[str, object]:
+    """64 ranks on this machine's CPUs: one executor a rank, and one executor for the 8 ranks of a node.
+
+    The images are tiny, so that what is measured is what an executor costs. A rank's part of a step is one sample; with one
+    executor a node, its stream brings the samples of 8 ranks. The consumers of both wait for the slowest before each step, as
+    training does.
+    """
+    folder = work / "ranks"
+    write_photos(folder, count=50, side=64)
+    index = build_index(folder, height=64, width=64, repeat=1000, global_batch_size=NUM_RANKS)
+    found = {}
+    for name, num_executors in (("one a node", NUM_RANKS // 8), ("one a rank", NUM_RANKS)):
+        found[name] = run_executors(ray.put(index), num_executors, num_batches=NUM_RANKS // num_executors)
+        say(f"{name}: {found[name]}")
+    first, second = found["one a rank"], found["one a node"]
+    return found | {"ranks": NUM_RANKS, "rank_over_node": {key: round(first[key] / second[key], 2) for key in first}}
+
+
+def run_executors(index: ray.ObjectRef, num_executors: int, *, num_batches: int) -> dict[str, float]:
+    """Start so many streams, each for `num_batches` micro batches a step; seconds to the first step and a step."""
+    num_steps, skipped = 40, 10
+    before, cpu = num_workers(), cpu_seconds()
+    barrier = threading.Barrier(num_executors)
+    ends: list[float] = []
+    failures: list[BaseException] = []
+    started = time.perf_counter()
+
+    def consume(rank: int) -> None:
+        try:
+            stream = build_stream(
+                index, start_step=0, num_steps=1000, rank=rank, world_size=num_executors, decode_cpus=0.1, decode_tasks=1
+            )
+            for _ in range(num_steps):
+                for _ in range(num_batches):
+                    next(stream)
+                if barrier.wait(timeout=300) == 0:
+                    ends.append(time.perf_counter() - started)
+        except BaseException as error:  # noqa: BLE001  a thread
+            failures.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=consume, args=(rank,)) for rank in range(num_executors)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return {
+        "first_step_s": round(ends[0], 2),
+        "step_s": round((ends[-1] - ends[skipped]) / (num_steps - 1 - skipped), 4),
+        "ray_workers": num_workers() - before,
+        "cpu_s": round(cpu_seconds() - cpu, 1),
+    }
+
+
+def num_workers() -> int:
+    """Processes of Ray's workers."""
+    return sum("ray::" in " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
+
+
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-PARTS: dict[str, Callable[[Path], dict[str, object]]] = {"jpeg": measure_jpeg, "video": measure_video}
+PARTS: dict[str, Callable[[Path], dict[str, object]]] = {
+    "jpeg": measure_jpeg,
+    "video": measure_video,
+    "start": measure_start,
+    "memory": measure_memory,
+    "ranks": measure_ranks,
+    "backpressure": measure_backpressure,
+}
+
+
+def surroundings() -> dict[str, object]:
+    """What the figures were taken on."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f} at the start",
+        "versions": {"python": platform.python_version(), "ray": ray.__version__, "torch": torch.__version__},
+        "commit": commit.stdout.strip(),
+        "command": "python tests/bench/data_throughput.py " + " ".join(sys.argv[1:]),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", default=",".join(PARTS))
-    parts = parser.parse_args().parts.split(",")
+    parser.add_argument("--into", type=Path, help="a results file: the parts measured now replace those in it")
+    options = parser.parse_args()
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray.init(address="local", num_cpus=NUM_PROCESSES + 1, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+    # The many ranks need their small shares all at once; the comparisons limit themselves.
+    num_cpus = NUM_RANKS // 4 if options.parts == "ranks" else NUM_PROCESSES + 1
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
              object_store_memory=1 << 30)  # fmt: skip
+    results = json.loads(options.into.read_text()) if options.into and options.into.exists() else {}
     with tempfile.TemporaryDirectory() as work:
-        results = {part: PARTS[part](Path(work)) for part in parts}
+        for part in options.parts.split(","):
+            about = surroundings()
+            results[part] = PARTS[part](Path(work)) | {"about": about}
+            say(f"{part}: {json.dumps(results[part])}")
+            if options.into:
+                options.into.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
 
 
