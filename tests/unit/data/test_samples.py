@@ -131,7 +131,9 @@ def test_extra_inputs_travel_as_they_are(dataset: Dataset) -> None:
     assert [frames.shape for frames in by_row[1][0]] == [(1, 32, 32, 3)]
     assert by_row[1][1] == "fast"
     layout, content = _pack_extra(decoded.extra)
-    again = _unpack_extra(json.loads(json.dumps(layout)), memoryview(content))
+    packed = np.frombuffer(content + b"more", dtype=np.uint8)
+    again, taken = _unpack_extra(json.loads(json.dumps(layout)), packed)
+    assert taken == len(content)
     assert again["speed"] == decoded.extra["speed"]
     for one, other in zip(again["edit_image"], decoded.extra["edit_image"], strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
