@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -101,10 +102,17 @@ def _shape(micro: MicroBatch) -> tuple[int, int, int, int, int]:
     return len(micro.rows), micro.num_frames, micro.height, micro.width, 3
 
 
+@lru_cache(maxsize=1)
+def _index_of(reference: ray.ObjectRef) -> SampleIndex:
+    # Once a process and not once a task: reading back the rows of a large dataset takes longer than decoding a chunk.
+    index: SampleIndex = ray.get(reference)
+    return index
+
+
 def _decode_chunk(block: pa.Table, index: ray.ObjectRef) -> pa.Table:
     """One row in, one row out: the chunk, all its pixels, all its extra inputs' bytes, and for each micro batch what it is
     made of, or its error."""
-    samples: SampleIndex = ray.get(index)
+    samples = _index_of(index)
     chunk = _parse_chunk(block["chunk"][0].as_py())
     pixels = np.empty(sum(_num_bytes(micro) for _, _, _, micro in chunk), dtype=np.uint8)
     facts: list[dict[str, Any]] = []
