@@ -240,6 +240,7 @@ def build_sample_index(resolved: ResolvedJob, say: Callable[[str], None], *, rul
     )
     for note in metadata.notes:
         say(note)
+    _check_one_file(metadata)
     sizes, unusable = _target_sizes(metadata, resolved, rule, say)
     order = SampleOrder(
         buckets=build_buckets(sizes),
@@ -256,6 +257,19 @@ def build_sample_index(resolved: ResolvedJob, say: Callable[[str], None], *, rul
         extra_columns=tuple(name for name in resolved.job.model.extra_inputs if name in metadata.columns),
         unusable=unusable,
     )
+
+
+def _check_one_file(metadata: Metadata) -> None:
+    """Several files in a cell are for extra inputs; of what is trained on a row has one."""
+    several = [
+        f"row {row + 1}: {media_column(metadata, row)!r} has {len(files)} files"
+        for row in range(len(metadata))
+        if len(files := metadata.files(row, media_column(metadata, row))) > 1
+    ]
+    if several:
+        more = [f"... and {len(several) - _SHOWN_PROBLEMS} more"] if len(several) > _SHOWN_PROBLEMS else []
+        message = "\n  ".join(["a row is trained on one file:", *several[:_SHOWN_PROBLEMS], *more])
+        raise DataError(message, hint="give each file a row of its own; lists are for the columns of model.extra_inputs")
 
 
 def _check_clip_length(dataset: DatasetSection, rule: SampleRule) -> None:

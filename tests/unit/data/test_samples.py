@@ -139,6 +139,15 @@ def test_extra_inputs_travel_as_they_are(dataset: Dataset) -> None:
         assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def test_a_row_is_trained_on_one_file(dataset: Dataset) -> None:
+    dataset.add("a.png")
+    dataset.add("b.png")
+    dataset.rows[1]["image"] = ["a.png", "b.png"]
+    with pytest.raises(DataError, match=r"a row is trained on one file:\n  row 2: 'image' has 2 files") as caught:
+        dataset.build()
+    assert "model.extra_inputs" in str(caught.value.hint)
+
+
 SKIP = ('dataset.bad_sample="skip"', "dataset.bad_sample_limit=0.5")
 
 
