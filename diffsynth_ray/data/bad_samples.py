@@ -1,7 +1,7 @@
 """Samples that could not be used and were replaced: what is known of one, and the list of a run.
 
 The list is `bad_samples.jsonl` in the output directory, one line a row of the metadata, however often the row comes up. It has
-one writer, the driver; a later attempt goes on with it.
+one writer, the driver; a later attempt goes on with it, but for files that have changed since.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffsynth_ray.data.storage import Stamp, read_stamps
 from diffsynth_ray.errors import DataError
-from diffsynth_ray.run_dir import append_line, read_jsonl
+from diffsynth_ray.run_dir import append_line, read_jsonl, write_whole
 
 _SHOWN = 10
 
@@ -38,12 +39,15 @@ class BadSample:
 
     def as_dict(self) -> dict[str, Any]:
         """A line of the list: rows and steps count from 1, as in messages and in the log."""
+        stamp = read_stamps([self.path])[self.path]
         return {
             "row": self.row + 1,
             "file": self.path,
             "cause": self.cause,
             "step": None if self.step is None else self.step + 1,
             "replaced_by_row": None if self.replaced_by is None else self.replaced_by + 1,
+            "bytes": stamp.size if stamp else None,
+            "changed": stamp.mark if stamp else None,
         }
 
 
@@ -59,14 +63,27 @@ def check_limit(bad: Sequence[BadSample] | Sequence[str], *, num_bad: int, num_r
     )
 
 
+def _stamp(entry: dict[str, Any]) -> Stamp | None:
+    return None if entry["bytes"] is None else Stamp(entry["bytes"], entry["changed"])
+
+
 class BadSampleList:
     """The list of a run."""
 
     def __init__(self, path: Path, *, limit: float) -> None:
         self._path = path
         self._limit = limit
-        self._rows = {int(entry["row"]) - 1 for entry in read_jsonl(path)}
+        self._rows = self._read_back()
         self._causes: list[str] = []
+
+    def _read_back(self) -> set[int]:
+        """The rows of an earlier attempt; files that were mended since are taken off the list."""
+        entries = list(read_jsonl(self._path))
+        stamps = read_stamps([entry["file"] for entry in entries])
+        bad = [entry for entry in entries if _stamp(entry) == stamps[entry["file"]]]
+        if len(bad) < len(entries):
+            write_whole(self._path, "".join(f"{json.dumps(entry)}\n" for entry in bad))
+        return {entry["row"] - 1 for entry in bad}
 
     def add(self, found: Iterable[BadSample]) -> str | None:
         """Append the rows that are new; returns what to tell, if anything. Raises DataError above the limit."""
