@@ -103,8 +103,11 @@ def _shape(micro: MicroBatch) -> tuple[int, int, int, int, int]:
 
 
 @lru_cache(maxsize=1)
-def _index_of(reference: ray.ObjectRef) -> SampleIndex:
-    # Once a process and not once a task: reading back the rows of a large dataset takes longer than decoding a chunk.
+def load_index(reference: ray.ObjectRef) -> SampleIndex:
+    """The SampleIndex of a reference, read back once a process.
+
+    Once a task would not do: reading back the rows of a large dataset takes longer than decoding a chunk.
+    """
     index: SampleIndex = ray.get(reference)
     return index
 
@@ -112,7 +115,7 @@ def _index_of(reference: ray.ObjectRef) -> SampleIndex:
 def _decode_chunk(block: pa.Table, index: ray.ObjectRef) -> pa.Table:
     """One row in, one row out: the chunk, all its pixels, all its extra inputs' bytes, and for each micro batch what it is
     made of, or its error."""
-    samples = _index_of(index)
+    samples = load_index(index)
     chunk = _parse_chunk(block["chunk"][0].as_py())
     pixels = np.empty(sum(_num_bytes(micro) for _, _, _, micro in chunk), dtype=np.uint8)
     facts: list[dict[str, Any]] = []

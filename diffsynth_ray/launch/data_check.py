@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import ray
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.data.batches import MicroBatch
 from diffsynth_ray.data.samples import SampleIndex, build_sample_index
+from diffsynth_ray.data.stream import load_index
 from diffsynth_ray.errors import DataError, DsrayError, ExitCode
 from diffsynth_ray.launch.driver import WORKER_ENV
 from diffsynth_ray.launch.stages import sample_rule
@@ -115,7 +117,9 @@ def _kind(cause: str, path: str) -> str:
 
 
 @ray.remote(num_cpus=1, max_retries=3, scheduling_strategy="SPREAD")
-def _problems_of(index: SampleIndex, micro_batches: list[MicroBatch]) -> dict[int, str]:
+def _problems_of(reference: list[ray.ObjectRef], micro_batches: list[MicroBatch]) -> dict[int, str]:
+    # The reference is in a list, so that Ray does not read the whole index back for every task.
+    index = load_index(reference[0])
     found = {}
     for micro in micro_batches:
         cause = index.problem(micro)
@@ -126,22 +130,31 @@ def _problems_of(index: SampleIndex, micro_batches: list[MicroBatch]) -> dict[in
 
 def _decode_all(index: SampleIndex, say: Say) -> dict[int, str]:
     """Cause by row. As many tasks are under way as there are CPUs, and as many wait: memory does not grow with the rows."""
-    reference = ray.put(index)
+    reference = [ray.put(index)]
     most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     tasks = _tasks(index)
-    running: dict[ray.ObjectRef, int] = {}
+    running: dict[ray.ObjectRef, list[MicroBatch]] = {}
     problems: dict[int, str] = {}
     num_done, told, num_rows = 0, time.monotonic(), len(index.metadata)
     say(f"decoding {num_rows} rows")
     while True:
-        while len(running) < most and (micro_batches := next(tasks, None)):
-            running[_problems_of.remote(reference, micro_batches)] = len(micro_batches)
+        while len(running) < most and (waiting := next(tasks, None)):
+            running[_problems_of.remote(reference, waiting)] = waiting
         if not running:
             return problems
         done, _ = ray.wait(list(running), timeout=_PROGRESS_S)
         for task in done:
-            problems |= ray.get(task)
-            num_done += running.pop(task)
+            micro_batches = running.pop(task)
+            try:
+                problems |= ray.get(task)
+            except ray.exceptions.WorkerCrashedError:
+                # One of them ends the process that decodes it: each alone shows which.
+                if len(micro_batches) > 1:
+                    tasks = chain(tasks, ([micro] for micro in micro_batches))
+                    continue
+                row = micro_batches[0].rows[0]
+                problems[row] = f"{index.path(row)}: decoding it crashes the process"
+            num_done += len(micro_batches)
         if time.monotonic() - told > _PROGRESS_S:
             told = time.monotonic()
             say(f"decoded {num_done} of {num_rows} rows, {len(problems)} bad")

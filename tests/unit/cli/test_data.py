@@ -118,3 +118,35 @@ def test_causes_are_grouped_without_names_and_numbers():
     assert kinds == {"no such file"}
     cause = "/a/1.png: a source of 200x9 pixels gets the target size 200x9"
     assert data_check._kind(cause, "/a/1.png") == "a source of NxN pixels gets the target size NxN"
+
+
+def test_a_file_that_crashes_its_process_is_found_alone(monkeypatch):
+    """Ray's tasks as plain calls: one that decodes row 7 ends its process."""
+    rows = [data_check.MicroBatch(0, 16, 16, 1, (row,), (0,)) for row in range(20)]
+
+    class Index:
+        metadata = rows
+
+        def path(self, row):
+            return f"{row}.mp4"
+
+    class Task:
+        @staticmethod
+        def remote(reference, micro_batches):
+            return tuple(micro.rows[0] for micro in micro_batches)
+
+    def get(task):
+        if 7 in task:
+            raise data_check.ray.exceptions.WorkerCrashedError
+        return {3: "damaged"} if 3 in task else {}
+
+    monkeypatch.setattr(data_check, "_problems_of", Task)
+    monkeypatch.setattr(data_check, "_tasks", lambda index: iter([rows[:16], rows[16:]]))
+    monkeypatch.setattr(data_check.ray, "put", lambda index: None)
+    monkeypatch.setattr(data_check.ray, "cluster_resources", lambda: {"CPU": 1})
+    monkeypatch.setattr(data_check.ray, "wait", lambda tasks, timeout: (tasks[:1], tasks[1:]))
+    monkeypatch.setattr(data_check.ray, "get", get)
+    assert data_check._decode_all(Index(), lambda line: None) == {
+        3: "damaged",
+        7: "7.mp4: decoding it crashes the process",
+    }

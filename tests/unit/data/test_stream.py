@@ -37,9 +37,9 @@ class Samples:
 def samples(monkeypatch):
     found = Samples()
     monkeypatch.setattr(stream, "ray", SimpleNamespace(get=lambda reference: found))
-    stream._index_of.cache_clear()
+    stream.load_index.cache_clear()
     yield found
-    stream._index_of.cache_clear()
+    stream.load_index.cache_clear()
 
 
 def read(samples, *, start_step=0, num_steps=5):
