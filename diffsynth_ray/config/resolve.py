@@ -248,9 +248,13 @@ def _check_offload(job: Job) -> list[Problem]:
             for name in ("param_size_threshold", "vram_budget_gib")
             if getattr(offload, name) is not None
         ]
+        if offload.optimize_on_cpu:
+            problems.append(Problem("offload.optimize_on_cpu", "needs offload.cpu_offload = true"))
     elif job.gradient.checkpointing is False:
         message = "false keeps every block's weights on the device until its backward, which offload.cpu_offload is to avoid"
-        problems.append(Problem("gradient.checkpointing", f"{message}"))
+        problems.append(Problem("gradient.checkpointing", message))
+    if offload.optimize_on_cpu and not job.training.master_weights:
+        problems.append(Problem("training.master_weights", "false has no meaning with offload.optimize_on_cpu; remove it"))
     if job.gradient.checkpointing_offload and job.gradient.checkpointing is False:
         problems.append(Problem("gradient.checkpointing_offload", "needs gradient.checkpointing = true"))
     return problems

@@ -197,8 +197,8 @@ class OffloadSection(Section):
 
     cpu_offload: bool = _key(False)
     """Keep every component's weights in host memory and load block by block."""
-    optimize_on_cpu: bool = _key(False, not_built="layerwise CPU offload")
-    """Optimizer and float32 masters on the host."""
+    optimize_on_cpu: bool = _key(False)
+    """Trained weights, float32 masters, optimizer state and the update in host memory as well; needs cpu_offload."""
     param_size_threshold: float | None = _key(gt=0)
     """Largest unit that is loaded at once, in MB."""
     vram_budget_gib: float | None = _key(gt=0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,11 +17,19 @@ from torch import Tensor
 from diffsynth_ray.errors import RunError
 
 
-class NodeGroup(Protocol):
-    """The workers of one node."""
+@dataclass(frozen=True)
+class NodePlace:
+    """Which of its node's workers this one is."""
 
-    is_first: bool
-    """Exactly one worker of the node: it fills what all share."""
+    node: int = 0
+    local_rank: int = 0
+    local_world_size: int = 1
+
+
+class NodeGroup(Protocol):
+    """The workers of one node. The first one (local rank 0) fills what all share."""
+
+    place: NodePlace
 
     def broadcast(self, value: list[int]) -> list[int]:
         """The first worker's value, on every worker of the node."""
@@ -35,7 +44,7 @@ class HostSegment:
     """`num_bytes` of zeroed host memory as the uint8 tensor `data`, the same memory in all workers of the group."""
 
     def __init__(self, num_bytes: int, *, device: torch.device, group: NodeGroup | None = None) -> None:
-        self.is_first = group is None or group.is_first
+        self.is_first = group is None or group.place.local_rank == 0
         fd = self._open(num_bytes, group)
         try:
             self._map = mmap.mmap(fd, max(num_bytes, 1), flags=mmap.MAP_SHARED)
@@ -50,7 +59,7 @@ class HostSegment:
 
     @staticmethod
     def _open(num_bytes: int, group: NodeGroup | None) -> int:
-        if group is not None and not group.is_first:
+        if group is not None and group.place.local_rank != 0:
             pid, fd = group.broadcast([])
             return os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR)
         fd = os.memfd_create("dsray-weights")

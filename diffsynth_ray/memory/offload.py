@@ -16,6 +16,7 @@ import bisect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,18 @@ class Slot:
         return part.view(self.param.dtype).view(self.param.shape)
 
 
+class Pending(Protocol):
+    """Somebody writes a unit's host memory."""
+
+    def done(self) -> bool:
+        """Whether it is written."""
+        ...
+
+    def wait(self) -> None:
+        """Return when it is written; raises what went wrong."""
+        ...
+
+
 @dataclass(eq=False)
 class Unit:
     """Parameters that are loaded at once."""
@@ -63,6 +76,10 @@ class Unit:
     done: torch.cuda.Event | None = None
     absent: list[Tensor] = field(default_factory=list, repr=False)
     """What the parameters are while the unit is away."""
+    pending: Pending | None = None
+    """A change of the host memory that is not complete."""
+    version: Tensor | None = None
+    """int64 in memory that the node's workers share: how often the host memory has been changed."""
 
 
 def build_unit(name: str, params: Sequence[tuple[str, nn.Parameter]]) -> Unit:
@@ -155,6 +172,9 @@ class LayerOffload:
 
     def _load(self, unit: Unit) -> None:
         assert unit.host is not None, unit.name
+        if unit.pending is not None:
+            unit.pending.wait()
+            unit.pending = None
         if self._copies is None:
             unit.buffer = unit.host.clone()
         else:
@@ -190,6 +210,8 @@ class LayerOffload:
             unit = self._order[position % len(self._order)]
             if unit.buffer is not None:
                 continue
+            if unit.pending is not None and not unit.pending.done():
+                return
             if not self._make_room(unit.num_bytes, before=position):
                 return
             self._load(unit)

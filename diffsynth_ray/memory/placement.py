@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from diffsynth_ray.memory.fp8 import Fp8Linear, quantize
 from diffsynth_ray.memory.host import HostSegment, NodeGroup
-from diffsynth_ray.memory.offload import Unit, build_unit
+from diffsynth_ray.memory.offload import ALIGNMENT, Unit, build_unit
 
 READ_THREADS = 4
 READ_AHEAD = 8
@@ -82,8 +82,12 @@ def find_spots(component: nn.Module) -> list[Spot]:
     return [Spot(name, tuple(holders[key]), tensor) for key, (name, tensor) in first.items()]
 
 
-def split_units(component: nn.Module, blocks: Sequence[nn.Module], *, max_bytes: int | None) -> dict[str, nn.Module]:
+def split_units(
+    component: nn.Module, blocks: Sequence[nn.Module], *, max_bytes: int | None, with_trained: bool = False
+) -> dict[str, nn.Module]:
     """The modules, by name, that are loaded at once: the blocks, and whatever is around them.
+
+    `with_trained`: trained parameters are in host memory too; else a module without frozen ones is no unit.
 
     A block larger than `max_bytes` is split into its children. Parameters that a split module holds itself stay on the device.
     """
@@ -91,7 +95,7 @@ def split_units(component: nn.Module, blocks: Sequence[nn.Module], *, max_bytes:
     units: dict[str, nn.Module] = {}
 
     def walk(name: str, module: nn.Module, *, in_block: bool) -> None:
-        num_bytes = frozen_bytes(module)
+        num_bytes = _unit_bytes(module, with_trained=with_trained)
         if not num_bytes:
             return
         in_block = in_block or module in blocks_inside
@@ -100,8 +104,13 @@ def split_units(component: nn.Module, blocks: Sequence[nn.Module], *, max_bytes:
         is_called = bool(name) and not holds_blocks and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
         # A part of a block is frozen in full, adapters stay outside: gradients are then summed in the whole block's order.
         is_whole = module in blocks_inside or not any(param.requires_grad for param in module.parameters())
-        if is_called and (num_bytes <= limit and is_whole or not any(True for _ in module.children())):
+        if is_called and num_bytes <= limit and is_whole:
             units[name] = module
+            return
+        if is_called and not any(True for _ in module.children()):
+            # Adapters (new, so not on the meta device) are read by the layer that they adapt, and not called.
+            if all(param.is_meta for param in module.parameters()):
+                units[name] = module
             return
         for child_name, child in module.named_children():
             walk(f"{name}.{child_name}" if name else child_name, child, in_block=in_block)
@@ -110,9 +119,10 @@ def split_units(component: nn.Module, blocks: Sequence[nn.Module], *, max_bytes:
     return units
 
 
-def frozen_bytes(module: nn.Module) -> int:
-    """Bytes of the parameters that are not trained."""
-    return sum(param.numel() * param.element_size() for param in module.parameters() if not param.requires_grad)
+def _unit_bytes(module: nn.Module, *, with_trained: bool) -> int:
+    return sum(
+        param.numel() * param.element_size() for param in module.parameters() if with_trained or not param.requires_grad
+    )
 
 
 def place(
@@ -121,24 +131,37 @@ def place(
     *,
     device: torch.device,
     units: Mapping[str, Mapping[str, nn.Module]] | None = None,
+    with_trained: bool = False,
     group: NodeGroup | None = None,
     say: Say,
 ) -> dict[nn.Module, Unit]:
     """Fill every parameter on the meta device from its component's source.
 
-    The frozen parameters of the modules in `units` (by component) go to host memory, everything else to the device. Returns the
-    units by module; LayerOffload brings them to the device.
+    The frozen parameters of the modules in `units` (by component) go to host memory, `with_trained` the trained ones as well, and
+    everything else to the device. Returns the units by module; LayerOffload brings them to the device.
     """
     spots = {name: find_spots(component) for name, component in components.items()}
     built: dict[nn.Module, Unit] = {}
+    given: list[tuple[nn.Parameter, Tensor]] = []
     for component_name, named in (units or {}).items():
         by_tensor = {id(spot.meta): spot for spot in spots[component_name]}
         for unit_name, module in named.items():
-            unit = _claim_unit(f"{component_name}.{unit_name}", module, by_tensor, device)
+            aside = _set_aside(module, device) if with_trained else []
+            given += aside
+            mine = [param for param, _ in aside]
+            unit = _claim_unit(
+                f"{component_name}.{unit_name}", module, by_tensor, device, given=mine, with_trained=with_trained
+            )
             if unit.slots:
                 built[module] = unit
-    segment = HostSegment(sum(unit.num_bytes for unit in built.values()), device=device, group=group)
-    homes = _give_homes(segment, list(built.values()))
+    counters = ALIGNMENT * (-(-8 * len(built) // ALIGNMENT))
+    segment = HostSegment(
+        counters + sum(unit.num_bytes for unit in built.values()), device=device, group=group
+    )
+    homes = _give_homes(segment, list(built.values()), start=counters)
+    if segment.is_first:
+        for param, value in given:
+            homes[id(param)].copy_(value)
     for name, found in spots.items():
         for spot in found:
             if spot.current.is_meta:
@@ -149,11 +172,33 @@ def place(
     return built
 
 
-def _claim_unit(name: str, module: nn.Module, by_tensor: dict[int, Spot], device: torch.device) -> Unit:
-    """Lay out the module's frozen parameters as one unit; each belongs to the first unit that holds it."""
-    claimed = []
+def _set_aside(module: nn.Module, device: torch.device) -> list[tuple[nn.Parameter, Tensor]]:
+    """Take the values of the module's trained parameters that have some (new adapters), for host memory."""
+    given = []
+    for param in module.parameters():
+        if param.requires_grad and not param.is_meta:
+            given.append((param, param.data))
+            param.data = _absent(param, device)
+    return given
+
+
+def _claim_unit(
+    name: str,
+    module: nn.Module,
+    by_tensor: dict[int, Spot],
+    device: torch.device,
+    *,
+    given: Sequence[nn.Parameter],
+    with_trained: bool,
+) -> Unit:
+    """Lay out the module's parameters as one unit; each belongs to the first unit that holds it."""
+    claimed: list[tuple[str, Tensor]] = []
+    set_aside = {id(param) for param in given}
     for inner, param in module.named_parameters():
-        spot = by_tensor.pop(id(param), None) if not param.requires_grad else None
+        if id(param) in set_aside:
+            claimed.append((inner, param))
+            continue
+        spot = by_tensor.pop(id(param), None) if with_trained or not param.requires_grad else None
         if spot is not None:
             claimed.append((inner, spot.put(_absent(param, device))))
     return build_unit(name, claimed)  # type: ignore[arg-type]  # put() gives parameters back as parameters
@@ -167,10 +212,12 @@ def _absent(param: nn.Parameter, device: torch.device) -> Tensor:
     return value.to(param.dtype).expand(param.shape)
 
 
-def _give_homes(segment: HostSegment, units: Sequence[Unit]) -> dict[int, Tensor]:
+def _give_homes(segment: HostSegment, units: Sequence[Unit], *, start: int) -> dict[int, Tensor]:
+    """Every unit's place behind the counters; the host tensors by the id of their parameter."""
     homes: dict[int, Tensor] = {}
-    offset = 0
-    for unit in units:
+    offset = start
+    for number, unit in enumerate(units):
+        unit.version = segment.data[8 * number : 8 * number + 8].view(torch.int64)
         unit.host = segment.data[offset : offset + unit.num_bytes]
         offset += unit.num_bytes
         homes.update({id(slot.param): slot.view(unit.host) for slot in unit.slots})

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from diffsynth_ray.memory.host import NodePlace
+
 _TIMEOUT = timedelta(days=1)
 """The driver ends workers that hang; a slow disk under one of them is no reason to."""
 
@@ -42,3 +44,19 @@ class Group:
         found: list[Any] = [None] * self._world_size
         dist.all_gather_object(found, value, group=self._group)
         return found
+
+
+class NodeWorkers:
+    """The workers of this one's node, as memory that they share needs them (`memory.host.NodeGroup`)."""
+
+    def __init__(self, group: Group, place: NodePlace) -> None:
+        self._group, self.place = group, place
+
+    def broadcast(self, value: list[int]) -> list[int]:
+        """See NodeGroup."""
+        found = self._group.gather((self.place, value))
+        return next(given for place, given in found if place.node == self.place.node and place.local_rank == 0)
+
+    def barrier(self) -> None:
+        """See NodeGroup. All nodes wait for each other: they do the same at the same time anyway."""
+        self._group.gather(None)

@@ -18,7 +18,7 @@ from diffsynth_ray.errors import JobFileError, Problem
 from diffsynth_ray.memory.activations import ActivationStore
 from diffsynth_ray.memory.checkpointing import BlockCall, PartitionedBlockCall
 from diffsynth_ray.memory.fp8 import convert_to_fp8
-from diffsynth_ray.memory.host import NodeGroup
+from diffsynth_ray.memory.host import NodeGroup, NodePlace
 from diffsynth_ray.memory.offload import LayerOffload, Unit
 from diffsynth_ray.memory.placement import WeightSource, place, split_units
 from diffsynth_ray.models.family import ModelFamily
@@ -38,6 +38,7 @@ class Residency:
 
     offload: LayerOffload | None = None
     activations: ActivationStore | None = None
+    place: NodePlace = NodePlace()
 
     def begin(self) -> None:
         """A micro step begins."""
@@ -57,15 +58,17 @@ def settle(family: ModelFamily, job: Job, *, group: NodeGroup | None = None, say
     blocks = {name: family.repeated_blocks(name) for name in family.components}
     for name in _fp8_components(family, job):
         convert_to_fp8(blocks[name])
+    on_host = job.offload.optimize_on_cpu
     units: dict[str, dict[str, nn.Module]] = {}
     if job.offload.cpu_offload:
         threshold = job.offload.param_size_threshold
         max_bytes = None if threshold is None else int(threshold * 1e6)
         units = {
-            name: split_units(component, blocks[name], max_bytes=max_bytes) for name, component in placed.items()
+            name: split_units(component, blocks[name], max_bytes=max_bytes, with_trained=on_host)
+            for name, component in placed.items()
         }
     sources = {name: cast(WeightSource, component.weight_source) for name, component in placed.items()}
-    built = place(placed, sources, device=family.device, units=units, group=group, say=say)
+    built = place(placed, sources, device=family.device, units=units, with_trained=on_host, group=group, say=say)
     for component in family.components.values():
         _move_buffers(component, family.device)
     budget = job.offload.vram_budget_gib
@@ -81,7 +84,7 @@ def settle(family: ModelFamily, job: Job, *, group: NodeGroup | None = None, say
         )
     activations = ActivationStore(family.device) if job.gradient.checkpointing_offload else None
     _install(family, job, blocks, built, offload, activations)
-    return Residency(offload, activations)
+    return Residency(offload, activations, group.place if group is not None else NodePlace())
 
 
 def partitioned_components(job: Job) -> list[str]:

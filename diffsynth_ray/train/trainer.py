@@ -220,7 +220,9 @@ class Trainer:
         inputs = None if probe is None else (probe.batch, *self._draw(probe, step=0))
         self.residency.begin()
         with fastest_attention():
-            self.strategy = build_strategy(self.job, self.family, self.graph, probe=inputs, say=say)
+            self.strategy = build_strategy(
+                self.job, self.family, self.graph, residency=self.residency, probe=inputs, say=say
+            )
 
     def _draw(self, micro: MicroInput, *, step: int) -> tuple[Tensor, Tensor]:
         """Noise [b, c, (f,) h, w] float32 and timestep ids [b] int64 of a micro batch, on the CPU."""

@@ -23,13 +23,14 @@ from diffsynth_ray.data.bad_samples import BadSample
 from diffsynth_ray.data.samples import SampleIndex
 from diffsynth_ray.data.stream import build_stream
 from diffsynth_ray.errors import DsrayError, RunError, is_lost_connection
+from diffsynth_ray.memory.host import NodePlace
 from diffsynth_ray.run_dir import Progress, RunDir
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.checkpoint import Checkpoint, damage_of, find_checkpoints, find_restorable, read_checkpoint
 from diffsynth_ray.train.export import export_weights
 from diffsynth_ray.train.feed import DeviceFeed, FedStep
 from diffsynth_ray.train.figures import FigureWriter
-from diffsynth_ray.train.group import Group
+from diffsynth_ray.train.group import Group, NodeWorkers
 from diffsynth_ray.train.heartbeat import Heartbeat
 from diffsynth_ray.train.initial import load_initial_weights, merge_presets
 from diffsynth_ray.train.memory_report import measure, out_of_memory
@@ -127,7 +128,8 @@ class _Worker:
     def run(self) -> dict[str, Any]:
         """Train from the newest checkpoint to the end, or to a stop."""
         device = self.device = ray.train.torch.get_device()
-        if device.type == "cpu":
+        if device.type == "cpu" or self.job.offload.optimize_on_cpu:
+            # Ray allows one thread a CPU that was asked for; an update on the host needs what the node has.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_world_size))
         # Flags from rank 0 travel on the CPU, so that they never wait for the GPU; checkpoints are written by a thread.
         self.control = Group(self.world_size)
@@ -149,14 +151,19 @@ class _Worker:
         family = load_family(self.job, device=device)
         merge_presets(family, self.job, self.say)
         select_trained(family, self.job)
-        residency = settle(family, self.job, say=self.say)
         load_initial_weights(family, self.job, self.say)
+        residency = settle(family, self.job, group=self._node_workers(), say=self.say)
         self.trainer = Trainer(self.job, family, self.schedule, residency=residency)
         count = sum(param.numel() for param in self.trainer.trained.values())
         self.say(f"model loaded in {time.monotonic() - started:.1f} s, {count:,} trained parameters")
         probe = self._probe_input()
         self.computed = f"the costliest micro batch, tried before the first step ({_describe(probe)})"
         self.trainer.start(probe, say=self.say)
+
+    def _node_workers(self) -> NodeWorkers | None:
+        context = ray.train.get_context()
+        place = NodePlace(context.get_node_rank(), context.get_local_rank(), self.local_world_size)
+        return NodeWorkers(self.control, place) if self.world_size > 1 else None
 
     def out_of_memory(self, error: torch.OutOfMemoryError) -> RunError:
         """What the user is told of a full device."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.models.family import ModelFamily
+from diffsynth_ray.train.residency import Residency
 from diffsynth_ray.train.strategy.base import Strategy
 
 
@@ -20,7 +21,13 @@ def trained_parameters(graph: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def build_strategy(
-    job: Job, family: ModelFamily, graph: nn.Module, *, probe: tuple[Any, ...] | None, say: Callable[[str], object]
+    job: Job,
+    family: ModelFamily,
+    graph: nn.Module,
+    *,
+    residency: Residency,
+    probe: tuple[Any, ...] | None,
+    say: Callable[[str], object],
 ) -> Strategy:
     """The strategy of `distributed.strategy`, over a graph of the family's components.
 
@@ -36,5 +43,10 @@ def build_strategy(
     from diffsynth_ray.train.strategy.ddp import DDPStrategy
 
     trained: Mapping[str, nn.Parameter] = trained_parameters(graph)
+    if job.offload.optimize_on_cpu:
+        from diffsynth_ray.train.strategy.host import HostStrategy
+
+        assert residency.offload is not None  # resolve has checked it
+        return HostStrategy(job, graph, trained, residency.offload, place=residency.place, probe=probe)
     optimizer = MasterOptimizer(trained, job.training)
     return DDPStrategy(graph, optimizer, find_unused_parameters=job.training.find_unused_parameters, probe=probe)

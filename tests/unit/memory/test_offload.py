@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffsynth_ray.memory.checkpointing import BlockCall
-from diffsynth_ray.memory.host import HostSegment
+from diffsynth_ray.memory.host import HostSegment, NodePlace
 from diffsynth_ray.memory.offload import LayerOffload
 from diffsynth_ray.memory.placement import place, split_units
 
@@ -144,10 +144,11 @@ class PipeGroup:
     """Two processes of one node."""
 
     def __init__(self, is_first, pipe, barrier):
-        self.is_first, self.pipe, self.wait = is_first, pipe, barrier
+        self.place = NodePlace(0, 0 if is_first else 1, 2)
+        self.pipe, self.wait = pipe, barrier
 
     def broadcast(self, value):
-        if self.is_first:
+        if self.place.local_rank == 0:
             self.pipe.send(value)
             return value
         return self.pipe.recv()

@@ -109,6 +109,8 @@ def test_gradient_checkpointing_is_bit_equal():
         {"offload": {"cpu_offload": True, "vram_budget_gib": 0.001}},
         {"offload": {"cpu_offload": True, "param_size_threshold": 0.05}},
         {"gradient": {"checkpointing_offload": True}, "offload": {"cpu_offload": True}},
+        {"offload": {"cpu_offload": True, "optimize_on_cpu": True}},
+        {"offload": {"cpu_offload": True, "optimize_on_cpu": True, "param_size_threshold": 0.05}},
     ],
 )
 def test_where_weights_and_activations_live_is_bit_equal(memory, full, monkeypatch):
