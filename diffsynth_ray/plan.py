@@ -90,7 +90,8 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
         job.dataset.metadata_path,
         data_file_keys=job.dataset.data_file_keys,
         required_columns=[PROMPT_COLUMN],
-        check_files=check_files,
+        # Under "skip" a missing file is a bad sample like any other.
+        check_files=check_files and job.dataset.bad_sample == "error",
     )
     num_rows = len(metadata.rows)
     schedule = build_schedule(

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from diffsynth_ray import __version__
-from diffsynth_ray.cli import control, doctor, foreground, import_script, inspect, render, submit
+from diffsynth_ray.cli import control, data, doctor, foreground, import_script, inspect, render, submit
 from diffsynth_ray.errors import DsrayError, ExitCode
 
 app = typer.Typer(
@@ -50,6 +50,7 @@ app.command("stop")(control.stop)
 app.command("list")(inspect.list_runs)
 app.command("doctor")(doctor.doctor)
 app.command("import")(import_script.import_script)
+app.add_typer(data.app, name="data")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -143,7 +143,8 @@ def status(view: RunView) -> None:
         rows.append(("steps", f"{view.step} of {view.num_steps}"))
     if view.progress is not None:
         left = f", {duration(view.progress.left_s)} left" if view.state == "RUNNING" else ""
-        rows.append(("progress", f"loss {view.progress.loss:.4g}, {view.progress.step_s:.2f} s/step{left}"))
+        wait = f" ({view.progress.data_wait_s:.2f} s of it waiting for data)"
+        rows.append(("progress", f"loss {view.progress.loss:.4g}, {view.progress.step_s:.2f} s/step{wait}{left}"))
     rows += _diagnosis(view)
     rows += [("started", _clock(view.started)), ("ended", _clock(view.ended))]
     rows += [("output", view.output), ("dashboard", view.address or ""), ("files", ", ".join(view.files))]

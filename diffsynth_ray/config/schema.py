@@ -36,7 +36,7 @@ class DatasetSection(Section):
     """What is trained on."""
 
     base_path: str | None = _key(path=True)
-    """Folder that the paths in the metadata are relative to. Required."""
+    """Folder (local, file:// or s3://) that the paths in the metadata are relative to. Required."""
     metadata_path: str | None = _key(identity=True, path=True)
     """csv, json, jsonl or parquet file with one row a sample. Unset: the folder's media with .txt captions of the same name."""
     repeat: int = _key(1, identity=True, ge=1)
@@ -59,10 +59,10 @@ class DatasetSection(Section):
     """Samples a worker processes in one micro step."""
     global_batch_size: int | None = _key(identity=True, ge=1)
     """Samples of one optimizer step. Default: batch_size x most workers x gradient.accumulation_steps."""
-    bad_sample: Literal["error", "skip"] = _key("error", not_built="the data plane (skipping bad samples)")
-    """What a file that cannot be decoded does: end the run with its name, or be replaced and listed."""
-    bad_sample_limit: float = _key(0.01, ge=0, not_built="the data plane (skipping bad samples)")
-    """Share of bad samples (with bad_sample = "skip") above which the run fails."""
+    bad_sample: Literal["error", "skip"] = _key("error")
+    """What a file that cannot be decoded does: end the run with its name, or be replaced and listed in bad_samples.jsonl."""
+    bad_sample_limit: float = _key(0.01, ge=0, le=1)
+    """Share of the rows that may be bad (with bad_sample = "skip") before the run fails; 1 = all but one."""
 
 
 class ModelSection(Section):

@@ -289,8 +289,13 @@ def next_attempt(cluster: Cluster, resolved: ResolvedJob) -> int:
 
 
 def entrypoint(submission_id: str, *, python: str = sys.executable) -> str:
-    """Command line of the driver. The interpreter is absolute: `python` of the head's PATH may lack ray."""
-    return f"{shlex.quote(python)} -m diffsynth_ray.launch.driver --job job.json --submission-id {submission_id}"
+    """Command line of the driver."""
+    return f"{entrypoint_of('driver', python=python)} --submission-id {submission_id}"
+
+
+def entrypoint_of(module: str, *, python: str = sys.executable) -> str:
+    """Command line of a module of `launch`. The interpreter is absolute: `python` of the head's PATH may lack ray."""
+    return f"{shlex.quote(python)} -m diffsynth_ray.launch.{module} --job job.json"
 
 
 def submit(resolved: ResolvedJob, cluster: Cluster) -> str:

@@ -5,13 +5,17 @@ Importing the training code costs seconds a process, so that only the training w
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from diffsynth_ray.config.resolve import ResolvedJob
-from diffsynth_ray.data.samples import build_sample_index
+from diffsynth_ray.config.schema import Job
+from diffsynth_ray.data.samples import SampleRule, build_sample_index
 from diffsynth_ray.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from diffsynth_ray.models.family import ModelFamily
 
 _TORCH_TIMEOUT_MARGIN_S = 60
 _RESIZE_INTERVAL_S = 15.0
@@ -24,6 +28,20 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     return train_loop(**config)
 
 
+def sample_rule(job: Job) -> SampleRule:
+    """What the job's family demands of its samples. Raises ModelError for files that are no known model."""
+    family = _family_of(job)
+    return SampleRule(family.size_multiple, family.clip_step)
+
+
+def _family_of(job: Job) -> type[ModelFamily]:
+    from diffsynth_ray.models.family import get_family
+    from diffsynth_ray.models.weights import load_components
+
+    model = job.model
+    return get_family(load_components(model.paths, family=model.family)[0] if model.paths else str(model.family))
+
+
 @ray.remote(num_cpus=0, max_retries=0)
 def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -> dict[str, Any]:
     """Train; returns {"state", "step", "num_steps"}. `attempt_name` is fresh for every attempt.
@@ -34,8 +52,6 @@ def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from diffsynth_ray.launch.watch import Watch
-    from diffsynth_ray.models.family import get_family
-    from diffsynth_ray.models.weights import load_components
     from diffsynth_ray.train.services import check_services
     from diffsynth_ray.train.trainer import check_components
 
@@ -46,10 +62,10 @@ def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -
 
     # What the files say is checked before any GPU is taken.
     check_services(resolved.job.logging)
-    model = resolved.job.model
-    family = load_components(model.paths, family=model.family)[0] if model.paths else str(model.family)
-    check_components(get_family(family), resolved.job)
-    index = build_sample_index(resolved, say)
+    check_components(_family_of(resolved.job), resolved.job)
+    index = build_sample_index(resolved, say, rule=sample_rule(resolved.job))
+    if index.unusable:
+        board.note_bad.remote(index.bad_headers())
     count = f"{resolved.min_workers} to {resolved.num_workers}" if resolved.is_elastic else f"{resolved.num_workers}"
     say(f"starting {count} training worker(s)")
     trainer = TorchTrainer(

@@ -146,6 +146,8 @@ class ModelFamily(ABC):
     """Needed for `predict`."""
     size_multiple: ClassVar[int]
     """Pixels; height and width must be multiples of it."""
+    clip_step: ClassVar[int | None] = None
+    """Clips have a multiple of this many frames and one more (4: 1, 5, 9 ...); None: the family takes images only."""
 
     def __init__(self, components: dict[str, nn.Module], *, dtype: torch.dtype, device: torch.device | str) -> None:
         self.components = components

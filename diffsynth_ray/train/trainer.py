@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffsynth_ray.config.schema import Job
+from diffsynth_ray.data.samples import Extra
 from diffsynth_ray.errors import JobFileError, Problem
 from diffsynth_ray.models.family import EncodedBatch, ModelFamily, get_family
 from diffsynth_ray.models.flow_matching import (
@@ -39,11 +40,13 @@ from diffsynth_ray.train.strategy.base import Strategy
 class SampleBatch:
     """Decoded samples of one micro step on one worker."""
 
-    pixels: np.ndarray
+    pixels: np.ndarray | Tensor
     """uint8 [b, f, h, w, 3]."""
     prompts: tuple[str, ...]
     rows: tuple[int, ...]
     """Positions in the metadata."""
+    extra: dict[str, tuple[Extra, ...]] = field(default_factory=dict)
+    """By column of `model.extra_inputs`, [b]: a sample's files as uint8 [f, h, w, 3] each, or the cell's value."""
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -100,7 +103,7 @@ class TrainGraph(nn.Module):
 
     def encode(self, batch: SampleBatch) -> EncodedBatch:
         """Decoded samples -> encoded ones."""
-        pixels = torch.from_numpy(batch.pixels).to(self.family.device, non_blocking=True)
+        pixels = torch.as_tensor(batch.pixels).to(self.family.device, non_blocking=True)
         with torch.set_grad_enabled(self.image_is_trained):
             latents = self.family.encode_image(pixels)
         with torch.set_grad_enabled(self.text_is_trained):
