@@ -11,6 +11,7 @@ import ray
 
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.data.samples import build_sample_index
+from diffsynth_ray.launch.fetch import bring_model
 from diffsynth_ray.run_dir import RunDir
 
 
@@ -29,19 +30,13 @@ def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from diffsynth_ray.models.family import get_family
-    from diffsynth_ray.models.weights import load_components
-    from diffsynth_ray.train.trainer import check_components
-
     resolved = ResolvedJob.model_validate_json(resolved_json)
 
     def say(line: str) -> None:
         board.say.remote(line)
 
-    # What the files say is checked before any GPU is taken.
-    model = resolved.job.model
-    family = load_components(model.paths, family=model.family)[0] if model.paths else str(model.family)
-    check_components(get_family(family), resolved.job)
+    # Downloads end, and what the files say is checked, before any GPU is taken.
+    bring_model(resolved, board)
     index = build_sample_index(resolved, say)
     say(f"starting {resolved.num_workers} training worker(s)")
     trainer = TorchTrainer(

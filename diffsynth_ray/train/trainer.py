@@ -24,7 +24,7 @@ from diffsynth_ray.models.flow_matching import (
     timestep_id_range,
 )
 from diffsynth_ray.models.lora import add_lora, load_lora
-from diffsynth_ray.models.weights import load_components, load_state_dict
+from diffsynth_ray.models.weights import find_model, load_state_dict
 from diffsynth_ray.schedule import Schedule, trained_components
 from diffsynth_ray.train.optim import MasterOptimizer, lr_factor
 from diffsynth_ray.train.strategy.base import Strategy
@@ -112,9 +112,7 @@ def load_family(job: Job, *, device: torch.device) -> ModelFamily:
     if job.model.tiny:
         assert job.model.family is not None  # resolve has checked it
         return get_family(job.model.family).build_tiny(job.seed, dtype=dtype, device=device)
-    name, files = load_components(job.model.paths, family=job.model.family)
-    assert job.model.tokenizer_path is not None  # resolve has checked it
-    tokenizers = {"tokenizer_path": Path(job.model.tokenizer_path)}
+    name, files, tokenizers = find_model(job.model)
     return get_family(name).load(files, dtype=dtype, device=device, tokenizer_paths=tokenizers)
 
 

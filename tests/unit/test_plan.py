@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import DataError, JobFileError
 from diffsynth_ray.plan import Plan, build_plan
+
+TINY = Path(__file__).parents[1] / "assets" / "qwen_image_tiny"
 
 
 @pytest.fixture
@@ -97,7 +100,7 @@ def test_a_missing_file_is_found_before_the_run(photos: Path) -> None:
 
 
 def test_missing_model_files_are_named_all_at_once(photos: Path) -> None:
-    (photos / "there.safetensors").touch()
+    shutil.copy(TINY / "vae" / "diffusion_pytorch_model.safetensors", photos / "there.safetensors")
     there, gone = str(photos / "there.safetensors"), [str(photos / "a.safetensors"), str(photos / "b.safetensors")]
     model = {"tiny": False, "paths": [gone, there], "tokenizer_path": str(photos / "tokenizer")}
     with pytest.raises(JobFileError) as caught:
