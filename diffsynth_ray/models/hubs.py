@@ -24,7 +24,8 @@ from diffsynth_ray.errors import HubError, ModelError
 
 Kind = Literal["model", "dataset"]
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 16
+"""Written at once; what is left of one when a connection is cut comes again."""
 _PARALLEL_FILES = 4
 _RETRIES = 5
 """Attempts in a row that bring nothing."""
@@ -304,6 +305,6 @@ def _checksum_fits(path: Path, file: RemoteFile) -> bool:
 
 def _digest(path: Path, digest: Any) -> str:
     with path.open("rb") as content:
-        while chunk := content.read(8 * _CHUNK_BYTES):
+        while chunk := content.read(128 * _CHUNK_BYTES):
             digest.update(chunk)
     return str(digest.hexdigest())

@@ -172,6 +172,9 @@ def detect_component(shapes: Mapping[str, tuple[int, ...]], layouts: Layouts, *,
             f"this is a {component} of family {name}, the job says {family}; set model.family = {name!r} or give "
             f"{family}'s own files"
         )
+    says = f", the job says {family}" if family else f"; families here: {', '.join(sorted(layouts))}"
+    if what := _name_of_other(shapes):
+        raise ModelError(f"this is {what}{says}")
     # An incomplete set of shards may lack the markers; the prefixes still say what it is, and the missing keys are
     # reported when it is loaded.
     candidates = shard_candidates(shapes, layouts)
@@ -179,9 +182,12 @@ def detect_component(shapes: Mapping[str, tuple[int, ...]], layouts: Layouts, *,
     if len(mine) == 1:
         return mine.pop()
     if candidates:
-        says = f", the job says {family}" if family else "; set model.family"
-        raise ModelError(f"this looks like a part of {_describe(mine or candidates)}{says}; is a shard missing?")
-    raise ModelError(_unknown(shapes, family, layouts))
+        cure = f"{says}; is a shard missing?" if family else "; set model.family"
+        raise ModelError(f"this looks like a part of {_describe(mine or candidates)}{cure}")
+    raise ModelError(
+        f"these weights belong to no component known here (families: {family or ', '.join(sorted(layouts))}); "
+        f"{len(shapes)} keys, first: {', '.join(sorted(shapes)[:5]) or 'none'}"
+    )
 
 
 def _matches(shapes: Iterable[str], layouts: Layouts) -> list[tuple[str, str]]:
@@ -206,18 +212,11 @@ def _wrong_shapes(shapes: Mapping[str, tuple[int, ...]], layout: KeyLayout) -> l
     return wrong
 
 
-def _unknown(keys: Iterable[str], family: str | None, layouts: Layouts) -> str:
+def _name_of_other(keys: Iterable[str]) -> str | None:
     keys = set(keys)
-    says = f", the job says {family}" if family else f"; families here: {', '.join(sorted(layouts))}"
-    for what, marker in _OTHERS.items():
-        if keys.issuperset(marker):
-            return f"this is {what}{says}"
-    if any(".lora_A." in key or ".lora_down." in key or ".lora_up." in key for key in keys):
-        return "these are LoRA weights; give them as lora.checkpoint, and the model's own files here"
-    return (
-        f"these weights belong to no component known here (families: {family or ', '.join(sorted(layouts))}); "
-        f"{len(keys)} keys, first: {', '.join(sorted(keys)[:5]) or 'none'}"
-    )
+    if any(".lora_A." in key or ".lora_down." in key for key in keys):
+        return "a LoRA (give it as lora.checkpoint, and the model's own files here)"
+    return next((what for what, marker in _OTHERS.items() if keys.issuperset(marker)), None)
 
 
 def unmatched_targets(shapes: Mapping[str, tuple[int, ...]], targets: Sequence[str]) -> dict[str, list[str]]:
