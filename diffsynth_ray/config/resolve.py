@@ -223,20 +223,19 @@ def _check_plain_values(key: str, values: dict[str, Any]) -> list[Problem]:
 def _check_model(job: Job) -> list[Problem]:
     problems = []
     model = job.model
-    if model.tiny:
-        if model.paths or model.id_with_origin_paths:
-            problems.append(Problem("model.tiny", "random weights and model.paths or ids exclude each other"))
-        if model.family is None:
-            problems.append(Problem("model.family", 'required with model.tiny; as in family = "qwen_image"'))
-        return problems
-    if not model.paths and not model.id_with_origin_paths:
-        message = "required: the weight files (or model.id_with_origin_paths, or model.tiny = true)"
-        problems.append(Problem("model.paths", message))
     for text in model.id_with_origin_paths:
         try:
             parse_origin(text)
         except ModelError as error:
             problems.append(Problem("model.id_with_origin_paths", error.message))
+    if model.tiny:
+        if model.paths or model.id_with_origin_paths:
+            problems.append(Problem("model.tiny", "random weights and model.paths or ids exclude each other"))
+        if model.family is None:
+            problems.append(Problem("model.family", 'required with model.tiny; as in family = "qwen_image"'))
+    elif not model.paths and not model.id_with_origin_paths:
+        message = "required: the weight files (or model.id_with_origin_paths, or model.tiny = true)"
+        problems.append(Problem("model.paths", message))
     return problems
 
 

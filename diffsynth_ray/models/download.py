@@ -12,16 +12,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from diffsynth_ray.config.origins import Origin
 from diffsynth_ray.config.schema import ModelSection
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import sources
-from diffsynth_ray.models.family import ComponentFiles
 from diffsynth_ray.models.hubs import Hub, Kind, RemoteFile, build_hub
 from diffsynth_ray.models.sources import WEIGHT_SUFFIXES, Found
-from diffsynth_ray.models.weights import find_model
 from diffsynth_ray.run_dir import write_whole
+
+if TYPE_CHECKING:
+    from diffsynth_ray.models.family import ComponentFiles
 
 Say = Callable[[str], None]
 
@@ -203,6 +205,8 @@ def download_model(model: ModelSection, say: Say) -> tuple[str, dict[str, Compon
 
     Returns what `find_model` does. Nothing is asked of a hub where all is here.
     """
+    from diffsynth_ray.models.weights import find_model  # with torch, which data sets do without
+
     downloader: Downloader | None = None
 
     def bring(origin: Origin) -> None:

@@ -183,9 +183,16 @@ def test_the_packages_of_pyproject_are_the_package_directories() -> None:
     assert len(listed) == len(set(listed))
 
 
-@pytest.mark.parametrize("entry", ["import diffsynth_ray.cli.app", "from diffsynth_ray.plan import build_plan"])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "import diffsynth_ray.cli.app",
+        "from diffsynth_ray.plan import build_plan",
+        "from diffsynth_ray.models.download import download_dataset",
+    ],
+)
 def test_help_and_plan_import_neither_ray_nor_torch(entry: str) -> None:
-    heavy = {"ray", "torch", "diffusers", "transformers", "peft", "rich"}
+    heavy = {"ray", "torch", "diffusers", "transformers", "peft", "rich", "modelscope_hub", "huggingface_hub", "requests"}
     program = f"import sys; {entry}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
