@@ -8,32 +8,43 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffsynth_ray.config.resolve import ResolvedJob
+from diffsynth_ray.run_dir import RunDir
 
+_POLL_S = 1.0
 _ONLINE = {"HF_HUB_OFFLINE": "0"}
 """The training workers are kept offline (driver.WORKER_ENV); this is the one place where a hub may be asked."""
 
 
-def bring_model(resolved: ResolvedJob, board: Any) -> None:
-    """Download what the job's ids stand for and check what all files say; raises the first node's error.
+def bring_model(resolved: ResolvedJob, board: Any) -> bool:
+    """Download what the job's ids stand for and check what all files say; raises a node's error.
 
-    Nodes that share a disk wait for the one that downloads, and then find the files.
+    Nodes that share a disk wait for the one that downloads, and then find the files. False = a stop was asked for meanwhile;
+    what has come is kept.
     """
     model = resolved.job.model
     if model.tiny or (not model.id_with_origin_paths and model.tokenizer_path is not None):
         _check_model(resolved, board)
-        return
+        return True
     tasks = [
         _download_and_check.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False), runtime_env={"env_vars": _ONLINE}
         ).remote(resolved.model_dump_json(), board, name)
         for node, name in worker_nodes(resolved)
     ]
+    waiting = tasks
     try:
-        ray.get(tasks)
+        while waiting:
+            done, waiting = ray.wait(waiting, timeout=_POLL_S)
+            ray.get(done)
+            if waiting and (reason := RunDir(resolved.output_path).stop_reason()) is not None:
+                board.say.remote(f"stopping before the first step: {reason}")
+                return False
     except ray.exceptions.RayTaskError as error:
-        for task in tasks:
-            ray.cancel(task)
         raise (error.cause or error) from None
+    finally:
+        for task in waiting:
+            ray.cancel(task)
+    return True
 
 
 def worker_nodes(resolved: ResolvedJob) -> list[tuple[str, str]]:

@@ -36,7 +36,8 @@ def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -
         board.say.remote(line)
 
     # Downloads end, and what the files say is checked, before any GPU is taken.
-    bring_model(resolved, board)
+    if not bring_model(resolved, board):
+        return {"state": "STOPPED", "step": 0, "num_steps": 0}
     index = build_sample_index(resolved, say)
     say(f"starting {resolved.num_workers} training worker(s)")
     trainer = TorchTrainer(
