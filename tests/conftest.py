@@ -43,6 +43,9 @@ class HubServer:
         """Path -> bytes of the body after which its next replies break off."""
         self.broken: set[str] = set()
         """Paths whose content is not what the listing says."""
+        self.served: dict[str, bytes] = {}
+        """Path -> what is served instead, as by an outdated mirror."""
+        self.knows_ranges = True
         self.token: str | None = None
         """What a request must bring, or be refused with 401."""
         self.requests: list[tuple[str, str | None]] = []
@@ -139,10 +142,9 @@ class HubServer:
         ]
 
     def _file(self, request: BaseHTTPRequestHandler, path: str, content: bytes) -> None:
+        content = bytes(len(content)) if path in self.broken else self.served.get(path, content)
         total = len(content)
-        if path in self.broken:
-            content = bytes(total)
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range") or "")
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", (request.headers.get("Range") or "") * self.knows_ranges)
         start = int(asked[1]) if asked else 0
         end = int(asked[2]) + 1 if asked and asked[2] else total
         if asked and start >= total:

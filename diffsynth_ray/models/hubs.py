@@ -69,9 +69,11 @@ class Hub(ABC):
         `received` is told of bytes as they come (negative where some have to come again).
         """
 
-    def refused(self, repo: str, status: int | None, detail: str = "") -> HubError | ModelError:
+    def refused(self, repo: str, status: int | None, detail: str = "", *, path: str = "") -> HubError | ModelError:
         """The error of an HTTP status (None = no answer), with the cure. Never says what the server's body holds."""
-        where = f"{repo} on {self.name} ({self.endpoint})"
+        where = f"{repo} on {self.name} ({self.endpoint}){f', {path}' if path else ''}"
+        if status == 404 and path:
+            return ModelError(f"{where}: listed, but not there", hint="try again later, or the other hub (model.source)")
         if status == 404:
             return ModelError(
                 f"{where}: no such repository (or a private one)",
@@ -90,10 +92,17 @@ class Hub(ABC):
             "model.skip_download",
         )
 
+    def not_written(self, repo: str, path: str, error: OSError) -> ModelError:
+        """The error of a disk."""
+        return ModelError(
+            f"{repo}: {path} cannot be written: {error.strerror}",
+            hint="make room, or set model.base_path (DIFFSYNTH_MODEL_BASE_PATH) to another disk",
+        )
+
     def wrong_checksum(self, repo: str, path: str) -> ModelError:
         """The error of a file that came whole, but wrong, more than once."""
         return ModelError(
-            f"{repo} on {self.name}: {path} came with another checksum than the repository's listing says",
+            f"{repo} on {self.name}: {path} came with another checksum or size than its listing says",
             hint="nothing was kept of it; try again later, or the other hub (model.source): a proxy or mirror between "
             "here and there may serve an old or broken copy",
         )
@@ -183,9 +192,9 @@ class ModelScope(Hub):
         if isinstance(error, FileIntegrityError):
             return self.wrong_checksum(repo, path)
         if isinstance(error, OSError) and error.errno is not None:
-            return ModelError(f"{repo}: {path} cannot be written: {error.strerror}")
-        detail = "the connection fails" if self._is_cut(error) else f"{path} {type(error).__name__}".strip()
-        return self.refused(repo, getattr(error, "status_code", None), detail)
+            return self.not_written(repo, path, error)
+        detail = "the connection fails" if self._is_cut(error) else type(error).__name__
+        return self.refused(repo, getattr(error, "status_code", None), detail, path=path)
 
 
 class HuggingFace(Hub):
@@ -232,9 +241,10 @@ class HuggingFace(Hub):
             try:
                 for future in futures:
                     future.result()
-            except BaseException:
+            except OSError as error:
+                raise self.not_written(repo, str(error.filename or directory), error) from error
+            finally:
                 stop.set()
-                raise
 
     def _fetch_one(
         self, repo: str, kind: Kind, file: RemoteFile, target: Path, received: Callable[[int], None], stop: threading.Event
@@ -245,7 +255,7 @@ class HuggingFace(Hub):
             self._fetch_part(repo, kind, file, part, received, stop)
             if stop.is_set():
                 return
-            if _checksum_fits(part, file):
+            if part.stat().st_size == file.size and _checksum_fits(part, file):
                 part.replace(target)
                 return
             received(-part.stat().st_size)
@@ -261,17 +271,13 @@ class HuggingFace(Hub):
         from huggingface_hub.utils import build_hf_headers
 
         url = hf_hub_url(repo, file.path, repo_type=kind, endpoint=self.endpoint)
+        part.touch()
         failures, told = 0, 0
-        if file.size == 0:
-            part.touch()
         while not stop.is_set():
-            have = part.stat().st_size if part.exists() else 0
-            if have > file.size:
-                part.unlink()
-                continue
+            have = part.stat().st_size
             received(have - told)
             told = have
-            if have == file.size and part.exists():
+            if have >= file.size:
                 return
             headers = build_hf_headers() | {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
             try:
@@ -285,13 +291,15 @@ class HuggingFace(Hub):
                             told += len(chunk)
                             if stop.is_set():
                                 return
+                if part.stat().st_size <= have:
+                    raise requests.ConnectionError("the reply brought nothing new")
             except requests.RequestException as error:
-                failures = 0 if part.exists() and part.stat().st_size > have else failures + 1
+                if getattr(error.response, "status_code", None) == 416:
+                    raise self.wrong_checksum(repo, file.path) from None  # the hub's file is shorter than listed
+                failures = 0 if part.stat().st_size > have else failures + 1
                 status = getattr(error.response, "status_code", None)
-                if failures > _RETRIES or (status is not None and status < 500 and status not in (408, 416, 429)):
-                    raise self.refused(repo, status, f"{file.path}: the connection fails") from None
-                if status == 416:
-                    part.unlink(missing_ok=True)
+                if failures > _RETRIES or (status is not None and status < 500 and status not in (408, 429)):
+                    raise self.refused(repo, status, "the connection fails", path=file.path) from None
                 time.sleep(_RETRY_S * 2 ** max(failures - 1, 0))
 
 

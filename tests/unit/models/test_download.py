@@ -152,6 +152,56 @@ def test_a_wrong_checksum_is_refused_and_nothing_kept(hub, bring, tmp_path, sour
     assert sources.find(Origin("a/b", "*.safetensors"), tmp_path / "models").missing == "1 of 2 files, first x.safetensors"
 
 
+@BOTH
+@pytest.mark.parametrize("knows_ranges", [True, False])
+@pytest.mark.parametrize("served", [PAYLOAD[:-5000], PAYLOAD + b"more", b""])
+def test_an_outdated_mirror_is_refused(hub, bring, tmp_path, source, served, knows_ranges):
+    """Its file has another size than the listing; it must neither be taken nor be asked for without end."""
+    hub.add("a/b", "x.safetensors", PAYLOAD)
+    hub.served["x.safetensors"], hub.knows_ranges = served, knows_ranges
+    with pytest.raises((ModelError, HubError), match=r"x\.safetensors"):
+        bring("a/b:x.safetensors", source)
+    assert not (tmp_path / "models/a/b/x.safetensors").exists()
+    assert len(hub.fetched()) < 10
+
+
+@BOTH
+def test_a_server_without_ranges_starts_again(hub, bring, source):
+    hub.add("a/b", "x.safetensors", PAYLOAD)
+    hub.cuts["x.safetensors"], hub.knows_ranges = [100_000], False
+    (path,) = bring("a/b:x.safetensors", source).files
+    assert path.read_bytes() == PAYLOAD
+
+
+@BOTH
+def test_empty_files_are_fetched(hub, bring, source):
+    hub.add("a/b", "tokenizer/vocab.json", b"")
+    hub.add("a/b", "tokenizer/tokenizer_config.json", b"{}")
+    assert [path.stat().st_size for path in bring("a/b:tokenizer/", source).files] == [2, 0]
+
+
+@BOTH
+def test_a_full_disk_is_told(hub, bring, tmp_path, source):
+    """/dev/full takes nothing."""
+    hub.add("a/b", "x.safetensors", PAYLOAD)
+    part = tmp_path / "models/a/b/x.safetensors.incomplete"
+    part.parent.mkdir(parents=True)
+    part.symlink_to("/dev/full")
+    with pytest.raises(ModelError, match=r"cannot be written: No space left") as caught:
+        bring("a/b:x.safetensors", source)
+    assert "model.base_path" in caught.value.hint
+
+
+@BOTH
+def test_a_listed_file_that_is_not_there_is_told(hub, bring, source, monkeypatch):
+    hub.add("a/b", "x.safetensors", PAYLOAD)
+    client = hubs.build_hub(source)
+    listed = hubs.RemoteFile("gone.safetensors", 5)
+    monkeypatch.setattr(type(client), "list_files", lambda *_: [listed])
+    with pytest.raises(ModelError, match=r"gone\.safetensors: listed, but not there"):
+        bring("a/b:gone.safetensors", source)
+
+
 def test_small_files_of_hugging_face_are_checked_by_their_git_hash(hub, bring, tmp_path):
     hub.add("a/b", "tokenizer/vocab.json", PAYLOAD)
     hub.broken.add("tokenizer/vocab.json")
