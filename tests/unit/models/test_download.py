@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import threading
 import time
 import types
@@ -375,16 +374,16 @@ def test_progress_is_told_while_a_hub_is_slow(hub, bring, monkeypatch, said):
     assert any("0 B of 256.0 KiB" in line for line in said)
 
 
-def _bring_in_a_process(url, base_path):
-    os.environ["MODELSCOPE_ENDPOINT"] = url
-    Downloader(hubs.build_hub("modelscope"), base_path=base_path, say=lambda _: None).bring(Origin("a/b", "x.safetensors"))
+def _bring_in_a_process(source, base_path):
+    Downloader(hubs.build_hub(source), base_path=base_path, say=lambda _: None).bring(Origin("a/b", "x.safetensors"))
 
 
-def test_two_processes_download_once(hub, tmp_path):
+@BOTH
+def test_several_processes_download_once(hub, tmp_path, source):
     hub.add("a/b", "x.safetensors", PAYLOAD)
     hub.hold.clear()
     context = multiprocessing.get_context("fork")
-    arguments = (hub.url, str(tmp_path / "models"))
+    arguments = (source, str(tmp_path / "models"))
     processes = [context.Process(target=_bring_in_a_process, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()
