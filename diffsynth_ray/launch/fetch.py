@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffsynth_ray.config.resolve import ResolvedJob
+from diffsynth_ray.errors import DsrayError, ModelError
 from diffsynth_ray.run_dir import RunDir
 
 _POLL_S = 1.0
@@ -21,23 +23,59 @@ def bring_model(resolved: ResolvedJob, board: Any) -> bool:
     Nodes that share a disk wait for the one that downloads, and then find the files. False = a stop was asked for meanwhile;
     what has come is kept.
     """
-    model = resolved.job.model
-    if model.tiny or (not model.id_with_origin_paths and model.tokenizer_path is not None):
+    if not _may_ask_a_hub(resolved):
         _check_model(resolved, board)
         return True
+
+    def is_stopped() -> bool:
+        reason = RunDir(resolved.output_path).stop_reason()
+        if reason is not None:
+            board.say.remote(f"stopping before the first step: {reason}")
+        return reason is not None
+
+    return _bring(resolved, board, worker_nodes(resolved), should_end=is_stopped)
+
+
+def bring_to_worker(resolved: ResolvedJob, board: Any, *, rank: int) -> None:
+    """The same for a training worker on a node that has come after `bring_model`, in place of another or as one more."""
+    from diffsynth_ray.models.weights import find_model
+
+    def is_ended() -> bool:
+        board.beat.remote(rank, "loading the model", 0, 0.0)
+        return False
+
+    if not _may_ask_a_hub(resolved):
+        return
+    try:
+        find_model(resolved.job.model)
+    except ModelError:
+        node = (ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
+        try:
+            _bring(resolved, board, [node], should_end=is_ended)
+        except DsrayError as error:
+            ray.get(board.fail.remote(rank, error))
+            raise
+
+
+def _may_ask_a_hub(resolved: ResolvedJob) -> bool:
+    model = resolved.job.model
+    return not model.tiny and (bool(model.id_with_origin_paths) or model.tokenizer_path is None)
+
+
+def _bring(resolved: ResolvedJob, board: Any, nodes: list[tuple[str, str]], *, should_end: Callable[[], bool]) -> bool:
+    """On these nodes, each in a process of its own; whether it came to its end."""
     tasks = [
         _download_and_check.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False), runtime_env={"env_vars": _ONLINE}
         ).remote(resolved.model_dump_json(), board, name)
-        for node, name in worker_nodes(resolved)
+        for node, name in nodes
     ]
     waiting = tasks
     try:
         while waiting:
             done, waiting = ray.wait(waiting, timeout=_POLL_S)
             ray.get(done)
-            if waiting and (reason := RunDir(resolved.output_path).stop_reason()) is not None:
-                board.say.remote(f"stopping before the first step: {reason}")
+            if waiting and should_end():
                 return False
     except ray.exceptions.RayTaskError as error:
         raise (error.cause or error) from None

@@ -11,7 +11,7 @@ import ray
 
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.data.samples import build_sample_index
-from diffsynth_ray.launch.fetch import bring_model
+from diffsynth_ray.launch.fetch import bring_model, bring_to_worker
 from diffsynth_ray.run_dir import RunDir
 
 _TORCH_TIMEOUT_MARGIN_S = 60
@@ -20,8 +20,12 @@ _RESIZE_INTERVAL_S = 15.0
 
 
 def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
+    import ray.train
+
     from diffsynth_ray.train.worker import train_loop
 
+    rank = ray.train.get_context().get_world_rank()
+    bring_to_worker(ResolvedJob.model_validate_json(config["resolved_json"]), config["board"], rank=rank)
     return train_loop(**config)
 
 

@@ -190,6 +190,19 @@ def detect_component(shapes: Mapping[str, tuple[int, ...]], layouts: Layouts, *,
     )
 
 
+def common_family(entries: Sequence[Mapping[str, tuple[int, ...]]], layouts: Layouts) -> str | None:
+    """The one family that all entries of a job fit into, each with all its shards; None where none or several do.
+
+    One entry alone may fit several: Qwen-Image's VAE has the key names of Wan's.
+    """
+    fitting = [
+        {name for name, component in _matches(shapes, layouts) if not _wrong_shapes(shapes, layouts[name][component])}
+        for shapes in entries
+    ]
+    common = set.intersection(*fitting) if fitting else set()
+    return common.pop() if len(common) == 1 else None
+
+
 def _matches(shapes: Iterable[str], layouts: Layouts) -> list[tuple[str, str]]:
     keys = set(shapes)
     return [

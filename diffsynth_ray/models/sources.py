@@ -19,6 +19,13 @@ from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models.layouts import read_header
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+_FOLDERS = {
+    "tokenizer_path": "tokenizer",
+    "tokenizer_1_path": "tokenizer",
+    "tokenizer_2_path": "tokenizer_2",
+    "processor_path": "processor",
+}
+"""Key of [model] -> the folder's name in a repository in diffusers' layout."""
 LISTS_DIR = ".dsray"
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 # modelscope's: `x.incomplete`, the parts `x_0_1023` of a file x, and the folder of its older versions.
@@ -167,18 +174,18 @@ def find_tokenizers(
 ) -> dict[str, Path | Found]:
     """Key of [model] -> the folder of the tokenizer or processor.
 
-    The job's own, else a folder of that name beside the weights' folders (as in a repository in diffusers' layout), else
-    the family's default, which may still have to be downloaded.
+    The job's own, else a folder beside the weights (the default's path in its repository, or the usual name), else the
+    family's default, which may still have to be downloaded.
     """
     chosen: dict[str, Path | Found] = {}
-    for key in ("tokenizer_path", "tokenizer_1_path", "tokenizer_2_path", "processor_path"):
+    for key, name in _FOLDERS.items():
         given = getattr(model, key)
         if given is not None:
             chosen[key] = Path(given)
         elif key in defaults:
             origin = parse_origin(defaults[key])
             found = find(origin, model.base_path) if model.base_path is not None else None
-            beside = _beside(entries, Path(origin.pattern).name)
+            beside = _beside(entries, (origin.pattern, name))
             # The default itself may be that folder; then its list says whether all of it is there.
             if beside is not None and (found is None or beside != found.directory / origin.pattern):
                 chosen[key] = beside
@@ -187,12 +194,18 @@ def find_tokenizers(
     return chosen
 
 
-def _beside(entries: Sequence[Sequence[Path]], name: str) -> Path | None:
+def _beside(entries: Sequence[Sequence[Path]], names: Sequence[str]) -> Path | None:
+    """The first folder of these names in the folder of some weights, or in the one above it."""
     for entry in entries:
-        folder = entry[0].parent.parent / name
-        if folder.is_dir() and any(path.is_file() and not _UNFINISHED.fullmatch(path.name) for path in folder.iterdir()):
-            return folder
+        for root in (entry[0].parent, entry[0].parent.parent):
+            for folder in (root / name for name in names):
+                if folder.is_dir() and any(_is_whole(path) for path in folder.iterdir()):
+                    return folder
     return None
+
+
+def _is_whole(path: Path) -> bool:
+    return path.is_file() and not _UNFINISHED.fullmatch(path.name)
 
 
 def tokenizer_folders(model: ModelSection, chosen: Mapping[str, Path | Found]) -> dict[str, Path]:

@@ -107,11 +107,12 @@ def load_components(
     Only headers are read. `family` None = inferred; all entries must then be of one family.
     """
     found: dict[str, ComponentFiles] = {}
-    for entry in entries:
-        paths = tuple(Path(path) for path in ([entry] if isinstance(entry, str | Path) else entry))
-        if not paths:
-            raise ModelError("[model] paths: an entry is an empty list")
-        shapes = read_shapes(paths, family=family)
+    shards = [tuple(Path(path) for path in ([entry] if isinstance(entry, str | Path) else entry)) for entry in entries]
+    if not all(shards):
+        raise ModelError("[model] paths: an entry is an empty list")
+    tensors = [read_shapes(paths, family=family) for paths in shards]
+    family = family or layouts.common_family(tensors, key_layouts())
+    for paths, shapes in zip(shards, tensors, strict=True):
         try:
             family, component = detect_component(shapes, family=family)
         except ModelError as error:

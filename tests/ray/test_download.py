@@ -11,7 +11,7 @@ import ray
 
 from diffsynth_ray.config.load import load_job
 from diffsynth_ray.config.resolve import Resources, resolve
-from diffsynth_ray.errors import ModelError
+from diffsynth_ray.errors import HubError, ModelError
 from diffsynth_ray.launch import fetch
 from diffsynth_ray.launch.board import Board
 from diffsynth_ray.run_dir import RunDir
@@ -54,7 +54,7 @@ ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", ru
 board = Board.remote()
 resolved = resolve(load_job(sys.argv[1]), Resources(cpus=2, gpus=0))
 bring_model(resolved, board)
-print(json.dumps([len(worker_nodes(resolved)), ray.get(board.take.remote())[0]]))
+print(json.dumps([len(worker_nodes(resolved)), ray.get(board.take.remote(600.0)).lines]))
 """
 
 
@@ -114,6 +114,21 @@ def test_a_wrong_checksum_is_told_and_complete_files_need_no_hub(hub, resolved):
     assert hub.requests == []
 
 
+def test_a_worker_on_a_new_node_brings_what_its_node_lacks(hub, resolved):
+    """A node that takes the place of a lost one has no files yet."""
+    board = Board.remote()
+    hub.token = "unknown here"
+    with pytest.raises(HubError, match="refused"):
+        fetch.bring_to_worker(resolved, board, rank=1)
+    assert "refused" in ray.get(board.take.remote(600.0)).failure.error.message
+    hub.token = None
+    fetch.bring_to_worker(resolved, board, rank=1)
+    assert (Path(resolved.job.model.base_path) / "Qwen/Qwen-Image/vae/diffusion_pytorch_model.safetensors").is_file()
+    hub.requests.clear()
+    fetch.bring_to_worker(resolved, board, rank=1)
+    assert hub.requests == []
+
+
 def test_a_stop_ends_a_download_too(hub, resolved):
     """Else it would wait for the hub's last byte."""
     hub.hold.clear()
@@ -122,7 +137,7 @@ def test_a_stop_ends_a_download_too(hub, resolved):
     run_dir.request_stop(reason="a test")
     board = Board.remote()
     assert fetch.bring_model(resolved, board) is False
-    assert "stopping before the first step: a test" in ray.get(board.take.remote())[0]
+    assert "stopping before the first step: a test" in ray.get(board.take.remote(600.0)).lines
 
 
 def test_nodes_that_share_a_disk_download_once(hub, job_file, tmp_path, repository):

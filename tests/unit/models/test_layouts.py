@@ -11,6 +11,7 @@ from diffsynth_ray.models import family as families
 from diffsynth_ray.models.layouts import (
     KEY_LAYOUTS,
     KeyLayout,
+    common_family,
     detect_component,
     join_shards,
     read_header,
@@ -105,6 +106,18 @@ def test_an_ambiguous_part_is_not_guessed():
     with pytest.raises(ModelError, match=r"part of a dit or b dit; set model\.family"):
         detect_component({"x.c": (1,)}, both)
     assert detect_component({"x.c": (1,)}, both, family="b") == ("b", "dit")
+
+
+def test_the_family_follows_from_all_entries_together():
+    """Qwen-Image's VAE has Wan's key names: alone it says nothing, in whatever order it comes."""
+    wan = {"a_wan": {"vae": KEY_LAYOUTS["qwen_image"]["vae"], "dit": OTHER["other"]["dit"]}}
+    vae, qwen, other = shapes_of(VAE), shapes_of(*DIT), {"blocks.0.weight": (4, 4), "head.weight": (4, 4)}
+    both = KEY_LAYOUTS | wan
+    assert common_family([vae, qwen], both) == common_family([qwen, vae], both) == "qwen_image"
+    assert common_family([vae, other], both) == "a_wan"
+    assert common_family([vae], both) is None
+    assert common_family([qwen, other], both) is None
+    assert common_family([], both) is None
 
 
 def test_the_layouts_here_are_those_of_the_families():

@@ -129,6 +129,17 @@ def test_the_tokenizer_of_the_job_then_beside_the_weights_then_the_familys(repo,
         tokenizer_folders(section(tmp_path), default)
 
 
+@pytest.mark.parametrize("folder", ["wan/google/umt5-xxl", "google/umt5-xxl", "wan/tokenizer", "tokenizer"])
+def test_a_tokenizer_lies_beside_the_weights_in_several_ways(tmp_path, folder):
+    default = {"tokenizer_path": "Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl/"}
+    weights = tmp_path / "wan" / "Wan2.1_VAE.safetensors"
+    (tmp_path / folder).mkdir(parents=True)
+    model = ModelSection()
+    assert find_tokenizers(model, default, [[weights]]) == {}  # an empty folder is none
+    (tmp_path / folder / "spiece.model").touch()
+    assert find_tokenizers(model, default, [[weights]]) == {"tokenizer_path": tmp_path / folder}
+
+
 def test_every_key_of_the_familys_defaults_is_looked_for(tmp_path):
     defaults = {"tokenizer_1_path": "a/b:tokenizer/", "tokenizer_2_path": "a/b:tokenizer_2/"}
     assert set(find_tokenizers(section(tmp_path), defaults, [])) == set(defaults)
