@@ -167,7 +167,8 @@ def _data_cpus(
         problems.append(
             Problem(
                 "distributed.num_workers",
-                f"{num_workers} workers need {gpus:g} GPUs, there are {resources.gpus:g}; use fewer workers or another cluster",
+                f"{num_workers} workers need {gpus:g} GPUs, there are {resources.gpus:g}; "
+                "use fewer workers or another cluster",
             )
         )
     worker_cpus = per_worker.get("CPU", 0.0)

@@ -28,12 +28,7 @@ class Section(BaseModel):
     """Frozen; unknown keys are errors; attribute docstrings are the keys' descriptions."""
 
     model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        validate_default=False,
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True, validate_default=False
     )
 
 
