@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from diffsynth_ray.config.resolve import ResolvedJob
-from diffsynth_ray.config.schema import Job, ModelSection
+from diffsynth_ray.config.schema import Job
+from diffsynth_ray.config.zero import read_zero_config
 from diffsynth_ray.data.metadata import PROMPT_COLUMN, read_metadata
-from diffsynth_ray.errors import DsrayError, JobFileError, ModelError, Problem
-from diffsynth_ray.models import layouts, sources
+from diffsynth_ray.errors import JobFileError, Problem
+from diffsynth_ray.models.inspection import ModelFiles, inspect_model
 from diffsynth_ray.schedule import build_schedule, export_file_names, trained_components
 
 _SHOWN_FILES = 3
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """One entry of model.paths or model.id_with_origin_paths."""
-
-    entry: str
-    component: str | None
-    """None where it cannot be told yet."""
-    num_files: int
-    num_bytes: int
-    """Of the files that are here."""
-    missing: str | None
-    """What has to be downloaded, in words."""
-    source: str | None
-    """From where."""
-    directory: str
-
-    def line(self) -> str:
-        """For people."""
-        what = f"{self.component}: {self.entry}" if self.component else self.entry
-        if self.missing is not None:
-            lacks = "" if self.missing == "no file" else f" ({self.missing} missing)"
-            return f"{what}, to be downloaded from {self.source} to {self.directory}{lacks}"
-        return f"{what}, {self.num_files} file(s), {self.num_bytes / 2**30:.3g} GiB in {self.directory}"
 
 
 @dataclass(frozen=True)
@@ -52,6 +27,7 @@ class Plan:
     num_workers: int
     min_workers: int
     device: str
+    strategy: str
     resources_per_worker: dict[str, float]
     decode_tasks: int
     decode_cpus: float
@@ -94,7 +70,7 @@ class Plan:
             f"run       {self.run}",
             f"stages    {' -> '.join(self.stages)} on {self.device}, training {', '.join(self.trained)}",
             *(f"model     {entry.line()}" for entry in self.models),
-            f"workers   {count} x ({resources}), {self.decode_tasks} decoding task(s) of "
+            f"workers   {count} x ({resources}) under {self.strategy}, {self.decode_tasks} decoding task(s) of "
             f"{self.decode_cpus:g} CPU each",
             f"samples   {self.num_rows} rows x repeat {self.repeat} = {self.num_samples} an epoch",
             f"batch     {batch} samples a step",
@@ -135,6 +111,7 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
         num_workers=resolved.num_workers,
         min_workers=resolved.min_workers,
         device=resolved.device,
+        strategy=_strategy(job),
         resources_per_worker=resolved.resources_per_worker,
         decode_tasks=resolved.decode_tasks,
         decode_cpus=resolved.decode_cpus,
@@ -154,91 +131,38 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
     )
 
 
-def _inspect_model(resolved: ResolvedJob) -> list[ModelFiles]:
-    """Where every entry of [model] is and what it holds. Raises JobFileError with all that is wrong with local files."""
-    model = resolved.job.model
-    problems: list[Problem] = []
-    family, entries = model.family, []
-    for key, name, files in _entries(model):
-        component = None
-        if gone := [path for path in files.files if not path.exists()]:
-            problems += [Problem(key, f"{path} does not exist") for path in gone]
-            continue
-        if files.missing is None:
-            try:
-                paths = files.weights if isinstance(files, sources.Found) else list(files.files)
-                family, component = _detect(paths, family)
-                problems += _lora_problems(resolved.job, family, component, paths)
-            except DsrayError as error:
-                problems.append(Problem(key, error.message))
-        elif key == "model.paths":
-            problems.append(Problem(key, f"{name}: {files.missing} is missing in {files.directory}"))
-        elif model.skip_download:
-            problems.append(
-                Problem(key, f"{name}: {files.missing} in {files.directory}, and model.skip_download is set")
-            )
-        source = model.source if files.missing else None
-        entries.append(
-            ModelFiles(name, component, len(files.files), files.num_bytes, files.missing, source, str(files.directory))
+def _strategy(job: Job) -> str:
+    distributed = job.distributed
+    if distributed.strategy == "ddp":
+        return "DDP"
+    offloaded = [
+        what
+        for what, device in (
+            ("optimizer", distributed.offload_optimizer_device),
+            ("parameters", distributed.offload_param_device),
         )
-    problems += _missing_paths(resolved)
+        if device != "none"
+    ]
+    return f"DeepSpeed ZeRO-{distributed.zero_stage}" + (f", {' and '.join(offloaded)} on the host" if offloaded else "")
+
+
+def _inspect_model(resolved: ResolvedJob) -> list[ModelFiles]:
+    entries, problems = inspect_model(resolved.job)
+    named = [
+        (key, path)
+        for key, value in (
+            ("model.tokenizer_path", resolved.job.model.tokenizer_path),
+            ("training.resume_from_checkpoint", resolved.job.training.resume_from_checkpoint),
+            ("lora.checkpoint", resolved.job.lora.checkpoint),
+            ("lora.preset_path", resolved.job.lora.preset_path),
+            ("distributed.deepspeed_config", resolved.job.distributed.deepspeed_config),
+        )
+        if value is not None
+        for path in ([value] if isinstance(value, str) else value)
+    ]
+    problems += [Problem(key, f"{path} does not exist") for key, path in named if not Path(path).exists()]
     if problems:
         raise JobFileError(f"job {resolved.job.name}", problems)
+    if resolved.job.distributed.strategy == "deepspeed":
+        read_zero_config(resolved.job)
     return entries
-
-
-def _entries(model: ModelSection) -> Iterator[tuple[str, str, sources.Files]]:
-    """(key, as it is to be shown, where it is) of paths and ids."""
-    for entry in model.paths:
-        paths = tuple(Path(path) for path in ([entry] if isinstance(entry, str) else entry))
-        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        missing = sources.what_lacks(paths) if all(path.exists() for path in paths) else None
-        first = paths[0] if paths else Path()
-        yield "model.paths", first.name + more, sources.Files(first.parent, paths, missing)
-    for origin in sources.model_origins(model):
-        assert model.base_path is not None  # resolve fills it in where there are ids
-        yield "model.id_with_origin_paths", str(origin), sources.find(origin, model.base_path)
-
-
-def _detect(paths: list[Path], family: str | None) -> tuple[str | None, str | None]:
-    """(family, component), None where only the cluster can tell: torch's own formats, families of other packages."""
-    if any(path.suffix != ".safetensors" for path in paths) or (family and family not in layouts.KEY_LAYOUTS):
-        return family, None
-    mine = {name: known for name, known in layouts.KEY_LAYOUTS.items() if family in (None, name)}
-    shapes = layouts.join_shards(((path, layouts.read_header(path)) for path in paths), mine)
-    try:
-        return layouts.detect_component(shapes, layouts.KEY_LAYOUTS, family=family)
-    except ModelError as error:
-        if family is None:
-            return None, None
-        raise ModelError(f"{', '.join(map(str, paths))}: {error.message}") from error
-
-
-def _lora_problems(job: Job, family: str | None, component: str | None, paths: list[Path]) -> list[Problem]:
-    """LoRA targets that nothing in the files can be meant by."""
-    if family is None or component is None or component != job.lora.base_model or not job.lora.target_modules:
-        return []
-    if not layouts.KEY_LAYOUTS[family][component].has_module_names:
-        return []
-    shapes = {key: shape for path in paths for key, shape in layouts.read_header(path).items()}
-    problems = []
-    for target, near in layouts.unmatched_targets(shapes, job.lora.target_modules).items():
-        advice = f"; did you mean {', '.join(near)}?" if near else ""
-        problems.append(Problem("lora.target_modules", f"{target!r} matches nothing in {family}'s {component}{advice}"))
-    return problems
-
-
-def _missing_paths(resolved: ResolvedJob) -> list[Problem]:
-    job = resolved.job
-    named = {
-        "model.tokenizer_path": job.model.tokenizer_path,
-        "training.resume_from_checkpoint": job.training.resume_from_checkpoint,
-        "lora.checkpoint": job.lora.checkpoint,
-        "lora.preset_path": job.lora.preset_path,
-    }
-    return [
-        Problem(key, f"{path} does not exist")
-        for key, value in named.items()
-        for path in ([value] if isinstance(value, str) else value or [])
-        if not Path(path).exists()
-    ]

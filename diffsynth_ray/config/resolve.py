@@ -18,6 +18,7 @@ from diffsynth_ray.config import schema
 from diffsynth_ray.config.load import lookup
 from diffsynth_ray.config.origins import parse_origin
 from diffsynth_ray.config.schema import Job, ModelSection
+from diffsynth_ray.config.zero import check_zero_keys
 from diffsynth_ray.errors import JobFileError, ModelError, Problem
 
 READ_CPUS = 0.1
@@ -249,7 +250,7 @@ def _check_rules(job: Job) -> list[Problem]:
     if isinstance(asked, list) and not 1 <= asked[0] <= asked[1]:
         message = f"got {asked}; [min, max] of an elastic run, with 1 <= min <= max, as in [1, 4]"
         problems.append(Problem("distributed.num_workers", message))
-    return problems + _check_model(job)
+    return problems + check_zero_keys(job) + _check_model(job)
 
 
 def _check_offload(job: Job) -> list[Problem]:

@@ -212,15 +212,15 @@ class DistributedSection(Section):
     num_workers: int | Annotated[list[int], Field(min_length=2, max_length=2)] | None = _key()
     """Training workers; unset = all GPUs, else 1; [min, max] = elastic: what there is room for, whenever nodes go or come."""
     strategy: Literal["ddp", "deepspeed"] = _key("ddp")
-    """How gradients and optimizer state are shared."""
-    zero_stage: Literal[1, 2, 3] = _key(2, not_built="DeepSpeed")
-    """ZeRO stage of DeepSpeed."""
-    offload_optimizer_device: Literal["none", "cpu"] = _key("none", not_built="DeepSpeed")
-    """Where DeepSpeed keeps the optimizer state."""
-    offload_param_device: Literal["none", "cpu"] = _key("none", not_built="DeepSpeed")
-    """Where DeepSpeed keeps the parameters (stage 3)."""
-    deepspeed_config: str | None = _key(path=True, not_built="DeepSpeed")
-    """DeepSpeed configuration merged in."""
+    """Every worker has everything (ddp), or DeepSpeed shares optimizer state, gradients and parameters out."""
+    zero_stage: Literal[1, 2, 3] = _key(2)
+    """What DeepSpeed shares out: 1 = optimizer state, 2 = and gradients, 3 = and parameters. There is no 0: that is ddp."""
+    offload_optimizer_device: Literal["none", "cpu"] = _key("none")
+    """Where DeepSpeed keeps masters and optimizer state, and updates them; "cpu" = in host memory."""
+    offload_param_device: Literal["none", "cpu"] = _key("none")
+    """Where DeepSpeed keeps parameters that are not in use (zero_stage = 3); "cpu" = in host memory."""
+    deepspeed_config: str | None = _key(path=True)
+    """DeepSpeed configuration (JSON) merged in; what contradicts a key of the job is an error."""
     resources_per_worker: dict[str, float] | None = _key()
     """Ray resources of a worker; default {GPU = 1, CPU = 1} with GPUs, else {CPU = 0.5}."""
     max_failures: int = _key(3, ge=0)
@@ -310,7 +310,6 @@ class Job(Section):
 
 NOT_BUILT_VALUES: dict[str, dict[Any, str]] = {
     "task": {"direct_distill": "direct distillation"},
-    "distributed.strategy": {"deepspeed": "DeepSpeed"},
     "gradient.checkpointing": {"auto": "selective recomputation"},
 }
 """Single values of otherwise built keys that a later version brings."""

@@ -155,17 +155,19 @@ def lora_layers(module: nn.Module) -> dict[str, Any]:
     return {name: child for name, child in module.named_modules() if ADAPTER in getattr(child, "lora_A", ())}
 
 
-def lora_state_dict(module: nn.Module) -> dict[str, Tensor]:
+def lora_state_dict(module: nn.Module, *, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The adapters under DiffSynth-Studio's key names, which have no alpha: B comes multiplied by alpha / rank.
 
-    With alpha = rank the tensors are the parameters themselves, not copies.
+    `values` by parameter name replace the module's own, which may be partitioned over processes. With alpha = rank the
+    tensors are the parameters (or values) themselves, not copies.
     """
     state: dict[str, Tensor] = {}
     for name, layer in lora_layers(module).items():
         scaling = _scaling(layer)
-        lora_b = layer.lora_B[ADAPTER].weight.detach()
-        state[f"{name}.lora_A.{ADAPTER}.weight"] = layer.lora_A[ADAPTER].weight.detach()
-        state[f"{name}.lora_B.{ADAPTER}.weight"] = lora_b if scaling == 1 else lora_b * scaling
+        for part in ("lora_A", "lora_B"):
+            key = f"{name}.{part}.{ADAPTER}.weight"
+            value = getattr(layer, part)[ADAPTER].weight.detach() if values is None else values[key]
+            state[key] = value * scaling if part == "lora_B" and scaling != 1 else value
     return state
 
 

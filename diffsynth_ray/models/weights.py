@@ -30,6 +30,7 @@ from diffsynth_ray.models.weight_source import (
     SCALE_SUFFIXES,
     UNUSED_FP8_KEYS,
     FileWeights,
+    GivenWeights,
     RandomWeights,
     WeightSource,
 )
@@ -284,6 +285,19 @@ def _check_fit(wanted: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[in
         raise ModelError(f"{source}: " + "; ".join(problems))
 
 
+
+
+def put_weights(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give parameters other values: now, or where they are still on the meta device, when they are read."""
+    own = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, value in values.items():
+            if not own[name].is_meta:
+                own[name].copy_(value)
+    if any(own[name].is_meta for name in values):
+        later = {name: value for name, value in values.items() if own[name].is_meta}
+        dtype = next(own[name].dtype for name in later)
+        module.weight_source = GivenWeights(later, cast(Any, module).weight_source, dtype=dtype)  # type: ignore[assignment]
 
 
 def randomize_weights(

@@ -44,7 +44,9 @@ def export_weights(
 def _component_state(family: ModelFamily, job: Job, component: str, masters: dict[str, Tensor]) -> dict[str, Tensor]:
     module = family.component(component)
     if component == job.lora.base_model:
-        return lora_state_dict(module)
+        prefix = f"{component}."
+        values = {name.removeprefix(prefix): tensor for name, tensor in masters.items() if name.startswith(prefix)}
+        return lora_state_dict(module, values=values)
     return {
         family.checkpoint_key(component, name): masters[f"{component}.{name}"]
         for name, param in module.named_parameters()

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import JobFileError, ModelError, Problem
 from diffsynth_ray.models.family import ModelFamily
 from diffsynth_ray.models.lora import load_lora, merge_lora
-from diffsynth_ray.models.weights import load_tensors
+from diffsynth_ray.models.weights import load_tensors, put_weights
 from diffsynth_ray.schedule import trained_components
 
 _SHOWN = 3
@@ -77,10 +76,8 @@ def load_exported(family: ModelFamily, components: list[str], paths: list[Path])
             problems.append(f"{len(missing)} parameters of {component} are missing ({_first(missing)})")
     if problems:
         raise ModelError("training.resume_from_checkpoint does not fit the trained components: " + "; ".join(problems))
-    with torch.no_grad():
-        for component, state in found.items():
-            for name, tensor in state.items():
-                own[component][name].copy_(tensor)
+    for component, state in found.items():
+        put_weights(family.component(component), state)
 
 
 def _sort_tensors(

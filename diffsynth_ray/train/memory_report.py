@@ -11,6 +11,7 @@ from torch import Tensor
 from diffsynth_ray.config import schema
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import RunError
+from diffsynth_ray.train.strategy.ddp import DDPStrategy
 from diffsynth_ray.train.trainer import Trainer
 
 _GIB = 2**30
@@ -41,23 +42,33 @@ class MemoryUse:
 
 def measure(trainer: Trainer, device: torch.device) -> MemoryUse:
     """The device's memory as the failed step left it."""
-    optimizer = trainer.optimizer
+    strategy = trainer.strategy
+    # Before the strategy is built, and under DeepSpeed, masters and state are not told apart from the rest.
+    optimizer = strategy.optimizer if isinstance(strategy, DDPStrategy) else None
+    masters = optimizer.masters if optimizer is not None else list(trainer.trained.values())
+    states = optimizer.optimizer.state.values() if optimizer is not None else ()
     frozen = (param for param in trainer.graph.parameters() if not param.requires_grad)
-    states = (value for state in optimizer.optimizer.state.values() for value in state.values())
     return MemoryUse(
         total=torch.cuda.get_device_properties(device).total_memory,
         peak=torch.cuda.max_memory_allocated(device),
         frozen=_num_bytes(frozen, device),
         trained=_num_bytes(trainer.trained.values(), device),
-        masters=_num_bytes(optimizer.masters, device) if optimizer.keeps_masters else 0,
-        optimizer=_num_bytes((value for value in states if isinstance(value, Tensor)), device),
+        masters=_num_bytes(masters, device) if optimizer is not None and optimizer.keeps_masters else 0,
+        optimizer=_num_bytes(
+            (value for state in states for value in state.values() if isinstance(value, Tensor)), device
+        ),
         # Every trained parameter gets one by the end of the backward, whether this one came so far or not.
-        gradients=_num_bytes(optimizer.masters, device),
+        gradients=_num_bytes(masters, device),
     )
 
 
 def _num_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.device.type == device.type)
+    # An offloaded weight that is away is one element repeated, a loaded one a part of its unit's memory.
+    return sum(
+        min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+        for tensor in tensors
+        if tensor.device.type == device.type
+    )
 
 
 def out_of_memory(job: Job, use: MemoryUse, *, rank: int, world_size: int, computed: str, cause: str) -> RunError:

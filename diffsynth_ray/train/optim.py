@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,25 @@ _HAVE_FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 """Their updates are one kernel for many parameters on the GPU, where asked for."""
 
 
+def build_optimizer(
+    params: Sequence[Tensor], training: TrainingSection, optimizer_class: Callable[..., torch.optim.Optimizer] | None = None
+) -> torch.optim.Optimizer:
+    """The job's optimizer over `params` (in another class where one is given); raises JobFileError for wrong arguments."""
+    if optimizer_class is None:
+        optimizer_class = load_optimizer_class(training.optimizer)
+    arguments: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+    if optimizer_class in _HAVE_FUSED and all(param.is_cuda for param in params):
+        arguments["fused"] = True
+    arguments |= training.optimizer_args
+    try:
+        return optimizer_class(params, **arguments)
+    except (TypeError, ValueError) as error:
+        raise JobFileError(
+            "job",
+            [Problem("training.optimizer_args", f"{training.optimizer}({arguments}) is not accepted: {error}")],
+        ) from error
+
+
 class MasterOptimizer:
     """A torch optimizer over the masters of named parameters."""
 
@@ -70,18 +89,7 @@ class MasterOptimizer:
         self.masters = [nn.Parameter(p.detach().float().clone()) for p in self.params] if keep_masters else self.params
         self.keeps_masters = keep_masters
         self.max_grad_norm = training.max_grad_norm
-        optimizer_class = load_optimizer_class(training.optimizer)
-        arguments: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
-        if optimizer_class in _HAVE_FUSED and all(master.is_cuda for master in self.masters):
-            arguments["fused"] = True
-        arguments |= training.optimizer_args
-        try:
-            self.optimizer = optimizer_class(self.masters, **arguments)
-        except (TypeError, ValueError) as error:
-            raise JobFileError(
-                "job",
-                [Problem("training.optimizer_args", f"{training.optimizer}({arguments}) is not accepted: {error}")],
-            ) from error
+        self.optimizer = build_optimizer(self.masters, training)
 
     def collect_gradients(self) -> None:
         """Add the parameters' gradients to their masters' in float32 and drop them."""

@@ -5,7 +5,7 @@ b batch of a micro step, c latent channels, f frames, h/w height and width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffsynth_ray.config.schema import Job
-from diffsynth_ray.errors import JobFileError, ModelError, Problem
+from diffsynth_ray.errors import JobFileError, Problem
 from diffsynth_ray.models.family import EncodedBatch, ModelFamily, get_family
 from diffsynth_ray.models.flow_matching import (
     draw_noise_and_timestep,
@@ -28,10 +28,10 @@ from diffsynth_ray.models.lora import add_lora
 from diffsynth_ray.models.weights import find_model
 from diffsynth_ray.schedule import Schedule, trained_components
 from diffsynth_ray.train.initial import as_list
-from diffsynth_ray.train.optim import MasterOptimizer, lr_factor
+from diffsynth_ray.train.optim import lr_factor
 from diffsynth_ray.train.residency import Residency
+from diffsynth_ray.train.strategy import build_strategy, trained_parameters
 from diffsynth_ray.train.strategy.base import Strategy
-from diffsynth_ray.train.strategy.ddp import DDPStrategy
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,10 @@ def _add_job_lora(family: ModelFamily, job: Job) -> None:
     )
 
 
+def _silent(line: str) -> None:
+    """Where nobody listens."""
+
+
 class Trainer:
     """All state of a run on one worker."""
 
@@ -192,40 +196,25 @@ class Trainer:
         self.schedule = schedule
         self.residency = residency or Residency()
         self.graph = TrainGraph(family, trained=trained_components(job))
-        self.trained = {
-            name.removeprefix("components."): param
-            for name, param in self.graph.named_parameters()
-            if param.requires_grad
-        }
         self.id_range = timestep_id_range(job.training.min_timestep_boundary, job.training.max_timestep_boundary)
-        self.optimizer = MasterOptimizer(self.trained, job.training)
         self.strategy: Strategy | None = None
         self.step = 0
         """Optimizer steps done."""
 
-    def start(self, probe: MicroInput | None) -> None:
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by "component.parameter"; a strategy may hold them in parts."""
+        return trained_parameters(self.graph)
+
+    def start(self, probe: MicroInput | None, *, say: Callable[[str], object] = _silent) -> None:
         """Build the strategy; `probe` is run once forward and backward and thrown away.
 
         The probe finds parameters without a gradient ("auto") and an out-of-memory before the first step.
         """
-        find_unused = self.job.training.find_unused_parameters
-        if probe is not None:
-            has_unused = self._probe(probe)
-            find_unused = has_unused if find_unused == "auto" else find_unused
-        self.strategy = DDPStrategy(self.graph, self.optimizer, find_unused_parameters=find_unused is not False)
-
-    def _probe(self, probe: MicroInput) -> bool:
-        """Run a micro batch and forget it; whether some trained parameter got no gradient."""
-        noise, timestep_ids = self._draw(probe, step=0)
+        inputs = None if probe is None else (probe.batch, *self._draw(probe, step=0))
         self.residency.begin()
         with fastest_attention():
-            self.graph(probe.batch, noise, timestep_ids).sum().backward()
-        num_unused = sum(param.grad is None for param in self.trained.values())
-        for param in self.trained.values():
-            param.grad = None
-        if num_unused == len(self.trained):
-            raise ModelError("no trained parameter has a gradient: the trained components take no part in the loss")
-        return num_unused > 0
+            self.strategy = build_strategy(self.job, self.family, self.graph, probe=inputs, say=say)
 
     def _draw(self, micro: MicroInput, *, step: int) -> tuple[Tensor, Tensor]:
         """Noise [b, c, (f,) h, w] float32 and timestep ids [b] int64 of a micro batch, on the CPU."""

@@ -153,7 +153,7 @@ class _Worker:
         self.say(f"model loaded in {time.monotonic() - started:.1f} s, {count:,} trained parameters")
         probe = self._probe_input()
         self.computed = f"the costliest micro batch, tried before the first step ({_describe(probe)})"
-        self.trainer.start(probe)
+        self.trainer.start(probe, say=self.say)
 
     def out_of_memory(self, error: torch.OutOfMemoryError) -> RunError:
         """What the user is told of a full device."""

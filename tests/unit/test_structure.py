@@ -33,11 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # plan promises to need no torch: of data it reads the metadata only, of models where files are and what their headers
 # say, so that a wrong file is found before a cluster starts.
-PLAN_READS = {
-    "diffsynth_ray.data.metadata",
-    "diffsynth_ray.models.layouts",
-    "diffsynth_ray.models.sources",
-}
+PLAN_READS = {"diffsynth_ray.data.metadata", "diffsynth_ray.models.inspection"}
+NEED_NO_TORCH = {f"diffsynth_ray.models.{name}" for name in ("inspection", "layouts", "sources", "hubs", "download")}
 
 LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     "ray": ("launch.", "data.stream", "train.worker", "train.encode"),
@@ -60,6 +57,7 @@ TREE: dict[str, set[str]] = {
     "data": {"metadata", "media", "order", "batches", "samples", "tables", "stream", "cache"},
     "models": {
         "layouts",
+        "inspection",
         "sources",
         "hubs",
         "download",
@@ -143,7 +141,7 @@ def test_errors_and_flags_need_the_standard_library_only() -> None:
 
 def test_config_run_dir_and_schedule_need_no_torch() -> None:
     for module in MODULES:
-        if layer_of(module) in ("config", "run_dir", "schedule", "plan", "cli") or module in PLAN_READS:
+        if layer_of(module) in ("config", "run_dir", "schedule", "plan", "cli") or module in NEED_NO_TORCH:
             assert not any(name.split(".")[0] == "torch" for _, name in imports_of(module)), module
 
 

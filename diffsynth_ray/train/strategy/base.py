@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from diffsynth_ray.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,27 @@ class StateReader(Protocol):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Elements [start, stop) of the flattened tensor, as a new 1-d tensor on the CPU; nothing else is read."""
         ...
+
+
+class GradientWatch:
+    """Sees which of the named parameters get a gradient in the backward passes from here to `stop`."""
+
+    def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
+        self._names = list(params)
+        self._reached: set[str] = set()
+        self._hooks = [param.register_hook(partial(self._note, name)) for name, param in params.items()]
+
+    def _note(self, name: str, gradient: Tensor | None) -> None:
+        if gradient is not None:  # a recomputed block has an answer for each of its parameters
+            self._reached.add(name)
+
+    def stop(self) -> list[str]:
+        """Names of the parameters without gradient; raises ModelError where that is all of them."""
+        for hook in self._hooks:
+            hook.remove()
+        if not self._reached:
+            raise ModelError("no trained parameter has a gradient: the trained components take no part in the loss")
+        return [name for name in self._names if name not in self._reached]
 
 
 class Strategy(Protocol):

@@ -142,7 +142,6 @@ def test_problems_of_overrides_and_file_come_together(tmp_path: Path) -> None:
     [
         ('validation.prompts=["a cat"]', "validation"),
         ("split.enabled=true", "split training"),
-        ("distributed.strategy=deepspeed", "DeepSpeed"),
         ("task=direct_distill", "direct distillation"),
         ("gradient.checkpointing=auto", "selective recomputation"),
     ],
