@@ -14,7 +14,7 @@ from diffsynth_ray.errors import DsrayError, ExitCode, JobFileError
 
 def download(
     job_file: Annotated[
-        str | None, typer.Argument(metavar="[JOB.toml]", help="A job file or shipped recipe, whose model is fetched.")
+        str | None, typer.Argument(metavar="JOB.toml", help="A job file or shipped recipe, whose model is fetched.")
     ] = None,
     overrides: Overrides = None,
     dataset: Annotated[

@@ -19,7 +19,7 @@ from diffsynth_ray.config.schema import ModelSection
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import sources
 from diffsynth_ray.models.hubs import Hub, Kind, RemoteFile, build_hub
-from diffsynth_ray.models.sources import WEIGHT_SUFFIXES, Found
+from diffsynth_ray.models.sources import WEIGHT_SUFFIXES, Found, size
 from diffsynth_ray.run_dir import write_whole
 
 if TYPE_CHECKING:
@@ -63,15 +63,6 @@ class Progress:
             left = f", {(self.total_bytes - done) / rate / 60:.0f} min left" if rate > 0 else ", waiting for the hub"
             self.say(f"{self.title}: {size(done)} of {size(self.total_bytes)}, {size(rate)}/s{left}")
             before, since = done, now
-
-
-def size(num_bytes: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} GiB"
 
 
 class Downloader:

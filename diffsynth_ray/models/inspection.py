@@ -33,7 +33,7 @@ class ModelFiles:
         if self.missing is not None:
             lacks = "" if self.missing == "no file" else f" ({self.missing} missing)"
             return f"{what}, to be downloaded from {self.source} to {self.directory}{lacks}"
-        return f"{what}, {self.num_files} file(s), {self.num_bytes / 2**30:.3g} GiB in {self.directory}"
+        return f"{what}, {self.num_files} file(s), {sources.size(self.num_bytes)} in {self.directory}"
 
 
 def inspect_model(job: Job) -> tuple[list[ModelFiles], list[Problem]]:
@@ -68,11 +68,32 @@ def inspect_model(job: Job) -> tuple[list[ModelFiles], list[Problem]]:
             except ModelError as error:
                 problems.append(Problem(key, f"{', '.join(map(str, _weights(files)))}: {error.message}"))
             problems += _lora_problems(job, family, component, shapes)
-        source = model.source if files.missing else None
-        entries.append(
-            ModelFiles(name, component, len(files.files), files.num_bytes, files.missing, source, str(files.directory))
-        )
+        entries.append(_describe(component, name, files, model))
+    if any(entry.component in (None, "text_encoder") for entry in entries):
+        weights = [paths for *_, files, _ in known if (paths := _weights(files))]
+        more, lacking = _default_tokenizers(model, family, weights)
+        entries, problems = entries + more, problems + lacking
     return entries, problems
+
+
+def _default_tokenizers(
+    model: ModelSection, family: str | None, weights: list[list[Path]]
+) -> tuple[list[ModelFiles], list[Problem]]:
+    entries, problems = [], []
+    defaults = layouts.DEFAULT_TOKENIZERS.get(family or "", {})
+    for key, where in sources.find_tokenizers(model, defaults, weights).items():
+        if not isinstance(where, sources.Found):
+            continue
+        if where.missing is not None and model.skip_download:
+            message = f"not set, and of its default {where.origin} {where.missing} is here; model.skip_download is set"
+            problems.append(Problem(f"model.{key}", message))
+        entries.append(_describe(key.removesuffix("_path"), str(where.origin), where, model))
+    return entries, problems
+
+
+def _describe(component: str | None, name: str, files: sources.Files, model: ModelSection) -> ModelFiles:
+    source = model.source if files.missing else None
+    return ModelFiles(name, component, len(files.files), files.num_bytes, files.missing, source, str(files.directory))
 
 
 def _entries(model: ModelSection) -> Iterator[tuple[str, str, sources.Files]]:

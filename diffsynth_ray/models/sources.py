@@ -223,3 +223,12 @@ def tokenizer_folders(model: ModelSection, chosen: Mapping[str, Path | Found]) -
         else:
             folders[key] = where
     return folders
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"

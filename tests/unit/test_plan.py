@@ -185,6 +185,20 @@ def test_the_plan_says_what_would_be_downloaded(photos: Path, tmp_path: Path) ->
     assert json.loads(json.dumps(plan(photos, model=model).as_dict()))["models"][1]["source"] == "huggingface"
 
 
+def test_the_default_tokenizer_is_part_of_the_plan(photos: Path, tmp_path: Path) -> None:
+    ids = ["Qwen/Qwen-Image:text_encoder/*.safetensors"]
+    model = {"tiny": False, "id_with_origin_paths": ids, "base_path": str(tmp_path / "models")}
+    lora = {"base_model": "dit"}
+    encoder, tokenizer = plan(photos, model=model, lora=lora).models
+    assert (encoder.component, tokenizer.component, tokenizer.entry) == (None, "tokenizer", "Qwen/Qwen-Image:tokenizer/")
+    assert tokenizer.missing == "no file"
+    lacking = problems(photos, model=model | {"skip_download": True})
+    assert set(lacking) == {"model.id_with_origin_paths", "model.tokenizer_path"}
+    shutil.copytree(TINY, tmp_path / "models" / "Qwen" / "Qwen-Image")
+    assert [entry.missing for entry in plan(photos, model=model, lora=lora).models] == [None, None]
+    assert len(plan(photos, model=model | {"tokenizer_path": str(TINY / "tokenizer")}, lora=lora).models) == 1
+
+
 def test_what_may_not_be_downloaded_is_a_problem(photos: Path, tmp_path: Path) -> None:
     ids = ["Qwen/Qwen-Image:transformer/*.safetensors"]
     model = files(paths=[], id_with_origin_paths=ids, base_path=str(tmp_path / "models"), skip_download=True)
