@@ -179,7 +179,7 @@ class ModelScope(Hub):
             yield
         except FileDownloadError:
             raise
-        except LibraryError as error:
+        except (LibraryError, OSError) as error:  # it also keeps files of its own in the home directory
             raise self._translated(repo, "", error) from None
 
     @staticmethod
@@ -192,7 +192,7 @@ class ModelScope(Hub):
         if isinstance(error, FileIntegrityError):
             return self.wrong_checksum(repo, path)
         if isinstance(error, OSError) and error.errno is not None:
-            return self.not_written(repo, path, error)
+            return self.not_written(repo, path or str(error.filename), error)
         detail = "the connection fails" if self._is_cut(error) else type(error).__name__
         return self.refused(repo, getattr(error, "status_code", None), detail, path=path)
 

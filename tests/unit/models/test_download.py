@@ -192,6 +192,18 @@ def test_a_full_disk_is_told(hub, bring, tmp_path, source):
 
 
 @BOTH
+def test_an_address_that_is_none_is_told(hub, bring, monkeypatch, source):
+    import modelscope_hub
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://[")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://[")
+    modelscope_hub.set_default_config(None)
+    with pytest.raises(HubError, match=r"a/b on .*\(http://\["):
+        bring("a/b:x.safetensors", source)
+
+
+@BOTH
 def test_a_listed_file_that_is_not_there_is_told(hub, bring, source, monkeypatch):
     hub.add("a/b", "x.safetensors", PAYLOAD)
     client = hubs.build_hub(source)
