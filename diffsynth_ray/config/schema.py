@@ -72,10 +72,11 @@ class ModelSection(Section):
     """Model family ("qwen_image"). Inferred from the files where possible; required with tiny."""
     paths: list[str | list[str]] = _key([], identity=True, path=True)
     """Local weight files, one entry a component; a nested list holds the shards of one component."""
-    id_with_origin_paths: list[str] = _key([], identity=True, not_built="downloads from ModelScope and Hugging Face")
-    """"Repository:pattern" entries, downloaded where they are not there yet."""
+    id_with_origin_paths: list[str] = _key([], identity=True)
+    """Files of a model hub, one entry a component, as in "Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors":
+    owner/name, a colon, a path with * for all shards. Downloaded once a node where they are not there yet; beside `paths`."""
     tokenizer_path: str | None = _key(identity=True, path=True)
-    """Folder of the tokenizer (required with paths)."""
+    """Folder of the tokenizer. Default: `tokenizer` beside the weights' folders, else the family's own, downloaded."""
     tokenizer_1_path: str | None = _key(path=True, not_built="families with two tokenizers")
     """Folder of the first of two tokenizers."""
     tokenizer_2_path: str | None = _key(path=True, not_built="families with two tokenizers")
@@ -86,12 +87,12 @@ class ModelSection(Section):
     """Further columns that the model is conditioned on ("edit_image", "input_image", ...)."""
     fp8_models: list[str] = _key([], identity=True)
     """Frozen components kept in scaled FP8."""
-    source: Literal["modelscope", "huggingface"] | None = _key(not_built="downloads from ModelScope and Hugging Face")
-    """Where ids are downloaded from; default DIFFSYNTH_DOWNLOAD_SOURCE, else ModelScope."""
-    base_path: str | None = _key(path=True, not_built="downloads from ModelScope and Hugging Face")
-    """Where downloaded models are kept; default DIFFSYNTH_MODEL_BASE_PATH, else ./models."""
-    skip_download: bool | None = _key(not_built="downloads from ModelScope and Hugging Face")
-    """Use only what is there; default DIFFSYNTH_SKIP_DOWNLOAD."""
+    source: Literal["modelscope", "huggingface"] | None = _key()
+    """Where ids are downloaded from; default DIFFSYNTH_DOWNLOAD_SOURCE, else "modelscope"."""
+    base_path: str | None = _key(path=True)
+    """Where downloaded models are kept, as {base_path}/{owner}/{name}/...; default DIFFSYNTH_MODEL_BASE_PATH, else ./models."""
+    skip_download: bool | None = _key()
+    """Use only what is there, and fail where something is missing; default DIFFSYNTH_SKIP_DOWNLOAD."""
     options: dict[str, Any] = _key({}, identity=True, not_built="families with options")
     """Settings of one family."""
     tiny: bool = _key(False, identity=True)

@@ -12,6 +12,7 @@ import ray
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.data.samples import SampleRule, build_sample_index
+from diffsynth_ray.launch.fetch import bring_model, bring_to_worker
 from diffsynth_ray.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -23,8 +24,12 @@ _RESIZE_INTERVAL_S = 15.0
 
 
 def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
+    import ray.train
+
     from diffsynth_ray.train.worker import train_loop
 
+    rank = ray.train.get_context().get_world_rank()
+    bring_to_worker(ResolvedJob.model_validate_json(config["resolved_json"]), config["board"], rank=rank)
     return train_loop(**config)
 
 
@@ -36,10 +41,9 @@ def sample_rule(job: Job) -> SampleRule:
 
 def _family_of(job: Job) -> type[ModelFamily]:
     from diffsynth_ray.models.family import get_family
-    from diffsynth_ray.models.weights import load_components
+    from diffsynth_ray.models.weights import find_model
 
-    model = job.model
-    return get_family(load_components(model.paths, family=model.family)[0] if model.paths else str(model.family))
+    return get_family(job.model.family or find_model(job.model)[0])
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -53,16 +57,16 @@ def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -
 
     from diffsynth_ray.launch.watch import Watch
     from diffsynth_ray.train.services import check_services
-    from diffsynth_ray.train.trainer import check_components
 
     resolved = ResolvedJob.model_validate_json(resolved_json)
 
     def say(line: str) -> None:
         board.say.remote(line)
 
-    # What the files say is checked before any GPU is taken.
     check_services(resolved.job.logging)
-    check_components(_family_of(resolved.job), resolved.job)
+    # Downloads end, and what the files say is checked, before any GPU is taken.
+    if not bring_model(resolved, board):
+        return {"state": "STOPPED", "step": 0, "num_steps": 0}
     index = build_sample_index(resolved, say, rule=sample_rule(resolved.job))
     if index.unusable:
         board.note_bad.remote(index.bad_headers())

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from diffsynth_ray.models.flow_matching import (
     timestep_id_range,
 )
 from diffsynth_ray.models.lora import add_lora
-from diffsynth_ray.models.weights import load_components
+from diffsynth_ray.models.weights import find_model
 from diffsynth_ray.schedule import Schedule, trained_components
 from diffsynth_ray.train.initial import as_list
 from diffsynth_ray.train.optim import MasterOptimizer, lr_factor
@@ -133,9 +132,7 @@ def _build_family(job: Job) -> ModelFamily:
     if job.model.tiny:
         assert job.model.family is not None  # resolve has checked it
         return get_family(job.model.family).build_tiny(job.seed, dtype=dtype, device="meta")
-    name, files = load_components(job.model.paths, family=job.model.family)
-    assert job.model.tokenizer_path is not None  # resolve has checked it
-    tokenizers = {"tokenizer_path": Path(job.model.tokenizer_path)}
+    name, files, tokenizers = find_model(job.model)
     return get_family(name).load(files, dtype=dtype, device="meta", tokenizer_paths=tokenizers)
 
 
