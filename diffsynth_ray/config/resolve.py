@@ -216,7 +216,7 @@ def _check_model(job: Job) -> list[Problem]:
         return problems
     if not job.model.paths:
         problems.append(Problem("model.paths", "required: the weight files (or model.tiny = true)"))
-    if job.model.paths and job.model.tokenizer_path is None:
+    if job.model.paths and job.model.tokenizer_path is None and job.model.tokenizer_1_path is None:
         problems.append(Problem("model.tokenizer_path", "required with model.paths: the tokenizer's folder"))
     return problems
 

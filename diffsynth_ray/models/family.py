@@ -19,8 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_ray.errors import ModelError
+from diffsynth_ray.models.layer_names import LayerNames
 
 MASK_SUFFIX = "_mask"
+FIRST_FRAME = "first_frame_latents"
+"""Condition [b, c, 1, h, w]: the latents' first frame as it is given to the DiT without noise, and left out of the loss."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,12 @@ class ModelFamily(ABC):
     """Needed for `predict`."""
     size_multiple: ClassVar[int]
     """Pixels; height and width must be multiples of it."""
+    clip_step: ClassVar[int | None] = None
+    """Clips have a multiple of this many frames and one more (4: 1, 5, 9 ...); None: the family takes images only."""
+    extra_inputs: ClassVar[tuple[str, ...]] = ()
+    """Columns that `encode_extra` knows (`[model] extra_inputs`)."""
+    option_names: ClassVar[tuple[str, ...]] = ()
+    """Keys of `[model] options`."""
 
     def __init__(self, components: dict[str, nn.Module], *, dtype: torch.dtype, device: torch.device | str) -> None:
         self.components = components
@@ -177,8 +186,13 @@ class ModelFamily(ABC):
         components: Sequence[str] | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        extra_inputs: Sequence[str] = (),
+        options: Mapping[str, Any] | None = None,
     ) -> ModelFamily:
-        """The family at a tiny size with random weights that depend on (seed, parameter name) alone."""
+        """The family at a tiny size with random weights that depend on (seed, parameter name) alone.
+
+        `extra_inputs` and `options` choose the variant, as in a job.
+        """
 
     @classmethod
     @abstractmethod
@@ -217,9 +231,49 @@ class ModelFamily(ABC):
     def memory_key(cls, component: str, key: str) -> str | None:
         """Key in a weight file, original or exported -> in-memory parameter name; None for a tensor not loaded."""
 
-    def encode(self, prompts: Sequence[str], pixels: Tensor, *, sample_ids: Sequence[int | str] = ()) -> EncodedBatch:
-        """Prompts and uint8 pixels [b, f, h, w, 3] -> one encoded batch."""
-        return EncodedBatch(self.encode_image(pixels), self.encode_text(prompts), tuple(sample_ids))
+    @classmethod
+    def memory_tensors(cls, component: str, key: str, tensor: Tensor) -> dict[str, Tensor]:
+        """A tensor of a weight file as the parameters in memory: none, one, or several where the file fuses layers.
+
+        Also called with meta tensors, to learn names and shapes.
+        """
+        name = cls.memory_key(component, key)
+        return {} if name is None else {name: tensor}
+
+    @classmethod
+    def checkpoint_tensors(cls, component: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Trained parameters by their names in memory -> what DiffSynth-Studio exports; undone by `memory_tensors`."""
+        return {cls.checkpoint_key(component, name): tensor for name, tensor in state.items()}
+
+    @classmethod
+    def layer_names(cls, component: str) -> LayerNames:
+        """How the tools call the component's layers: LoRA files and `[lora] target_modules` go by it."""
+        return LayerNames()
+
+    def encode_extra(self, extra: Mapping[str, Any], *, pixels: Tensor) -> dict[str, Tensor]:
+        """Extra inputs by column -> further conditions.
+
+        A column has one entry a sample [b]: its files as uint8 [f, h, w, 3] each, of any size, or the cell's value.
+        `pixels` [b, f, h, w, 3] are the samples themselves.
+        """
+        raise ModelError(f"{self.name} takes no extra inputs, got {', '.join(extra)}; check [model] extra_inputs")
+
+    def encode_conditions(self, prompts: Sequence[str], *, pixels: Tensor, extra: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Everything that the DiT is told besides latents and timesteps."""
+        conditions = self.encode_text(prompts)
+        return {**conditions, **self.encode_extra(extra, pixels=pixels)} if extra else conditions
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        pixels: Tensor,
+        *,
+        extra: Mapping[str, Any] | None = None,
+        sample_ids: Sequence[int | str] = (),
+    ) -> EncodedBatch:
+        """Prompts, uint8 pixels [b, f, h, w, 3] and extra inputs -> one encoded batch."""
+        conditions = self.encode_conditions(prompts, pixels=pixels, extra=extra or {})
+        return EncodedBatch(self.encode_image(pixels), conditions, tuple(sample_ids))
 
     def to(self, device: torch.device | str) -> ModelFamily:
         """Move every component, in place."""
@@ -239,7 +293,10 @@ class ModelFamily(ABC):
 
 
 # Name -> module; "register_family" runs when the module is imported.
-_FAMILY_MODULES: dict[str, str] = {"qwen_image": "diffsynth_ray.models.qwen_image"}
+_FAMILY_MODULES: dict[str, str] = {
+    "qwen_image": "diffsynth_ray.models.qwen_image",
+    "wan": "diffsynth_ray.models.wan",
+}
 _FAMILIES: dict[str, type[ModelFamily]] = {}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -136,7 +137,7 @@ class QwenImage(ModelFamily):
                 module,
                 source,
                 component=component,
-                memory_key=lambda key, component=component: cls.memory_key(component, key),  # type: ignore[misc]
+                memory_tensors=partial(cls.memory_tensors, component),
                 dtype=dtype,
                 device=device,
             )
@@ -154,6 +155,8 @@ class QwenImage(ModelFamily):
         components: Sequence[str] | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        extra_inputs: Sequence[str] = (),
+        options: Mapping[str, Any] | None = None,
     ) -> QwenImage:
         """See `ModelFamily.build_tiny`: 2 blocks of width 64, 0.5 M parameters in all."""
         modules = {}

@@ -178,28 +178,31 @@ def assign_weights(
     files: ComponentFiles,
     *,
     component: str,
-    memory_key: Callable[[str], str | None],
+    memory_tensors: Callable[[str, Tensor], Mapping[str, Tensor]],
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> None:
     """Fill a module built under `meta_parameters` from its files, frozen and in eval mode.
 
-    `memory_key` maps a file's key to the module's, None = not loaded. Floating tensors become `dtype`.
+    `memory_tensors` maps a file's key and tensor to the module's. Floating tensors become `dtype`.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     shapes = files.tensors or read_shapes(files.paths)
-    names = {key: name for key in shapes if (name := memory_key(key)) is not None}
+    got = {key: memory_tensors(key, torch.empty(shape, device="meta")) for key, shape in shapes.items()}
     _check_fit(
-        wanted, {name: shapes[key] for key, name in names.items()}, source=f"{component} ({_names(files.paths)})"
+        wanted,
+        {name: tuple(tensor.shape) for tensors in got.values() for name, tensor in tensors.items()},
+        source=f"{component} ({_names(files.paths)})",
     )
     state: dict[str, Tensor] = {}
     for path in files.paths:
         for key, _, read in _read_file(path):
-            if key in names:
-                tensor = read()
+            if not got[key]:
+                continue
+            for name, tensor in memory_tensors(key, read()).items():
                 target = dtype if tensor.is_floating_point() else tensor.dtype
                 # A copy even where nothing changes: a trained parameter must not live in a file's pages.
-                state[names[key]] = tensor.to(device=device, dtype=target, copy=True)
+                state[name] = tensor.to(device=device, dtype=target, copy=True)
     module.load_state_dict(state, assign=True, strict=True)
     module.to(device)  # what is left is buffers outside of the state dict
     module.requires_grad_(False).eval()

@@ -6,8 +6,9 @@ b batch of a micro step, c latent channels, f frames, h/w height and width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import JobFileError, ModelError, Problem
-from diffsynth_ray.models.family import EncodedBatch, ModelFamily, get_family
+from diffsynth_ray.models.family import FIRST_FRAME, EncodedBatch, ModelFamily, get_family
 from diffsynth_ray.models.flow_matching import (
     draw_noise_and_timestep,
     flow_matching_table,
@@ -40,6 +41,8 @@ class SampleBatch:
     prompts: tuple[str, ...]
     rows: tuple[int, ...]
     """Positions in the metadata."""
+    extra: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    """By column of `model.extra_inputs`, [b]: a sample's files as uint8 [f, h, w, 3] each, or the cell's value."""
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -75,8 +78,16 @@ class TrainGraph(nn.Module):
     Frozen encoders run without recording gradients; a trained one is part of the graph.
     """
 
-    def __init__(self, family: ModelFamily, *, trained: Sequence[str], gradient_checkpointing: bool) -> None:
+    def __init__(
+        self,
+        family: ModelFamily,
+        *,
+        trained: Sequence[str],
+        gradient_checkpointing: bool,
+        extra_inputs: Sequence[str] = (),
+    ) -> None:
         super().__init__()
+        self.extra_inputs = tuple(extra_inputs)
         self.components = nn.ModuleDict(family.components)
         self.family = family
         self.gradient_checkpointing = gradient_checkpointing
@@ -90,20 +101,36 @@ class TrainGraph(nn.Module):
         with torch.set_grad_enabled(self.image_is_trained):
             latents = self.family.encode_image(pixels)
         with torch.set_grad_enabled(self.text_is_trained):
-            conditions = self.family.encode_text(batch.prompts)
+            conditions = self.family.encode_conditions(
+                batch.prompts, pixels=pixels, extra=_extra_inputs(batch, pixels, self.extra_inputs)
+            )
         return EncodedBatch(latents=latents, conditions=conditions, sample_ids=batch.rows)
 
     def forward(self, batch: SampleBatch | EncodedBatch, noise: Tensor, timestep_ids: Tensor) -> Tensor:
         """Weighted losses [b], float32; noise is shaped like the latents, timestep_ids [b] index the table."""
         encoded = self.encode(batch) if isinstance(batch, SampleBatch) else batch
         targets = make_targets(encoded.latents, noise, timestep_ids, self.table)
+        noisy_latents, target = targets.noisy_latents.to(self.family.dtype), targets.target
+        first_frame = encoded.conditions.get(FIRST_FRAME)
+        if first_frame is not None:
+            noisy_latents = torch.cat([first_frame.to(noisy_latents), noisy_latents[:, :, 1:]], dim=2)
         pred = self.family.predict(
-            encoded,
-            targets.noisy_latents.to(self.family.dtype),
-            targets.timesteps,
-            gradient_checkpointing=self.gradient_checkpointing,
+            encoded, noisy_latents, targets.timesteps, gradient_checkpointing=self.gradient_checkpointing
         )
-        return per_sample_loss(pred, targets.target, targets.loss_weight)
+        if first_frame is not None:
+            pred, target = pred[:, :, 1:], target[:, :, 1:]
+        return per_sample_loss(pred, target, targets.loss_weight)
+
+
+def _extra_inputs(batch: SampleBatch, pixels: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    """The batch's extra inputs; a video's own first and last frame where the metadata have no column for them."""
+    own = {"input_image": pixels[:, :1], "end_image": pixels[:, -1:]}
+    missing = [name for name in names if name not in batch.extra and name not in own]
+    if missing:
+        raise ModelError(f"model.extra_inputs: the metadata have no column {', '.join(missing)}")
+    return {
+        name: batch.extra[name] if name in batch.extra else tuple((frames,) for frames in own[name]) for name in names
+    }
 
 
 def load_family(job: Job, *, device: torch.device) -> ModelFamily:
@@ -111,18 +138,27 @@ def load_family(job: Job, *, device: torch.device) -> ModelFamily:
     dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
     if job.model.tiny:
         assert job.model.family is not None  # resolve has checked it
-        return get_family(job.model.family).build_tiny(job.seed, dtype=dtype, device=device)
+        return get_family(job.model.family).build_tiny(
+            job.seed, dtype=dtype, device=device, extra_inputs=job.model.extra_inputs, options=job.model.options
+        )
     name, files = load_components(job.model.paths, family=job.model.family)
-    assert job.model.tokenizer_path is not None  # resolve has checked it
-    tokenizers = {"tokenizer_path": Path(job.model.tokenizer_path)}
-    return get_family(name).load(files, dtype=dtype, device=device, tokenizer_paths=tokenizers)
+    keys = ("tokenizer_path", "tokenizer_1_path", "tokenizer_2_path", "processor_path")
+    given = {key: getattr(job.model, key) for key in keys}
+    tokenizers = {key: Path(path) for key, path in given.items() if path is not None}
+    return get_family(name).load(
+        files, dtype=dtype, device=device, tokenizer_paths=tokenizers, options=job.model.options
+    )
 
 
 def load_initial_weights(family: ModelFamily, job: Job) -> None:
     """Start from given weights: an initialisation, not a resume."""
     if job.lora.checkpoint is not None:
         assert job.lora.base_model is not None  # resolve has checked it
-        load_lora(family.component(job.lora.base_model), Path(job.lora.checkpoint))
+        load_lora(
+            family.component(job.lora.base_model),
+            Path(job.lora.checkpoint),
+            names=family.layer_names(job.lora.base_model),
+        )
     if job.training.resume_from_checkpoint is not None:
         component = next((name for name in trained_components(job) if name != job.lora.base_model), None)
         if component is None:
@@ -144,14 +180,12 @@ def load_exported(family: ModelFamily, component: str, path: Path) -> None:
     own = dict(module.named_parameters())
     state = {}
     unknown = []
-    for key, tensor in load_state_dict([path]).items():
-        name = family.memory_key(component, key.removeprefix(f"pipe.{component}."))
-        if name is None:
-            continue
-        if name not in own or own[name].shape != tensor.shape:
-            unknown.append(key)
-        else:
-            state[name] = tensor
+    for key, whole in load_state_dict([path]).items():
+        for name, tensor in family.memory_tensors(component, key.removeprefix(f"pipe.{component}."), whole).items():
+            if name not in own or own[name].shape != tensor.shape:
+                unknown.append(key)
+            else:
+                state[name] = tensor
     missing = sorted(own.keys() - state.keys())
     if unknown or missing:
         raise ModelError(
@@ -206,6 +240,7 @@ def _add_job_lora(family: ModelFamily, job: Job) -> None:
         alpha=job.lora.alpha,
         seed=job.seed,
         dtype=family.dtype,
+        names=family.layer_names(component),
     )
 
 
@@ -217,7 +252,12 @@ class Trainer:
         self.family = family
         self.schedule = schedule
         checkpointing = job.gradient.checkpointing is True
-        self.graph = TrainGraph(family, trained=trained_components(job), gradient_checkpointing=checkpointing)
+        self.graph = TrainGraph(
+            family,
+            trained=trained_components(job),
+            gradient_checkpointing=checkpointing,
+            extra_inputs=job.model.extra_inputs,
+        )
         self.trained = {
             name.removeprefix("components."): param
             for name, param in self.graph.named_parameters()
