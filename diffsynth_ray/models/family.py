@@ -294,6 +294,7 @@ class ModelFamily(ABC):
 
 # Name -> module; "register_family" runs when the module is imported.
 _FAMILY_MODULES: dict[str, str] = {
+    "flux": "diffsynth_ray.models.flux",
     "qwen_image": "diffsynth_ray.models.qwen_image",
     "wan": "diffsynth_ray.models.wan",
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -31,6 +31,8 @@ class Part:
     """Which of the fused layers it is."""
     shares: tuple[int, ...] = (1,)
     """How the file's rows are divided among the fused layers; (1,) = nothing is fused."""
+    swapped: bool = False
+    """The file has the second half of the rows first."""
 
     def rows(self, total: int) -> tuple[int, ...]:
         """The rows of each fused layer, of `total` in the file."""
@@ -41,18 +43,22 @@ class NameTable:
     """Names of a file's layers -> names in memory, and back.
 
     `templates`: file's name -> name in memory, or names of the layers that the file has fused, with `{}` for the number
-    of a block. `shares` by file's name: the relative numbers of rows of fused layers, where they are unequal. Names that
-    the table does not have are the same in both.
+    of a block. `shares` by file's name: the relative numbers of rows of fused layers, where they are unequal. `swapped`:
+    file's names of the layers whose halves are the other way round. Names that the table does not have are the same in both.
     """
 
     def __init__(
-        self, templates: Mapping[str, str | Sequence[str]], *, shares: Mapping[str, tuple[int, ...]] | None = None
+        self,
+        templates: Mapping[str, str | Sequence[str]],
+        *,
+        shares: Mapping[str, tuple[int, ...]] | None = None,
+        swapped: Sequence[str] = (),
     ) -> None:
         self._to_memory = {name: (inner,) if isinstance(inner, str) else tuple(inner) for name, inner in templates.items()}
         self._from_memory: dict[str, Part] = {}
         for name, layers in self._to_memory.items():
             own = (shares or {}).get(name, (1,) * len(layers))
-            self._from_memory.update({layer: Part(name, index, own) for index, layer in enumerate(layers)})
+            self._from_memory |= {layer: Part(name, index, own, name in swapped) for index, layer in enumerate(layers)}
 
     def to_memory(self, name: str) -> tuple[str, ...]:
         """The layers in memory of a file's layer, in the order of its rows; () for a name that is not in the table."""
@@ -67,7 +73,7 @@ class NameTable:
             return self._from_memory[name]
         template, number = _template(name)
         part = self._from_memory.get(template)
-        return Part(name) if part is None else Part(part.module.replace("{}", number), part.index, part.shares)
+        return Part(name) if part is None else replace(part, module=part.module.replace("{}", number))
 
 
 def _template(name: str) -> tuple[str, str]:
@@ -84,16 +90,23 @@ def split_key(key: str) -> tuple[str, str]:
     return (layer, f".{last}") if layer and last in _PARAMETERS else (key, "")
 
 
+def swap_halves(tensor: Tensor) -> Tensor:
+    """The second half of the rows first."""
+    first, second = tensor.chunk(2)
+    return torch.cat([second, first])
+
+
 def tensors_to_memory(table: NameTable, key: str, tensor: Tensor) -> dict[str, Tensor]:
     """A file's tensor as those of the layers in memory; fused rows become views."""
     layer, suffix = split_key(key)
     names = table.to_memory(layer)
     if not names:
         return {key: tensor}
-    if len(names) == 1:
-        return {names[0] + suffix: tensor}
-    rows = table.from_memory(names[0]).rows(tensor.shape[0])
-    return {name + suffix: piece for name, piece in zip(names, tensor.split(rows), strict=True)}
+    part = table.from_memory(names[0])
+    if part.swapped:
+        tensor = swap_halves(tensor)
+    pieces = tensor.split(part.rows(tensor.shape[0])) if len(names) > 1 else (tensor,)
+    return {name + suffix: piece for name, piece in zip(names, pieces, strict=True)}
 
 
 def tensors_from_memory(table: NameTable, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -102,7 +115,7 @@ def tensors_from_memory(table: NameTable, state: Mapping[str, Tensor]) -> dict[s
     for name, tensor in state.items():
         layer, suffix = (name, "") if table.from_memory(name).module != name else split_key(name)
         part = table.from_memory(layer)
-        pieces.setdefault(part.module + suffix, {})[part.index] = tensor
+        pieces.setdefault(part.module + suffix, {})[part.index] = swap_halves(tensor) if part.swapped else tensor
     return {
         key: parts[0] if len(parts) == 1 else torch.cat([parts[index] for index in sorted(parts)])
         for key, parts in pieces.items()
@@ -124,9 +137,13 @@ class LayerNames:
             return Part(layer)
         return (self.diffsynth if tool == "diffsynth" else self.original).from_memory(layer)
 
+    def table_of(self, module: str) -> NameTable:
+        """The table that has a layer of a tool's file."""
+        return next((table for table in (self.diffsynth, self.original) if table.to_memory(module)), SAME_NAMES)
+
     def layers(self, module: str) -> tuple[str, ...]:
         """The layers in memory of a layer in any tool's file."""
-        return self.diffsynth.to_memory(module) or self.original.to_memory(module) or (module,)
+        return self.table_of(module).to_memory(module) or (module,)
 
     def templates(self, layers: Iterable[str]) -> set[str]:
         """All tools' names of these layers, `{}` in place of the block's number: what a flattened name is looked up in."""

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models.family import ComponentFiles, ModelFamily
-from diffsynth_ray.models.layer_names import LayerNames, split_key, tensors_from_memory, tensors_to_memory
+from diffsynth_ray.models.layer_names import (
+    SAME_NAMES,
+    LayerNames,
+    split_key,
+    tensors_from_memory,
+    tensors_to_memory,
+)
 from diffsynth_ray.models.weights import assign_weights, randomize_weights
 
 log = logging.getLogger(__name__)
@@ -163,12 +169,8 @@ class LibraryFamily(ModelFamily):
         name = cls.memory_key(component, key)
         if name is None:
             return {}
-        names = cls.layer_names(component)
-        layer = split_key(key)[0]
-        for table in (names.diffsynth, names.original):
-            if table.to_memory(layer):
-                return tensors_to_memory(table, key, tensor)
-        return {name: tensor}
+        table = cls.layer_names(component).table_of(split_key(key)[0])
+        return {name: tensor} if table is SAME_NAMES else tensors_to_memory(table, key, tensor)
 
     @classmethod
     def checkpoint_tensors(cls, component: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

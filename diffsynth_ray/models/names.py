@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from diffsynth_ray.errors import ModelError
-from diffsynth_ray.models.layer_names import LayerNames, LoraFormat, Part
+from diffsynth_ray.models.layer_names import LayerNames, LoraFormat, Part, swap_halves
 
 LORA_FORMATS: tuple[LoraFormat, ...] = get_args(LoraFormat)
 
@@ -99,7 +99,6 @@ def rename_lora(
     return lora_from_memory(lora_to_memory(state, names=names, modules=modules), target=target, names=names)
 
 
-
 def _split_lora_key(key: str) -> tuple[str, str]:
     """(module, part), part one of A, B, alpha; the module still as the file writes it, prefixes taken off."""
     match = _KEY.fullmatch(key)
@@ -133,13 +132,10 @@ class _FlatNames:
 def _split(names: LayerNames, module: str, pair: Pair) -> dict[str, Pair]:
     """A file's layer as the layers in memory."""
     layers = names.layers(module)
-    if len(layers) == 1:
-        return {layers[0]: pair}
     lora_a, lora_b = pair
-    part = next(
-        part for part in (names.diffsynth.from_memory(layers[0]), names.original.from_memory(layers[0]))
-        if part.module == module
-    )  # fmt: skip
+    part = names.table_of(module).from_memory(layers[0])
+    if len(layers) == 1:
+        return {layers[0]: (lora_a, swap_halves(lora_b) if part.swapped else lora_b)}
     pieces = lora_b.split(part.rows(lora_b.shape[0]))
     if _is_block_diagonal(pieces):
         blocks_a = lora_a.chunk(len(layers))
@@ -173,7 +169,10 @@ def _fuse(names: LayerNames, state: Mapping[str, Tensor], target: LoraFormat) ->
     for layer, pair in pairs.items():
         part = names.part(layer, target)
         parts[part.module] = part
-        groups.setdefault(part.module, {})[part.index] = (pair["A"], pair["B"])
+        groups.setdefault(part.module, {})[part.index] = (
+            pair["A"],
+            swap_halves(pair["B"]) if part.swapped else pair["B"],
+        )
     return {
         module: next(iter(group.values())) if len(parts[module].shares) == 1 else _fuse_group(parts[module], group)
         for module, group in groups.items()

@@ -26,6 +26,7 @@ from diffsynth_ray.models.family import (
     register_family,
     stack_conditions,
 )
+from diffsynth_ray.models.packing import PATCH, pack_latents, unpack_latents
 from diffsynth_ray.models.weights import assign_weights, meta_parameters, randomize_weights
 
 log = logging.getLogger(__name__)
@@ -39,8 +40,6 @@ TEMPLATE_TOKENS = 34
 MAX_PROMPT_TOKENS = 1024
 VAE_FACTOR = 8
 """Pixels to a latent pixel, each way."""
-PATCH = 2
-"""Latent pixels to an image token, each way."""
 LATENT_CHANNELS = 16
 TINY_TOKENIZER = Path(__file__).parent / "tiny" / "qwen_image" / "tokenizer"
 
@@ -272,21 +271,6 @@ class QwenImage(ModelFamily):
         if key.startswith("model.") and not key.startswith(("model.language_model.", "model.visual.")):
             return f"model.language_model.{key.removeprefix('model.')}"
         return key
-
-
-def pack_latents(latents: Tensor) -> Tensor:
-    """[b, c, h, w] -> tokens [b, h/2 * w/2, c * 4], channel first within a token."""
-    b, c, h, w = latents.shape
-    patches = latents.reshape(b, c, h // PATCH, PATCH, w // PATCH, PATCH)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // PATCH) * (w // PATCH), c * PATCH * PATCH)
-
-
-def unpack_latents(tokens: Tensor, *, height: int, width: int) -> Tensor:
-    """The inverse of `pack_latents` for latents of this height and width."""
-    b, _, width_of_token = tokens.shape
-    c = width_of_token // (PATCH * PATCH)
-    patches = tokens.reshape(b, height // PATCH, width // PATCH, c, PATCH, PATCH)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, c, height, width)
 
 
 def build_component(component: str, config: Mapping[str, Any]) -> nn.Module:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_ray.errors import ModelError
+from diffsynth_ray.models import t5
 from diffsynth_ray.models import wan_configs as configs
 from diffsynth_ray.models.family import FIRST_FRAME, EncodedBatch, KeyLayout, register_family, stack_conditions
 from diffsynth_ray.models.layer_names import LayerNames, tensors_from_memory
@@ -128,26 +129,22 @@ class Wan(LibraryFamily):
                 return CLIPVisionModel(CLIPVisionConfig(**config))
             from transformers import UMT5Config, UMT5EncoderModel
 
-            encoder = UMT5EncoderModel(UMT5Config(**config))
-            encoder.shared = nn.Identity()  # the same tensor as encoder.embed_tokens, which is the one that is used
-            return encoder
+            return t5.without_second_name(UMT5EncoderModel(UMT5Config(**config)))
 
     @classmethod
     def load_tokenizer(cls, key: str, path: Path | None) -> Any:
         """umt5's tokenizer, exactly as its tokenizer.json says."""
         if path is None or not (path / "tokenizer.json").is_file():
             raise missing_tokenizer(cls.name, key, path, "umt5-xxl's tokenizer.json (google/umt5-xxl)")
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+        return t5.load_tokenizer(path)
 
     @classmethod
     def memory_key(cls, component: str, key: str) -> str | None:
         """See `ModelFamily.memory_key`. Of CLIP's file only the images' half is loaded."""
         if component == "dit":
             key = key.removeprefix("model.diffusion_model.")
-        elif component == "text_encoder" and key == "shared.weight":
-            return "encoder.embed_tokens.weight"
+        elif component == "text_encoder" and key == t5.SECOND_NAME:
+            return t5.EMBEDDING
         elif component == "vae":
             key = key.removeprefix("model.")
         elif component == "image_encoder":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffsynth_ray.errors import ModelError
+from diffsynth_ray.models import t5
 from diffsynth_ray.models.library_family import InferConfig, Shapes, count_blocks
 
 LATENTS_22: dict[str, list[float]] = {
@@ -48,17 +49,7 @@ TINY_DIT: dict[str, Any] = {
 }
 TINY_IMAGE_DIT = TINY_DIT | {"in_channels": 36, "image_dim": 32, "added_kv_proj_dim": 64}
 TINY_VAE: dict[str, Any] = {"base_dim": 4, "z_dim": 16}
-TINY_TEXT_ENCODER: dict[str, Any] = {
-    "vocab_size": 384,
-    "d_model": 64,
-    "d_kv": 16,
-    "d_ff": 128,
-    "num_layers": 2,
-    "num_heads": 4,
-    "relative_attention_num_buckets": 32,
-    "feed_forward_proj": "gated-gelu",
-    "dropout_rate": 0.0,
-}
+TINY_TEXT_ENCODER = t5.TINY
 TINY_IMAGE_ENCODER: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 128,
@@ -129,21 +120,6 @@ def _infer_vae(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def _infer_text_encoder(shapes: Shapes) -> dict[str, Any]:
-    vocab_size, d_model = shapes["encoder.embed_tokens.weight"]
-    buckets, num_heads = shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
-    return {
-        "vocab_size": vocab_size,
-        "d_model": d_model,
-        "d_kv": shapes["encoder.block.0.layer.0.SelfAttention.q.weight"][0] // num_heads,
-        "d_ff": shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
-        "num_layers": count_blocks(shapes, "encoder.block."),
-        "num_heads": num_heads,
-        "relative_attention_num_buckets": buckets,
-        "feed_forward_proj": "gated-gelu",
-    }
-
-
 def _infer_image_encoder(shapes: Shapes) -> dict[str, Any]:
     width, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
     tokens = shapes["embeddings.position_embedding.weight"][0]
@@ -162,6 +138,6 @@ def _infer_image_encoder(shapes: Shapes) -> dict[str, Any]:
 INFER: dict[str, InferConfig] = {
     "dit": _infer_dit,
     "vae": _infer_vae,
-    "text_encoder": _infer_text_encoder,
+    "text_encoder": t5.infer_config,
     "image_encoder": _infer_image_encoder,
 }
