@@ -297,6 +297,7 @@ _FAMILY_MODULES: dict[str, str] = {
     "flux": "diffsynth_ray.models.flux",
     "qwen_image": "diffsynth_ray.models.qwen_image",
     "wan": "diffsynth_ray.models.wan",
+    "z_image": "diffsynth_ray.models.z_image",
 }
 _FAMILIES: dict[str, type[ModelFamily]] = {}
 

@@ -20,7 +20,7 @@ from diffsynth_ray.models import image_vae, t5
 from diffsynth_ray.models.family import EncodedBatch, KeyLayout, register_family
 from diffsynth_ray.models.flux_names import NAMES
 from diffsynth_ray.models.layer_names import LayerNames
-from diffsynth_ray.models.library_family import InferConfig, LibraryFamily, missing_tokenizer
+from diffsynth_ray.models.library_family import TINY_DIR, InferConfig, LibraryFamily, missing_tokenizer
 from diffsynth_ray.models.packing import PATCH, pack_latents, unpack_latents
 from diffsynth_ray.models.weights import meta_parameters
 
@@ -47,6 +47,10 @@ class Flux(LibraryFamily):
     tokenizer_keys: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {
         "tokenizer_1_path": ("text_encoder_1", ("tokenizer",)),
         "tokenizer_2_path": ("text_encoder_2", ("tokenizer_2",)),
+    }
+    tiny_tokenizers: ClassVar[dict[str, Path]] = {
+        "tokenizer_1_path": TINY_DIR / "flux" / "tokenizer",
+        "tokenizer_2_path": t5.TINY_TOKENIZER,
     }
     default_tokenizers: ClassVar[dict[str, str]] = {
         "tokenizer_1_path": "black-forest-labs/FLUX.1-dev:tokenizer/",

@@ -41,6 +41,8 @@ class LibraryFamily(ModelFamily):
     """By component: shapes under the names in memory -> configuration."""
     tokenizer_keys: ClassVar[dict[str, tuple[str, tuple[str, ...]]]]
     """By job key: the component that needs the tokenizer, and folders beside the component's where it may be."""
+    tiny_tokenizers: ClassVar[dict[str, Path]]
+    """By job key: the tokenizer of the tiny size."""
 
     def __init__(
         self,
@@ -129,8 +131,7 @@ class LibraryFamily(ModelFamily):
             module = cls.build_component(component, cls.component_config(component, configs[component], options or {}))
             randomize_weights(module, seed=seed, component=component, dtype=dtype, device=device)
             modules[component] = module
-        tokenizers = {key: TINY_DIR / cls.name / key.removesuffix("_path") for key in cls.tokenizer_keys}
-        return cls(modules, dtype=dtype, device=device, tokenizer_paths=tokenizers, options=options)
+        return cls(modules, dtype=dtype, device=device, tokenizer_paths=cls.tiny_tokenizers, options=options)
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from diffsynth_ray.models.library_family import Shapes, count_blocks
+from diffsynth_ray.models.library_family import TINY_DIR, Shapes, count_blocks
 
 EMBEDDING, SECOND_NAME = "encoder.embed_tokens.weight", "shared.weight"
 """The token embeddings have two names in transformers; files may have either."""
 
+TINY_TOKENIZER = TINY_DIR / "t5" / "tokenizer"
 TINY: dict[str, Any] = {
     "vocab_size": 384,
     "d_model": 64,

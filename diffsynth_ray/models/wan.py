@@ -52,6 +52,7 @@ class Wan(LibraryFamily):
     tokenizer_keys: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {
         "tokenizer_path": ("text_encoder", ("google/umt5-xxl", "tokenizer"))
     }
+    tiny_tokenizers: ClassVar[dict[str, Path]] = {"tokenizer_path": t5.TINY_TOKENIZER}
     default_tokenizers: ClassVar[dict[str, str]] = {"tokenizer_path": "Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl/"}
     key_layouts: ClassVar[dict[str, KeyLayout]] = {
         "dit": KeyLayout(

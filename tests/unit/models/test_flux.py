@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,8 +16,7 @@ from diffsynth_ray.train.trainer import SampleBatch, TrainGraph, load_exported
 torch.set_num_threads(1)
 PROMPTS = ["a cat", "a small dog in the house"]
 TIMES = torch.tensor([900.0, 30.0])
-TINY = Path(__file__).parents[3] / "diffsynth_ray" / "models" / "tiny" / "flux"
-TOKENIZERS = {"tokenizer_1_path": TINY / "tokenizer_1", "tokenizer_2_path": TINY / "tokenizer_2"}
+TOKENIZERS = Flux.tiny_tokenizers
 NAMES = Flux.layer_names("dit")
 
 
@@ -249,8 +246,8 @@ def test_fused_layers_have_one_a():
     names = [name for name, parameter in dit.named_parameters() if parameter.requires_grad and ".attn.to_" in name]
     assert "transformer_blocks.0.attn.to_q.lora_A.default.weight" in names
     assert not any(".attn.to_k.lora_A" in name for name in names)
-    alone = with_lora(["to_q", "to_k"])
-    assert alone.transformer_blocks[0].attn.to_q.lora_A["default"] is not alone.transformer_blocks[0].attn.to_k.lora_A["default"]
+    alone = with_lora(["to_q", "to_k"]).transformer_blocks[0].attn
+    assert alone.to_q.lora_A["default"] is not alone.to_k.lora_A["default"]
 
 
 @pytest.mark.parametrize("targets", [None, ["a_to_qkv"], ["to_q"], ["to_q", "to_k", "proj_mlp"], ["norm_out.linear"]])

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,7 +15,6 @@ from diffsynth_ray.train.trainer import SampleBatch, TrainGraph, load_exported
 torch.set_num_threads(1)
 PROMPTS = ["a big rabbit", "a small dog in the house"]
 TIMES = torch.tensor([900.0, 30.0])
-TOKENIZER = Path(__file__).parents[3] / "diffsynth_ray" / "models" / "tiny" / "wan" / "tokenizer"
 TINY_22 = {
     "dit": configs.TINY_DIT | {"in_channels": 48, "out_channels": 48},
     "vae": {"base_dim": 4, "decoder_base_dim": 4, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12}
@@ -105,7 +102,7 @@ def test_both_layouts_load(layout, which, tmp_path, request):
     entries = layout(family, tmp_path)
     name, files = load_components(entries, family="wan")
     assert (name, set(files)) == ("wan", set(family.components))
-    loaded = Wan.load(files, dtype=torch.float32, tokenizer_paths={"tokenizer_path": TOKENIZER})
+    loaded = Wan.load(files, dtype=torch.float32, tokenizer_paths=Wan.tiny_tokenizers)
     for component, module in family.components.items():
         state = loaded.components[component].state_dict()
         for key, tensor in module.state_dict().items():
