@@ -191,10 +191,29 @@ def _check_rules(job: Job) -> list[Problem]:
     for name, amount in (job.distributed.resources_per_worker or {}).items():
         if amount < 0:
             problems.append(Problem("distributed.resources_per_worker", f"{name} = {amount:g}; amounts are 0 or more"))
+    problems += _check_offload(job)
     problems += _check_plain_values("training.optimizer_args", training.optimizer_args)
     if isinstance(job.distributed.num_workers, int) and job.distributed.num_workers < 1:
         problems.append(Problem("distributed.num_workers", "must be at least 1"))
     return problems + _check_model(job)
+
+
+def _check_offload(job: Job) -> list[Problem]:
+    """What of the memory keys cannot be combined."""
+    problems = []
+    offload = job.offload
+    if not offload.cpu_offload:
+        problems += [
+            Problem(f"offload.{name}", "needs offload.cpu_offload = true")
+            for name in ("param_size_threshold", "vram_budget_gib")
+            if getattr(offload, name) is not None
+        ]
+    elif job.gradient.checkpointing is False:
+        message = "false keeps every block's weights on the device until its backward, which offload.cpu_offload is to avoid"
+        problems.append(Problem("gradient.checkpointing", f"{message}"))
+    if job.gradient.checkpointing_offload and job.gradient.checkpointing is False:
+        problems.append(Problem("gradient.checkpointing_offload", "needs gradient.checkpointing = true"))
+    return problems
 
 
 def _check_plain_values(key: str, values: dict[str, Any]) -> list[Problem]:

@@ -85,7 +85,7 @@ class ModelSection(Section):
     extra_inputs: list[str] = _key([], identity=True)
     """Further columns that the model is conditioned on: "edit_image" (Qwen-Image-Edit), "input_image" and "end_image" (Wan
     image to video; without such a column the video's own first and last frame)."""
-    fp8_models: list[str] = _key([], identity=True, not_built="FP8 storage")
+    fp8_models: list[str] = _key([], identity=True)
     """Frozen components kept in scaled FP8."""
     source: Literal["modelscope", "huggingface"] | None = _key(not_built="downloads from ModelScope and Hugging Face")
     """Where ids are downloaded from; default DIFFSYNTH_DOWNLOAD_SOURCE, else ModelScope."""
@@ -138,7 +138,7 @@ class TrainingSection(Section):
     """First trained timestep, as a fraction of the timestep ids (0 = most noise)."""
     max_timestep_boundary: float = _key(1.0, identity=True, ge=0, le=1)
     """Last trained timestep, as a fraction of the timestep ids (1 = least noise)."""
-    compile: bool | Literal["auto"] = _key("auto", not_built="compiled blocks")
+    compile: bool | Literal["auto"] = _key("auto")
     """Compile the repeated blocks."""
 
 
@@ -185,7 +185,7 @@ class GradientSection(Section):
 
     checkpointing: bool | Literal["auto"] = _key(True)
     """Recompute the blocks' activations in the backward pass: much less memory, about a third more time."""
-    checkpointing_offload: bool = _key(False, not_built="activation offload")
+    checkpointing_offload: bool = _key(False)
     """Keep the blocks' inputs in host memory."""
     accumulation_steps: int = _key(1, ge=1)
     """Micro steps of one optimizer step, where global_batch_size is unset."""
@@ -194,13 +194,13 @@ class GradientSection(Section):
 class OffloadSection(Section):
     """Layerwise CPU offload."""
 
-    cpu_offload: bool = _key(False, not_built="layerwise CPU offload")
+    cpu_offload: bool = _key(False)
     """Keep every component's weights in host memory and load block by block."""
     optimize_on_cpu: bool = _key(False, not_built="layerwise CPU offload")
     """Optimizer and float32 masters on the host."""
-    param_size_threshold: float | None = _key(gt=0, not_built="layerwise CPU offload")
+    param_size_threshold: float | None = _key(gt=0)
     """Largest unit that is loaded at once, in MB."""
-    vram_budget_gib: float | None = _key(gt=0, not_built="layerwise CPU offload")
+    vram_budget_gib: float | None = _key(gt=0)
     """Device memory to use for weights that stay, in GiB."""
 
 

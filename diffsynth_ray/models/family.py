@@ -12,6 +12,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -212,9 +213,7 @@ class ModelFamily(ABC):
         """Shape of one sample's latents, without the batch, for a size in pixels and frames."""
 
     @abstractmethod
-    def predict(
-        self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor, *, gradient_checkpointing: bool
-    ) -> Tensor:
+    def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """The DiT's prediction, shaped like `noisy_latents`; `timesteps` [b] in 0..1000, float32."""
 
     @abstractmethod
@@ -292,6 +291,7 @@ class ModelFamily(ABC):
         return self.components[name]
 
 
+ENTRY_POINT_GROUP = "diffsynth_ray.families"
 # Name -> module; "register_family" runs when the module is imported.
 _FAMILY_MODULES: dict[str, str] = {
     "flux": "diffsynth_ray.models.flux",
@@ -309,14 +309,34 @@ def register_family(family: type[ModelFamily]) -> type[ModelFamily]:
 
 
 def family_names() -> list[str]:
-    """All families, imported or not."""
-    return sorted({*_FAMILY_MODULES, *_FAMILIES})
+    """All families, imported or not, those of other packages too."""
+    return sorted({*_FAMILY_MODULES, *_FAMILIES, *_entry_points()})
+
+
+def _entry_points() -> dict[str, EntryPoint]:
+    """Families of other packages: name -> the class, under `[project.entry-points."diffsynth_ray.families"]`."""
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _load_entry_point(point: EntryPoint) -> None:
+    package = point.dist.name if point.dist else point.value
+    try:
+        family = point.load()
+    except (ImportError, AttributeError) as error:
+        raise ModelError(f"model family {point.name!r} of the package {package} cannot be imported: {error}") from error
+    if not (isinstance(family, type) and issubclass(family, ModelFamily) and family.name == point.name):
+        raise ModelError(
+            f"model family {point.name!r} of the package {package}: {point.value} is no ModelFamily of that name"
+        )
+    register_family(family)
 
 
 def get_family(name: str) -> type[ModelFamily]:
     """The family's class; imports its module, but neither diffusers nor transformers yet."""
     if name not in _FAMILIES and name in _FAMILY_MODULES:
         importlib.import_module(_FAMILY_MODULES[name])
+    if name not in _FAMILIES and name in (points := _entry_points()):
+        _load_entry_point(points[name])
     if name not in _FAMILIES:
         raise ModelError(f"model family {name!r} is not known; known: {', '.join(family_names())}")
     return _FAMILIES[name]
@@ -346,6 +366,9 @@ def detect_component(keys: Iterable[str], *, family: str | None = None) -> tuple
     candidates = shard_candidates(keys, family=family)
     if len(candidates) == 1:
         return candidates.pop()
+    if candidates:
+        either = " or ".join(f"{name} {component}" for name, component in sorted(candidates))
+        raise ModelError(f"this looks like a part of {either}; is a shard missing? Otherwise set model.family")
     known = ", ".join([family] if family else family_names())
     raise ModelError(
         f"these weights belong to no component known here (families: {known}); "

@@ -115,9 +115,7 @@ class Flux(LibraryFamily):
             if component == "dit":
                 from diffusers import FluxTransformer2DModel
 
-                dit = FluxTransformer2DModel.from_config(dict(config))
-                dit.enable_gradient_checkpointing()
-                return dit
+                return FluxTransformer2DModel.from_config(dict(config))
             if component == "vae":
                 return image_vae.build(config)
             if component == "text_encoder_1":
@@ -198,10 +196,9 @@ class Flux(LibraryFamily):
         """(16, height / 8, width / 8)."""
         return image_vae.latents_shape(height, width, num_frames, family=self.name)
 
-    def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor, *, gradient_checkpointing: bool) -> Tensor:
+    def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """[b, 16, h, w] -> the predicted velocity, noise - x_0, of the same shape."""
         dit = self.component("dit")
-        dit.gradient_checkpointing = gradient_checkpointing
         b, _, height, width = noisy_latents.shape
         text = batch.conditions["prompt_embeds"].to(self.dtype)
         guidance = None

@@ -117,9 +117,7 @@ class Wan(LibraryFamily):
             if component == "dit":
                 from diffusers import WanTransformer3DModel
 
-                dit = WanTransformer3DModel.from_config(dict(config))
-                dit.enable_gradient_checkpointing()
-                return dit
+                return WanTransformer3DModel.from_config(dict(config))
             if component == "vae":
                 from diffusers import AutoencoderKLWan
 
@@ -271,10 +269,9 @@ class Wan(LibraryFamily):
         output = encoder(pixel_values=((square - mean) / std).to(self.dtype), output_hidden_states=True)
         return output.hidden_states[-2].to(self.dtype)
 
-    def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor, *, gradient_checkpointing: bool) -> Tensor:
+    def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """[b, c, f, h, w] -> the predicted velocity, noise - x_0, of the same shape."""
         dit = self.component("dit")
-        dit.gradient_checkpointing = gradient_checkpointing
         hidden, conditions = noisy_latents.to(self.dtype), batch.conditions
         if "image_latents" in conditions:
             hidden = torch.cat([hidden, conditions["image_latents"].to(hidden)], dim=1)

@@ -7,12 +7,10 @@ and placed as it is read, so that peak memory is one copy of the weights.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,6 +23,14 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models.family import ComponentFiles, detect_component, get_family, shard_candidates
+from diffsynth_ray.models.weight_source import (
+    SCALE_SUFFIXES,
+    UNUSED_FP8_KEYS,
+    FileWeights,
+    MemoryTensors,
+    RandomWeights,
+    WeightSource,
+)
 
 TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 
@@ -178,33 +184,80 @@ def assign_weights(
     files: ComponentFiles,
     *,
     component: str,
-    memory_tensors: Callable[[str, Tensor], Mapping[str, Tensor]],
+    memory_tensors: MemoryTensors,
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> None:
     """Fill a module built under `meta_parameters` from its files, frozen and in eval mode.
 
-    `memory_tensors` maps a file's key and tensor to the module's. Floating tensors become `dtype`.
+    `memory_tensors` maps a file's key and tensor to the module's. Floating tensors become `dtype`. With the device "meta"
+    nothing is read: the module's attribute `weight_source` reads its parameters later, one by one.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     shapes = files.tensors or read_shapes(files.paths)
-    got = {key: memory_tensors(key, torch.empty(shape, device="meta")) for key, shape in shapes.items()}
+    scales = _find_scales(shapes)
+    got = {
+        key: memory_tensors(key, torch.empty(shape, device="meta"))
+        for key, shape in shapes.items()
+        if key not in scales.values() and not key.endswith(UNUSED_FP8_KEYS)
+    }
     _check_fit(
         wanted,
         {name: tuple(tensor.shape) for tensors in got.values() for name, tensor in tensors.items()},
         source=f"{component} ({_names(files.paths)})",
     )
-    state: dict[str, Tensor] = {}
-    for path in files.paths:
-        for key, _, read in _read_file(path):
-            if not got[key]:
-                continue
-            for name, tensor in memory_tensors(key, read()).items():
-                target = dtype if tensor.is_floating_point() else tensor.dtype
-                # A copy even where nothing changes: a trained parameter must not live in a file's pages.
-                state[name] = tensor.to(device=device, dtype=target, copy=True)
+    source = _open_files(files.paths, got, scales, memory_tensors=memory_tensors, dtype=dtype)
+    _give_source(module, source, names=wanted, dtype=dtype, device=device)
+
+
+def _find_scales(shapes: Iterable[str]) -> dict[str, str]:
+    """Weight key -> key of the scale that FP8 files keep beside it."""
+    keys = set(shapes)
+    found = {f"{key.removesuffix(suffix)}.weight": key for key in keys for suffix in SCALE_SUFFIXES if key.endswith(suffix)}
+    return {weight: scale for weight, scale in found.items() if weight in keys}
+
+
+def _open_files(
+    paths: Sequence[Path],
+    got: Mapping[str, Collection[str]],
+    scales: Mapping[str, str],
+    *,
+    memory_tensors: MemoryTensors,
+    dtype: torch.dtype,
+) -> FileWeights:
+    """`got`: key in the files -> in-memory names."""
+    places: dict[str, tuple[Path, str]] = {}
+    torch_files = {path: _read_torch_file(path) for path in paths if path.suffix in TORCH_SUFFIXES}
+    for path in paths:
+        for key in torch_files[path] if path in torch_files else (key for key, _, _ in _read_file(path)):
+            places[key] = (path, key)
+    source = FileWeights(
+        {name: places[key] for key, names in got.items() for name in names},
+        {name: places[scales[key]] for key, names in got.items() if key in scales for name in names},
+        memory_tensors=memory_tensors,
+        dtype=dtype,
+    )
+    for path, state in torch_files.items():
+        source.add_torch_file(path, state)
+    return source
+
+
+def _give_source(
+    module: nn.Module, source: WeightSource, *, names: Collection[str], dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """Read the tensors in `names` to `device`; on the meta device remember in `weight_source` where they are instead."""
+    is_later = torch.device(device).type == "meta"
+    state = module.state_dict()
+    for name in names:
+        if not (is_later and state[name].is_meta):
+            state[name] = source.read(name).to("cpu" if is_later else device)
+        elif state[name].is_floating_point():
+            state[name] = state[name].to(dtype)
     module.load_state_dict(state, assign=True, strict=True)
-    module.to(device)  # what is left is buffers outside of the state dict
+    if is_later:
+        module.weight_source = source  # type: ignore[assignment]  # a module takes any attribute
+    else:
+        module.to(device)  # what is left is buffers outside of the state dict
     module.requires_grad_(False).eval()
 
 
@@ -253,31 +306,13 @@ def copy_weights(
     return count
 
 
-def seeded_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator for one parameter: depends on (seed, name), not on the order in which parameters are made."""
-    digest = hashlib.blake2b(f"parameter {seed} {name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
 def randomize_weights(
     module: nn.Module, *, seed: int, component: str, dtype: torch.dtype, device: torch.device | str
 ) -> None:
-    """Random weights for a module built under `meta_parameters`, frozen and in eval mode.
+    """Random weights (`RandomWeights`) for a module built under `meta_parameters`, frozen and in eval mode.
 
-    Norms are 1, biases N(0, 0.02^2), everything else N(0, 1 / fan_in), which keeps activations at one scale.
+    On the meta device they are made later, as in `assign_weights`.
     """
-    state: dict[str, Tensor] = {}
-    for name, tensor in module.state_dict().items():
-        if not tensor.is_meta:
-            state[name] = tensor
-            continue
-        shape = tuple(tensor.shape)
-        if name.endswith("gamma") or (len(shape) == 1 and name.endswith("weight")):
-            value = torch.ones(shape)
-        else:
-            std = 0.02 if len(shape) == 1 else 1 / math.sqrt(math.prod(shape[1:]))
-            value = torch.randn(shape, generator=seeded_generator(seed, f"{component}.{name}")) * std
-        state[name] = value.to(device=device, dtype=dtype)
-    module.load_state_dict(state, assign=True, strict=True)
-    module.to(device)
-    module.requires_grad_(False).eval()
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if tensor.is_meta}
+    source = RandomWeights(shapes, seed=seed, component=component, dtype=dtype)
+    _give_source(module, source, names=shapes, dtype=dtype, device=device)

@@ -81,9 +81,7 @@ class ZImage(LibraryFamily):
             if component == "dit":
                 from diffusers import ZImageTransformer2DModel
 
-                dit = ZImageTransformer2DModel.from_config(dict(config))
-                dit.enable_gradient_checkpointing()
-                return dit
+                return ZImageTransformer2DModel.from_config(dict(config))
             if component == "vae":
                 return image_vae.build(config)
             from transformers import Qwen3Config, Qwen3Model
@@ -150,13 +148,12 @@ class ZImage(LibraryFamily):
         """(16, height / 8, width / 8)."""
         return image_vae.latents_shape(height, width, num_frames, family=self.name)
 
-    def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor, *, gradient_checkpointing: bool) -> Tensor:
+    def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """[b, 16, h, w] -> the predicted velocity, noise - x_0, of the same shape.
 
         The transformer counts time from noise (0) to image (1) and predicts x_0 - noise.
         """
         dit = self.component("dit")
-        dit.gradient_checkpointing = gradient_checkpointing
         text = batch.conditions["prompt_embeds"].to(self.dtype)
         mask = batch.conditions.get("prompt_embeds_mask")
         captions = list(text) if mask is None else [one[valid] for one, valid in zip(text, mask, strict=True)]

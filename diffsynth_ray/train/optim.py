@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,10 @@ def load_optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     return found
 
 
+_HAVE_FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+"""Their updates are one kernel for many parameters on the GPU, where asked for."""
+
+
 class MasterOptimizer:
     """A torch optimizer over the masters of named parameters."""
 
@@ -67,7 +72,10 @@ class MasterOptimizer:
         self.keeps_masters = keep_masters
         self.max_grad_norm = training.max_grad_norm
         optimizer_class = load_optimizer_class(training.optimizer)
-        arguments = {"lr": training.learning_rate, "weight_decay": training.weight_decay} | training.optimizer_args
+        arguments: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+        if optimizer_class in _HAVE_FUSED and all(master.is_cuda for master in self.masters):
+            arguments["fused"] = True
+        arguments |= training.optimizer_args
         try:
             self.optimizer = optimizer_class(self.masters, **arguments)
         except (TypeError, ValueError) as error:

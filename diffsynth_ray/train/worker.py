@@ -27,6 +27,7 @@ from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.checkpoint import find_restorable, read_checkpoint, save_checkpoint
 from diffsynth_ray.train.export import export_weights
 from diffsynth_ray.train.figures import FigureWriter
+from diffsynth_ray.train.residency import settle
 from diffsynth_ray.train.trainer import (
     MicroInput,
     SampleBatch,
@@ -104,8 +105,9 @@ class _Worker:
         self.say("loading the model")
         family = load_family(self.job, device=device)
         select_trained(family, self.job)
+        residency = settle(family, self.job, say=self.say)
         load_initial_weights(family, self.job)
-        trainer = Trainer(self.job, family, self.schedule)
+        trainer = Trainer(self.job, family, self.schedule, residency=residency)
         count = sum(param.numel() for param in trainer.trained.values())
         self.say(f"model loaded in {time.monotonic() - started:.1f} s, {count:,} trained parameters")
         trainer.start(self._probe_input())

@@ -26,7 +26,7 @@ def tiny():
 
 def output(family):
     with torch.no_grad():
-        return family.predict(INPUT, INPUT.latents, torch.tensor([500.0]), gradient_checkpointing=False)
+        return family.predict(INPUT, INPUT.latents, torch.tensor([500.0]))
 
 
 def trained_lora(*, rank=4, alpha=None):

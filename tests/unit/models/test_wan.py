@@ -161,11 +161,11 @@ def reference_prediction(dit, batch, noisy, timesteps, **kwargs):
 
 def test_the_dit_is_diffusers(text_to_video):
     batch = text_to_video.encode(PROMPTS, pixels())
-    pred = text_to_video.predict(batch, batch.latents, TIMES, gradient_checkpointing=False)
+    pred = text_to_video.predict(batch, batch.latents, TIMES)
     expected = reference_prediction(text_to_video.components["dit"], batch, batch.latents, TIMES)
     assert (pred - expected).abs().max() < 1e-5
     single = text_to_video.encode(PROMPTS[:1], pixels()[:1])
-    alone = text_to_video.predict(single, single.latents, TIMES[:1], gradient_checkpointing=False)
+    alone = text_to_video.predict(single, single.latents, TIMES[:1])
     assert (alone[0] - pred[0]).abs().max() < 1e-5
     assert pred.std() > 0.05
 
@@ -190,7 +190,7 @@ def test_image_to_video_is_the_pipeline_s(image_to_video, last_too):
     condition = torch.cat(conditions)
     assert (batch.conditions["image_latents"] - condition).abs().max() < 1e-5
     image = batch.conditions["image_embeds"][:, 0]
-    pred = image_to_video.predict(batch, batch.latents, TIMES, gradient_checkpointing=False)
+    pred = image_to_video.predict(batch, batch.latents, TIMES)
     expected = reference_prediction(
         image_to_video.components["dit"],
         batch,
@@ -219,7 +219,7 @@ def test_first_and_last_frame_with_positions_for_both():
     clip = pixels()
     extra = {"input_image": frames(clip, 0), "end_image": frames(clip, -1)}
     batch = family.encode(PROMPTS, clip, extra=extra)
-    pred = family.predict(batch, batch.latents, TIMES, gradient_checkpointing=False)
+    pred = family.predict(batch, batch.latents, TIMES)
     for index in range(2):
         one = batch.samples()[index]
         hidden = torch.cat([one.latents, one.conditions["image_latents"]], dim=1)
@@ -228,7 +228,7 @@ def test_first_and_last_frame_with_positions_for_both():
         assert (pred[index] - expected[0]).abs().max() < 1e-5
     only_first = family.encode(PROMPTS, clip, extra={"input_image": frames(clip, 0)})
     with pytest.raises(ModelError, match="end_image"):
-        family.predict(only_first, only_first.latents, TIMES, gradient_checkpointing=False)
+        family.predict(only_first, only_first.latents, TIMES)
 
 
 def reference_loss(family, batch, noise, ids):
@@ -261,7 +261,7 @@ def reference_loss(family, batch, noise, ids):
 def test_the_loss_is_the_reference(which, request):
     family = request.getfixturevalue(which)
     extra = () if which == "text_to_video" else ("input_image",)
-    graph = TrainGraph(family, trained=["dit"], gradient_checkpointing=False, extra_inputs=extra)
+    graph = TrainGraph(family, trained=["dit"], extra_inputs=extra)
     samples = SampleBatch(pixels().numpy(), tuple(PROMPTS), (0, 1))
     batch = graph.encode(samples)
     assert (FIRST_FRAME in batch.conditions) == (which == "ti2v")
@@ -274,26 +274,14 @@ def test_the_loss_is_the_reference(which, request):
         assert not torch.allclose(graph(other, noise, ids), losses)
 
 
-def test_gradient_checkpointing_changes_no_gradient(text_to_video):
-    weight = text_to_video.components["dit"].blocks[0].attn1.to_q.weight.requires_grad_(True)
-    batch = text_to_video.encode(PROMPTS, pixels())
-    grads = []
-    for checkpointing in (False, True):
-        pred = text_to_video.predict(batch, batch.latents, TIMES, gradient_checkpointing=checkpointing)
-        grads.append(torch.autograd.grad(pred.square().mean(), weight)[0])
-    weight.requires_grad_(False)
-    assert torch.equal(*grads)
-    assert grads[0].abs().max() > 0
-
-
 def test_inputs_that_do_not_fit_the_variant(text_to_video, image_to_video, ti2v):
     clip = pixels()
     batch = text_to_video.encode(PROMPTS, clip)
     with pytest.raises(ModelError, match=r"takes input_image \(36 input channels\), and it was not given"):
-        image_to_video.predict(batch, batch.latents, TIMES, gradient_checkpointing=False)
+        image_to_video.predict(batch, batch.latents, TIMES)
     batch = image_to_video.encode(PROMPTS, clip, extra={"input_image": frames(clip, 0)})
     with pytest.raises(ModelError, match="takes no input_image"):
-        text_to_video.predict(batch, batch.latents, TIMES, gradient_checkpointing=False)
+        text_to_video.predict(batch, batch.latents, TIMES)
     with pytest.raises(ModelError, match=r"4n \+ 1"):
         text_to_video.encode_image(pixels(num_frames=4))
     with pytest.raises(ModelError, match="multiples of 32"):
@@ -312,7 +300,7 @@ def test_a14b_takes_the_image_without_clip():
     clip = pixels()
     batch = family.encode(PROMPTS, clip, extra={"input_image": frames(clip, 0)})
     assert "image_embeds" not in batch.conditions
-    pred = family.predict(batch, batch.latents, TIMES, gradient_checkpointing=False)
+    pred = family.predict(batch, batch.latents, TIMES)
     expected = reference_prediction(
         family.components["dit"], batch, torch.cat([batch.latents, batch.conditions["image_latents"]], dim=1), TIMES
     )
@@ -416,12 +404,12 @@ def test_diffusers_loads_the_export(target, text_to_video):
     state = lora_from_memory(lora_state_dict(trained), target=target, names=names)
     plain = Wan.build_tiny(0, components=["dit"])
     batch = text_to_video.encode(PROMPTS, pixels())
-    before = plain.predict(batch, batch.latents, TIMES, gradient_checkpointing=False)
+    before = plain.predict(batch, batch.latents, TIMES)
     parts = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer"))
     WanPipeline(transformer=plain.components["dit"], **parts).load_lora_weights(state)
-    after = plain.predict(batch, batch.latents, TIMES, gradient_checkpointing=False)
+    after = plain.predict(batch, batch.latents, TIMES)
     plain.components["dit"] = trained
-    expected = plain.predict(batch, batch.latents, TIMES, gradient_checkpointing=False)
+    expected = plain.predict(batch, batch.latents, TIMES)
     assert (after - before).abs().max() > 1e-2
     assert (after - expected).abs().max() < 1e-5
 

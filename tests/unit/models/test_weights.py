@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models.qwen_image import QwenImage
-from diffsynth_ray.models.weights import copy_weights, load_components, load_state_dict, seeded_generator
+from diffsynth_ray.models.weight_source import seeded_generator
+from diffsynth_ray.models.weights import copy_weights, load_components, load_state_dict
 
 torch.set_num_threads(1)
 TINY = Path(__file__).parents[2] / "assets" / "qwen_image_tiny"
@@ -53,7 +54,7 @@ def test_shards_of_two_models(tmp_path):
 
 @pytest.mark.parametrize(("shards", "first"), [(DIT[:1], "transformer_blocks.1"), (DIT[1:], "time_text_embed")])
 def test_missing_shard(shards, first):
-    _, files = load_components([names(shards)])
+    _, files = load_components([names(shards)], family="qwen_image")
     with pytest.raises(ModelError, match=r"of 77 tensors are missing.*is a shard missing\?") as caught:
         QwenImage.load(files, components=["dit"])
     assert first in str(caught.value)

@@ -8,11 +8,11 @@ import torch
 
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import JobFileError, ModelError
-from diffsynth_ray.models.qwen_image import QwenImage
 from diffsynth_ray.run_dir import RunDir
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.checkpoint import find_restorable, read_checkpoint, save_checkpoint
-from diffsynth_ray.train.trainer import MicroInput, SampleBatch, Trainer, load_exported, select_trained
+from diffsynth_ray.train.residency import settle
+from diffsynth_ray.train.trainer import MicroInput, SampleBatch, Trainer, load_exported, load_family, select_trained
 
 torch.set_num_threads(1)
 PROMPTS = ("a cat", "a rocket on its launch pad", "coffee", "")
@@ -21,6 +21,7 @@ PROMPTS = ("a cat", "a rocket on its launch pad", "coffee", "")
 def build_job(**sections):
     base = {
         "name": "test",
+        "model": {"family": "qwen_image", "tiny": True},
         "training": {"precision": "fp32", "learning_rate": 1e-3},
         "lora": {"base_model": "dit", "rank": 4},
     }
@@ -30,10 +31,10 @@ def build_job(**sections):
 
 
 def build_trainer(job, *, num_samples=40, probe=True):
-    dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
-    family = QwenImage.build_tiny(0, dtype=dtype)
+    family = load_family(job, device=torch.device("cpu"))
     select_trained(family, job)
-    trainer = Trainer(job, family, build_schedule(job, num_samples=num_samples, global_batch_size=4))
+    residency = settle(family, job, say=print)
+    trainer = Trainer(job, family, build_schedule(job, num_samples=num_samples, global_batch_size=4), residency=residency)
     trainer.start(micro([0]) if probe else None)
     return trainer
 
@@ -97,6 +98,53 @@ def test_gradient_checkpointing_is_bit_equal():
     kept = build_trainer(build_job(gradient={"checkpointing": False}))
     recomputed = build_trainer(build_job())
     assert train(kept, [micro([0, 1])]) == train(recomputed, [micro([0, 1])])
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {"offload": {"cpu_offload": True}},
+        {"offload": {"cpu_offload": True, "vram_budget_gib": 0.001}},
+        {"offload": {"cpu_offload": True, "param_size_threshold": 0.05}},
+        {"gradient": {"checkpointing_offload": True}, "offload": {"cpu_offload": True}},
+    ],
+)
+def test_where_weights_and_activations_live_is_bit_equal(memory, full, monkeypatch):
+    monkeypatch.setattr("diffsynth_ray.memory.activations.MIN_BYTES", 1)
+    trained = {"training": {"trainable_models": ["dit"]}, "lora": {"base_model": None}} if full else {}
+    plain, moved = build_trainer(build_job(**trained)), build_trainer(build_job(**trained, **memory))
+    assert train(moved, [micro([0, 1]), micro([2])]) == train(plain, [micro([0, 1]), micro([2])])
+    for name, tensor in weights(plain).items():
+        assert torch.equal(tensor, moved.masters()[name]), name
+    residency = moved.residency
+    assert residency.offload.moved_bytes > 0
+    assert {unit.name.split(".")[0] for unit in residency.offload.units} >= {"text_encoder", "vae"}
+    assert residency.activations is None or residency.activations.moved_bytes > 0
+
+
+def test_fp8_is_close_and_is_the_same_with_offload():
+    plain = train(build_trainer(build_job()), [micro([0, 1])])
+    stored = build_trainer(build_job(model={"fp8_models": ["dit"]}))
+    losses = train(stored, [micro([0, 1])])
+    assert losses != plain
+    assert losses == pytest.approx(plain, rel=2e-2)
+    moved = build_trainer(build_job(model={"fp8_models": ["dit"]}, offload={"cpu_offload": True}))
+    assert train(moved, [micro([0, 1])]) == losses
+    dtypes = {param.dtype for name, param in stored.graph.named_parameters() if "base_layer.weight" in name}
+    assert torch.float8_e4m3fn in dtypes
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"fp8_models": ["dit"]}, "training": {"trainable_models": ["dit"]}, "lora": {"base_model": None}}, "is trained"),
+        ({"model": {"fp8_models": ["unet"]}}, "no loaded component 'unet'; it has dit, text_encoder, vae"),
+    ],
+)
+def test_fp8_of_what_cannot_be_is_refused(sections, message):
+    with pytest.raises(JobFileError, match=message):
+        build_trainer(build_job(**sections))
 
 
 def test_full_training_of_two_components_beside_a_lora():
