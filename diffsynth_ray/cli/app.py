@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from diffsynth_ray import __version__
-from diffsynth_ray.cli import control, foreground, inspect, render, submit
+from diffsynth_ray.cli import control, export, foreground, inspect, render, submit
 from diffsynth_ray.errors import DsrayError, ExitCode
 
 app = typer.Typer(
@@ -48,6 +48,7 @@ app.command("status")(inspect.status)
 app.command("logs")(inspect.logs)
 app.command("stop")(control.stop)
 app.command("list")(inspect.list_runs)
+app.command("export")(export.export)
 
 
 def main(arguments: list[str] | None = None) -> int:

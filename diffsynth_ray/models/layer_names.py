@@ -64,21 +64,26 @@ class NameTable:
         """The layers in memory of a file's layer, in the order of its rows; () for a name that is not in the table."""
         if name in self._to_memory:
             return self._to_memory[name]
-        template, number = _template(name)
+        template, number = _split_number(name)
         return tuple(layer.replace("{}", number) for layer in self._to_memory.get(template, ()))
 
     def from_memory(self, name: str) -> Part:
         """Where the file has a layer."""
         if name in self._from_memory:
             return self._from_memory[name]
-        template, number = _template(name)
+        template, number = _split_number(name)
         part = self._from_memory.get(template)
         return Part(name) if part is None else replace(part, module=part.module.replace("{}", number))
 
 
-def _template(name: str) -> tuple[str, str]:
+def _split_number(name: str) -> tuple[str, str]:
     number = _BLOCK_NUMBER.search(name)
     return (_BLOCK_NUMBER.sub("{}", name, count=1), number[0]) if number else (name, "")
+
+
+def name_template(name: str) -> str:
+    """A layer's name with `{}` in place of the number of its block."""
+    return _split_number(name)[0]
 
 
 SAME_NAMES = NameTable({})
@@ -150,5 +155,5 @@ class LayerNames:
         names: set[str] = set()
         for layer in layers:
             for tool in ("diffsynth", "comfyui", "diffusers"):
-                names.add(_template(self.part(layer, tool).module)[0])
+                names.add(name_template(self.part(layer, tool).module))
         return names

@@ -99,6 +99,11 @@ def rename_lora(
     return lora_from_memory(lora_to_memory(state, names=names, modules=modules), target=target, names=names)
 
 
+def lora_modules(keys: Iterable[str]) -> set[str]:
+    """The layers of a LoRA as its file writes them, prefixes taken off; ModelError for a key that is no LoRA's."""
+    return {_split_lora_key(key)[0] for key in keys}
+
+
 def _split_lora_key(key: str) -> tuple[str, str]:
     """(module, part), part one of A, B, alpha; the module still as the file writes it, prefixes taken off."""
     match = _KEY.fullmatch(key)
