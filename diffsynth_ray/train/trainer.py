@@ -137,6 +137,11 @@ def _extra_inputs(batch: SampleBatch, pixels: Tensor, names: Sequence[str]) -> d
     }
 
 
+def probe_inputs(names: Sequence[str], pixels: np.ndarray) -> dict[str, tuple[Any, ...]]:
+    """Extra inputs for a batch that is only tried out: pictures of the samples' own size."""
+    return {name: tuple((one[:1],) for one in pixels) for name in names}
+
+
 def load_family(job: Job, *, device: torch.device) -> ModelFamily:
     """The job's model for `device`: from its files, or at the family's tiny size with random weights.
 

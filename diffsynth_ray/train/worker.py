@@ -35,6 +35,7 @@ from diffsynth_ray.train.trainer import (
     Trainer,
     load_family,
     load_initial_weights,
+    probe_inputs,
     select_trained,
 )
 
@@ -119,7 +120,8 @@ class _Worker:
         shape = (len(micro.rows), micro.num_frames, micro.height, micro.width, 3)
         pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         prompts = tuple(self.index.prompt(row) for row in micro.rows)
-        return MicroInput(SampleBatch(pixels, prompts, micro.rows), micro.indices)
+        extra = probe_inputs(self.job.model.extra_inputs, pixels)
+        return MicroInput(SampleBatch(pixels, prompts, micro.rows, extra), micro.indices)
 
     def _choose_start(self) -> int:
         """The step to go on from, chosen by rank 0 for all: that of the newest whole checkpoint, or 0."""
