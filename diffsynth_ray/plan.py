@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_ray.config.resolve import ResolvedJob
+from diffsynth_ray.config.schema import Job
+from diffsynth_ray.config.zero import read_zero_config
 from diffsynth_ray.data.metadata import PROMPT_COLUMN, read_metadata
 from diffsynth_ray.errors import JobFileError, Problem
 from diffsynth_ray.schedule import build_schedule, export_file_names, trained_components
@@ -22,7 +24,9 @@ class Plan:
     run: str
     stages: list[str]
     num_workers: int
+    min_workers: int
     device: str
+    strategy: str
     resources_per_worker: dict[str, float]
     decode_tasks: int
     decode_cpus: float
@@ -59,10 +63,11 @@ class Plan:
         epochs = self.num_steps / self.steps_per_epoch
         shown = ", ".join(self.files[:_SHOWN_FILES])
         more = f" ... {self.files[-1]}" if len(self.files) > _SHOWN_FILES else ""
+        count = f"{self.min_workers} to {self.num_workers}" if self.min_workers < self.num_workers else str(self.num_workers)
         return [
             f"run       {self.run}",
             f"stages    {' -> '.join(self.stages)} on {self.device}, training {', '.join(self.trained)}",
-            f"workers   {self.num_workers} x ({resources}), {self.decode_tasks} decoding task(s) of "
+            f"workers   {count} x ({resources}) under {self.strategy}, {self.decode_tasks} decoding task(s) of "
             f"{self.decode_cpus:g} CPU each",
             f"samples   {self.num_rows} rows x repeat {self.repeat} = {self.num_samples} an epoch",
             f"batch     {batch} samples a step",
@@ -102,7 +107,9 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
         run=resolved.run,
         stages=list(resolved.stages),
         num_workers=resolved.num_workers,
+        min_workers=resolved.min_workers,
         device=resolved.device,
+        strategy=_strategy(job),
         resources_per_worker=resolved.resources_per_worker,
         decode_tasks=resolved.decode_tasks,
         decode_cpus=resolved.decode_cpus,
@@ -121,18 +128,38 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
     )
 
 
+def _strategy(job: Job) -> str:
+    distributed = job.distributed
+    if distributed.strategy == "ddp":
+        return "DDP"
+    offloaded = [
+        what
+        for what, device in (
+            ("optimizer", distributed.offload_optimizer_device),
+            ("parameters", distributed.offload_param_device),
+        )
+        if device != "none"
+    ]
+    return f"DeepSpeed ZeRO-{distributed.zero_stage}" + (f", {' and '.join(offloaded)} on the host" if offloaded else "")
+
+
 def _check_model_files(resolved: ResolvedJob) -> None:
     model = resolved.job.model
     named = [("model.paths", path) for entry in model.paths for path in ([entry] if isinstance(entry, str) else entry)]
     named += [
         (key, path)
-        for key, path in (
+        for key, value in (
             ("model.tokenizer_path", model.tokenizer_path),
             ("training.resume_from_checkpoint", resolved.job.training.resume_from_checkpoint),
             ("lora.checkpoint", resolved.job.lora.checkpoint),
+            ("lora.preset_path", resolved.job.lora.preset_path),
+            ("distributed.deepspeed_config", resolved.job.distributed.deepspeed_config),
         )
-        if path is not None
+        if value is not None
+        for path in ([value] if isinstance(value, str) else value)
     ]
     missing = [Problem(key, f"{path} does not exist") for key, path in named if not Path(path).exists()]
     if missing:
         raise JobFileError(f"job {resolved.job.name}", missing)
+    if resolved.job.distributed.strategy == "deepspeed":
+        read_zero_config(resolved.job)

@@ -132,8 +132,8 @@ class TrainingSection(Section):
     """Under bf16, keep float32 copies of the trained weights, so that small updates are not rounded away."""
     ema_decay: float | None = _key(identity=True, gt=0, lt=1, not_built="EMA weights")
     """Decay of the moving average of the weights."""
-    resume_from_checkpoint: str | None = _key(identity=True, path=True)
-    """Weights (.safetensors) that the trained components start from: an initialisation, not a resume."""
+    resume_from_checkpoint: str | list[str] | None = _key(identity=True, path=True)
+    """Exported weights, one file or several, that the components trained in full start from: no resume."""
     min_timestep_boundary: float = _key(0.0, identity=True, ge=0, le=1)
     """First trained timestep, as a fraction of the timestep ids (0 = most noise)."""
     max_timestep_boundary: float = _key(1.0, identity=True, ge=0, le=1)
@@ -153,6 +153,8 @@ class OutputSection(Section):
     """Export weights every so many optimizer steps and at the end; unset = after every epoch."""
     formats: list[Literal["diffsynth", "diffusers", "comfyui", "kohya"]] = _key(["diffsynth"])
     """Key names of the exports; formats other than diffsynth go to {path}/{format}/."""
+    checkpoint_path: str | None = _key(path=True)
+    """Folder or URL (s3://, gs://, hdfs://, any file system of pyarrow) of the checkpoints; default {path}/checkpoints."""
     checkpoint_minutes: float | None = _key(15.0, gt=0)
     """Minutes between two checkpoints (resume state)."""
     checkpoint_steps: int | None = _key(ge=1)
@@ -174,10 +176,10 @@ class LoraSection(Section):
     """Scale alpha / rank; default alpha = rank."""
     checkpoint: str | None = _key(identity=True, path=True)
     """LoRA weights to start from."""
-    preset_path: str | None = _key(identity=True, path=True, not_built="preset LoRA")
-    """LoRA merged into the base before training (differential LoRA)."""
-    preset_model: str | None = _key(identity=True, not_built="preset LoRA")
-    """Component that the preset LoRA is merged into."""
+    preset_path: str | list[str] | None = _key(identity=True, path=True)
+    """LoRA (or several) merged into the base before training (differential LoRA)."""
+    preset_model: str | list[str] | None = _key(identity=True)
+    """Component that the preset LoRA is merged into, or one for each; default: the one that is trained first."""
 
 
 class GradientSection(Section):
@@ -208,17 +210,17 @@ class DistributedSection(Section):
     """Workers and strategy."""
 
     num_workers: int | Annotated[list[int], Field(min_length=2, max_length=2)] | None = _key()
-    """Training workers; unset = all GPUs, else 1; [min, max] = elastic (a later version)."""
+    """Training workers; unset = all GPUs, else 1; [min, max] = elastic: what there is room for, whenever nodes go or come."""
     strategy: Literal["ddp", "deepspeed"] = _key("ddp")
-    """How gradients and optimizer state are shared."""
-    zero_stage: Literal[1, 2, 3] = _key(2, not_built="DeepSpeed")
-    """ZeRO stage of DeepSpeed."""
-    offload_optimizer_device: Literal["none", "cpu"] = _key("none", not_built="DeepSpeed")
-    """Where DeepSpeed keeps the optimizer state."""
-    offload_param_device: Literal["none", "cpu"] = _key("none", not_built="DeepSpeed")
-    """Where DeepSpeed keeps the parameters (stage 3)."""
-    deepspeed_config: str | None = _key(path=True, not_built="DeepSpeed")
-    """DeepSpeed configuration merged in."""
+    """Every worker has everything (ddp), or DeepSpeed shares optimizer state, gradients and parameters out."""
+    zero_stage: Literal[1, 2, 3] = _key(2)
+    """What DeepSpeed shares out: 1 = optimizer state, 2 = and gradients, 3 = and parameters. There is no 0: that is ddp."""
+    offload_optimizer_device: Literal["none", "cpu"] = _key("none")
+    """Where DeepSpeed keeps masters and optimizer state, and updates them; "cpu" = in host memory."""
+    offload_param_device: Literal["none", "cpu"] = _key("none")
+    """Where DeepSpeed keeps parameters that are not in use (zero_stage = 3); "cpu" = in host memory."""
+    deepspeed_config: str | None = _key(path=True)
+    """DeepSpeed configuration (JSON) merged in; what contradicts a key of the job is an error."""
     resources_per_worker: dict[str, float] | None = _key()
     """Ray resources of a worker; default {GPU = 1, CPU = 1} with GPUs, else {CPU = 0.5}."""
     max_failures: int = _key(3, ge=0)
@@ -308,7 +310,6 @@ class Job(Section):
 
 NOT_BUILT_VALUES: dict[str, dict[Any, str]] = {
     "task": {"direct_distill": "direct distillation"},
-    "distributed.strategy": {"deepspeed": "DeepSpeed"},
     "gradient.checkpointing": {"auto": "selective recomputation"},
 }
 """Single values of otherwise built keys that a later version brings."""

@@ -13,6 +13,10 @@ from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.data.samples import build_sample_index
 from diffsynth_ray.run_dir import RunDir
 
+_TORCH_TIMEOUT_MARGIN_S = 60
+_RESIZE_INTERVAL_S = 15.0
+"""How often an elastic run looks for room for more workers."""
+
 
 def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     from diffsynth_ray.train.worker import train_loop
@@ -29,6 +33,7 @@ def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from diffsynth_ray.launch.watch import Watch
     from diffsynth_ray.models.family import get_family
     from diffsynth_ray.models.weights import load_components
     from diffsynth_ray.train.trainer import check_components
@@ -43,14 +48,17 @@ def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -
     family = load_components(model.paths, family=model.family)[0] if model.paths else str(model.family)
     check_components(get_family(family), resolved.job)
     index = build_sample_index(resolved, say)
-    say(f"starting {resolved.num_workers} training worker(s)")
+    count = f"{resolved.min_workers} to {resolved.num_workers}" if resolved.is_elastic else f"{resolved.num_workers}"
+    say(f"starting {count} training worker(s)")
     trainer = TorchTrainer(
         _train_loop,
         # Ray's dashboard shows it: JSON and handles, no secrets.
         train_loop_config={"resolved_json": resolved_json, "token": token, "index": ray.put(index), "board": board},
-        torch_config=TorchConfig(timeout_s=int(resolved.job.distributed.timeout_s)),
+        # The driver ends what hangs after timeout_s, and names it; torch's own time-out is for what it does not see.
+        torch_config=TorchConfig(timeout_s=int(resolved.job.distributed.timeout_s) + _TORCH_TIMEOUT_MARGIN_S),
         scaling_config=ScalingConfig(
-            num_workers=resolved.num_workers,
+            num_workers=(resolved.min_workers, resolved.num_workers) if resolved.is_elastic else resolved.num_workers,
+            elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
             use_gpu=resolved.device == "cuda",
             resources_per_worker=resolved.resources_per_worker,
         ),
@@ -58,6 +66,7 @@ def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -
             name=attempt_name,
             storage_path=str(RunDir(resolved.output_path).ray_dir),
             failure_config=FailureConfig(max_failures=resolved.job.distributed.max_failures),
+            callbacks=[Watch(board, resolved.output_path)],
         ),
     )
     result = trainer.fit()

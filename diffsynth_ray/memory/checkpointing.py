@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 
 from diffsynth_ray.memory.activations import ActivationStore
 from diffsynth_ray.memory.offload import LayerOffload, Unit
@@ -66,6 +67,24 @@ class BlockCall:
         results, self.out_spec = tree_flatten(self.inner(*args, **kwargs))
         assert all(isinstance(result, Tensor) for result in results), f"{type(self.module).__name__} returns more than tensors"
         return results
+
+
+class PartitionedBlockCall:
+    """A module's forward where the parameters inside are whole only while the module that holds them runs (ZeRO-3).
+
+    BlockCall hands parameters to the graph as they are before the call, which are empty then. torch's own checkpoint records the
+    graph that the forward pass leaves, and calls the inner modules again with their hooks.
+    """
+
+    def __init__(self, module: nn.Module, *, recompute: bool) -> None:
+        self.recompute = recompute
+        self.inner: Callable[..., Any] = module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's result; same values and gradients as the module's own forward."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.inner, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return self.inner(*args, **kwargs)
 
 
 class _Arguments:

@@ -127,7 +127,8 @@ class LibraryFamily(ModelFamily):
         cls.check_options(options or {})
         configs = cls.tiny_configs(extra_inputs)
         modules = {}
-        for component in configs if components is None else components:
+        wanted = [name for name in cls.component_names if name in configs] if components is None else components
+        for component in wanted:
             module = cls.build_component(component, cls.component_config(component, configs[component], options or {}))
             randomize_weights(module, seed=seed, component=component, dtype=dtype, device=device)
             modules[component] = module

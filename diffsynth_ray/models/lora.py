@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models.layer_names import LayerNames
 from diffsynth_ray.models.names import lora_to_memory
-from diffsynth_ray.models.weight_source import seeded_generator
+from diffsynth_ray.models.weight_source import WeightSource, seeded_generator
 from diffsynth_ray.models.weights import load_tensors
 
 ADAPTER = "default"
@@ -160,10 +160,10 @@ def _plain_lora_linear() -> type[nn.Module]:
         def forward(self, x: Tensor) -> Tensor:
             if self.disable_adapters or self.merged:
                 return super().forward(x)
-            low = F.linear(x, self.lora_A[ADAPTER].weight)
-            update = F.linear(low, self.lora_B[ADAPTER].weight)
+            base, down = self.base_layer(x), self.lora_A[ADAPTER].weight
+            update = F.linear(F.linear(x.to(down.dtype), down), self.lora_B[ADAPTER].weight)
             scaling = self.scaling[ADAPTER]
-            return self.base_layer(x) + (update if scaling == 1 else update * scaling)
+            return (base + (update if scaling == 1 else update * scaling)).to(base.dtype)
 
     return PlainLoraLinear
 
@@ -184,17 +184,21 @@ def _fused_groups(module: nn.Module, names: LayerNames) -> list[list[Any]]:
     return [group for name, group in groups.items() if len(group) == sizes[name] > 1]
 
 
-def lora_state_dict(module: nn.Module) -> dict[str, Tensor]:
+def lora_state_dict(module: nn.Module, *, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The adapters in the form that `names` converts from. It has no alpha: B comes multiplied by alpha / rank.
 
-    With alpha = rank the tensors are the parameters themselves, not copies.
+    `values` by parameter name replace the module's own, which may be partitioned over processes. With alpha = rank the
+    tensors are the parameters (or values) themselves, not copies.
     """
     state: dict[str, Tensor] = {}
+    # An A that layers have in common is a parameter of one name.
+    name_of = {id(parameter): name for name, parameter in module.named_parameters()}
     for name, layer in lora_layers(module).items():
         scaling = _scaling(layer)
-        lora_b = layer.lora_B[ADAPTER].weight.detach()
-        state[f"{name}.lora_A.{ADAPTER}.weight"] = layer.lora_A[ADAPTER].weight.detach()
-        state[f"{name}.lora_B.{ADAPTER}.weight"] = lora_b if scaling == 1 else lora_b * scaling
+        for part in ("lora_A", "lora_B"):
+            weight = getattr(layer, part)[ADAPTER].weight
+            value = weight.detach() if values is None else values[name_of[id(weight)]]
+            state[f"{name}.{part}.{ADAPTER}.weight"] = value * scaling if part == "lora_B" and scaling != 1 else value
     return state
 
 
@@ -257,16 +261,30 @@ def _part_groups(module: nn.Module, state: Mapping[str, Tensor], names: LayerNam
             layer.lora_A[ADAPTER].weight = nn.Parameter(shared.weight.detach().clone())
 
 
+class MergedWeights:
+    """A weight source with LoRAs' B A added to the weights that it reads."""
+
+    def __init__(self, source: WeightSource, updates: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """`updates`: layer -> (A [rank, in], B [out, rank])."""
+        self._source, self._updates = source, updates
+
+    def read(self, name: str) -> Tensor:
+        """See WeightSource."""
+        weight = self._source.read(name)
+        if name.removesuffix(".weight") not in self._updates:
+            return weight
+        down, up = self._updates[name.removesuffix(".weight")]
+        return (weight.float() + up.float() @ down.float()).to(weight.dtype)
+
+
 def merge_lora(module: nn.Module, source: Path | str | Mapping[str, Tensor], *, names: LayerNames | None = None) -> int:
-    """Add a LoRA's B A to the base weights, in place (`[lora] preset_path`); returns the number of layers changed."""
+    """Add a LoRA's B A to the base weights that `module` will read (`[lora] preset_path`); returns the number of layers changed."""
     state = _read_lora(module, source, names)
-    linears = {name.removesuffix(".base_layer"): linear for name, linear in _linears(module).items()}
+    linears = {name.removesuffix(".base_layer") for name in _linears(module)}
     layers = [key.removesuffix(f".lora_A.{ADAPTER}.weight") for key in state if ".lora_A." in key]
     for name in layers:
         if name not in linears:
             raise ModelError(f"preset LoRA: layer {name!r} is not part of this component")
-        weight = linears[name].weight
-        down, up = (state[f"{name}.{part}.{ADAPTER}.weight"].to(weight.device, torch.float32) for part in ("lora_A", "lora_B"))
-        with torch.no_grad():
-            weight.copy_(weight.float() + up @ down)
+    updates = {name: (state[f"{name}.lora_A.{ADAPTER}.weight"], state[f"{name}.lora_B.{ADAPTER}.weight"]) for name in layers}
+    module.weight_source = MergedWeights(cast(WeightSource, module.weight_source), updates)  # type: ignore[assignment]
     return len(layers)

@@ -151,6 +151,17 @@ class RandomWeights:
         return (torch.randn(shape, generator=generator) * std).to(self._dtype)
 
 
+class GivenWeights:
+    """Some weights that are given, the rest from elsewhere."""
+
+    def __init__(self, values: Mapping[str, Tensor], rest: WeightSource, *, dtype: torch.dtype) -> None:
+        self._values, self._rest, self._dtype = values, rest, dtype
+
+    def read(self, name: str) -> Tensor:
+        """See WeightSource."""
+        return self._values[name].to(self._dtype, copy=True) if name in self._values else self._rest.read(name)
+
+
 def seeded_generator(seed: int, name: str) -> torch.Generator:
     """A CPU generator for one parameter: depends on (seed, name), not on the order in which parameters are made."""
     digest = hashlib.blake2b(f"parameter {seed} {name}".encode(), digest_size=8).digest()

@@ -27,6 +27,7 @@ from diffsynth_ray.models.weight_source import (
     SCALE_SUFFIXES,
     UNUSED_FP8_KEYS,
     FileWeights,
+    GivenWeights,
     MemoryTensors,
     RandomWeights,
     WeightSource,
@@ -281,29 +282,19 @@ def _check_fit(wanted: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[in
         raise ModelError(f"{source}: " + "; ".join(problems))
 
 
-def copy_weights(
-    module: nn.Module, paths: Sequence[Path], *, memory_key: Callable[[str], str | None], prefix: str = ""
-) -> int:
-    """Copy exported weights (`resume_from_checkpoint`) into a loaded module, in place; returns the number of tensors.
 
-    An export holds the trained parameters only, so keys may be missing; unknown ones are an error. `prefix` is cut off.
-    """
-    own = module.state_dict(keep_vars=True)
-    count = 0
-    for path in paths:
-        for key, shape, read in _read_file(path):
-            name = memory_key(key.removeprefix(prefix))
-            if name is None:
-                continue
-            if name not in own or tuple(own[name].shape) != shape:
-                have = f"has shape {list(own[name].shape)} in the model" if name in own else "is not part of the model"
-                raise ModelError(f"{path}: {key!r} {list(shape)} {have}")
-            with torch.no_grad():
-                own[name].copy_(read())
-            count += 1
-    if not count:
-        raise ModelError(f"{_names(paths)}: no weights of this component inside")
-    return count
+
+def put_weights(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give parameters other values: now, or where they are still on the meta device, when they are read."""
+    own = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, value in values.items():
+            if not own[name].is_meta:
+                own[name].copy_(value)
+    if any(own[name].is_meta for name in values):
+        later = {name: value for name, value in values.items() if own[name].is_meta}
+        dtype = next(own[name].dtype for name in later)
+        module.weight_source = GivenWeights(later, cast(Any, module).weight_source, dtype=dtype)  # type: ignore[assignment]
 
 
 def randomize_weights(

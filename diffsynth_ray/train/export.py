@@ -47,7 +47,9 @@ def _component_state(family: ModelFamily, job: Job, component: str, masters: dic
     """The trained weights under their names in memory."""
     module = family.component(component)
     if component == job.lora.base_model:
-        return lora_state_dict(module)
+        prefix = f"{component}."
+        values = {name.removeprefix(prefix): tensor for name, tensor in masters.items() if name.startswith(prefix)}
+        return lora_state_dict(module, values=values)
     return {
         name: masters[f"{component}.{name}"] for name, param in module.named_parameters() if param.requires_grad
     }

@@ -16,12 +16,13 @@ from torch import nn
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import JobFileError, Problem
 from diffsynth_ray.memory.activations import ActivationStore
-from diffsynth_ray.memory.checkpointing import BlockCall
+from diffsynth_ray.memory.checkpointing import BlockCall, PartitionedBlockCall
 from diffsynth_ray.memory.fp8 import convert_to_fp8
 from diffsynth_ray.memory.host import NodeGroup
 from diffsynth_ray.memory.offload import LayerOffload, Unit
 from diffsynth_ray.memory.placement import WeightSource, place, split_units
 from diffsynth_ray.models.family import ModelFamily
+from diffsynth_ray.schedule import trained_components
 
 RECOMPILE_LIMIT = 64
 """Variants of a block that are compiled before it runs uncompiled: shapes, with and without a graph, with and without a mask."""
@@ -47,7 +48,12 @@ class Residency:
 
 
 def settle(family: ModelFamily, job: Job, *, group: NodeGroup | None = None, say: Say) -> Residency:
-    """Read the family's weights to where the job wants them, and set up how its blocks are called."""
+    """Read the family's weights to where the job wants them, and set up how its blocks are called.
+
+    Components whose parameters are partitioned stay on the meta device: the strategy reads them.
+    """
+    partitioned = partitioned_components(job)
+    placed = {name: component for name, component in family.components.items() if name not in partitioned}
     blocks = {name: family.repeated_blocks(name) for name in family.components}
     for name in _fp8_components(family, job):
         convert_to_fp8(blocks[name])
@@ -56,10 +62,10 @@ def settle(family: ModelFamily, job: Job, *, group: NodeGroup | None = None, say
         threshold = job.offload.param_size_threshold
         max_bytes = None if threshold is None else int(threshold * 1e6)
         units = {
-            name: split_units(component, blocks[name], max_bytes=max_bytes) for name, component in family.components.items()
+            name: split_units(component, blocks[name], max_bytes=max_bytes) for name, component in placed.items()
         }
-    sources = {name: cast(WeightSource, component.weight_source) for name, component in family.components.items()}
-    built = place(family.components, sources, device=family.device, units=units, group=group, say=say)
+    sources = {name: cast(WeightSource, component.weight_source) for name, component in placed.items()}
+    built = place(placed, sources, device=family.device, units=units, group=group, say=say)
     for component in family.components.values():
         _move_buffers(component, family.device)
     budget = job.offload.vram_budget_gib
@@ -76,6 +82,12 @@ def settle(family: ModelFamily, job: Job, *, group: NodeGroup | None = None, say
     activations = ActivationStore(family.device) if job.gradient.checkpointing_offload else None
     _install(family, job, blocks, built, offload, activations)
     return Residency(offload, activations)
+
+
+def partitioned_components(job: Job) -> list[str]:
+    """Components whose parameters the workers share (ZeRO-3): those that hold trained ones."""
+    distributed = job.distributed
+    return trained_components(job) if distributed.strategy == "deepspeed" and distributed.zero_stage == 3 else []
 
 
 def _fp8_components(family: ModelFamily, job: Job) -> list[str]:
@@ -104,6 +116,10 @@ def _install(
     """Put a BlockCall around every block, and around every other module that is loaded by itself."""
     installed: set[nn.Module] = set()
     for name, found in blocks.items():
+        if name in partitioned_components(job):
+            for block in found:
+                block.forward = PartitionedBlockCall(block, recompute=job.gradient.checkpointing is not False)
+            continue
         compiles = name in family.predict_components and _compiles(job, family, name)
         for block in found:
             is_split = block not in units and any(inner in units for inner in block.modules())

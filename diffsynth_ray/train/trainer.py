@@ -5,7 +5,7 @@ b batch of a micro step, c latent channels, f frames, h/w height and width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,13 +26,14 @@ from diffsynth_ray.models.flow_matching import (
     per_sample_loss,
     timestep_id_range,
 )
-from diffsynth_ray.models.lora import add_lora, load_lora
-from diffsynth_ray.models.weights import load_components, load_state_dict
+from diffsynth_ray.models.lora import add_lora
+from diffsynth_ray.models.weights import load_components
 from diffsynth_ray.schedule import Schedule, trained_components
-from diffsynth_ray.train.optim import MasterOptimizer, lr_factor
+from diffsynth_ray.train.initial import as_list
+from diffsynth_ray.train.optim import lr_factor
 from diffsynth_ray.train.residency import Residency
+from diffsynth_ray.train.strategy import build_strategy, trained_parameters
 from diffsynth_ray.train.strategy.base import Strategy
-from diffsynth_ray.train.strategy.ddp import DDPStrategy
 
 
 @dataclass(frozen=True)
@@ -168,53 +169,6 @@ def _build_family(job: Job) -> ModelFamily:
     )
 
 
-def load_initial_weights(family: ModelFamily, job: Job) -> None:
-    """Start from given weights: an initialisation, not a resume."""
-    if job.lora.checkpoint is not None:
-        assert job.lora.base_model is not None  # resolve has checked it
-        load_lora(
-            family.component(job.lora.base_model),
-            Path(job.lora.checkpoint),
-            names=family.layer_names(job.lora.base_model),
-        )
-    if job.training.resume_from_checkpoint is not None:
-        component = next((name for name in trained_components(job) if name != job.lora.base_model), None)
-        if component is None:
-            raise JobFileError(
-                "job",
-                [
-                    Problem(
-                        "training.resume_from_checkpoint",
-                        "needs training.trainable_models; a LoRA starts from lora.checkpoint",
-                    )
-                ],
-            )
-        load_exported(family, component, Path(job.training.resume_from_checkpoint))
-
-
-def load_exported(family: ModelFamily, component: str, path: Path) -> None:
-    """Load a component's exported weights in place; raises ModelError for keys or shapes that do not fit."""
-    module = family.component(component)
-    own = dict(module.named_parameters())
-    state = {}
-    unknown = []
-    for key, whole in load_state_dict([path]).items():
-        for name, tensor in family.memory_tensors(component, key.removeprefix(f"pipe.{component}."), whole).items():
-            if name not in own or own[name].shape != tensor.shape:
-                unknown.append(key)
-            else:
-                state[name] = tensor
-    missing = sorted(own.keys() - state.keys())
-    if unknown or missing:
-        raise ModelError(
-            f"training.resume_from_checkpoint: {path} does not fit {component}: {len(unknown)} keys are unknown there or "
-            f"of another shape (first: {unknown[:3]}), {len(missing)} of its parameters are missing (first: {missing[:3]})"
-        )
-    with torch.no_grad():
-        for name, tensor in state.items():
-            own[name].copy_(tensor)
-
-
 def check_components(family: ModelFamily | type[ModelFamily], job: Job) -> None:
     """Raise JobFileError for trained components that the family does not have, and for a LoRA without targets."""
     known = family.component_names
@@ -223,6 +177,7 @@ def check_components(family: ModelFamily | type[ModelFamily], job: Job) -> None:
         for key, names in (
             ("training.trainable_models", job.training.trainable_models),
             ("lora.base_model", [job.lora.base_model] if job.lora.base_model else []),
+            ("lora.preset_model", as_list(job.lora.preset_model)),
         )
         for name in names
         if name not in known
@@ -263,6 +218,10 @@ def _add_job_lora(family: ModelFamily, job: Job) -> None:
     )
 
 
+def _silent(line: str) -> None:
+    """Where nobody listens."""
+
+
 class Trainer:
     """All state of a run on one worker."""
 
@@ -274,40 +233,25 @@ class Trainer:
         self.schedule = schedule
         self.residency = residency or Residency()
         self.graph = TrainGraph(family, trained=trained_components(job), extra_inputs=job.model.extra_inputs)
-        self.trained = {
-            name.removeprefix("components."): param
-            for name, param in self.graph.named_parameters()
-            if param.requires_grad
-        }
         self.id_range = timestep_id_range(job.training.min_timestep_boundary, job.training.max_timestep_boundary)
-        self.optimizer = MasterOptimizer(self.trained, job.training)
         self.strategy: Strategy | None = None
         self.step = 0
         """Optimizer steps done."""
 
-    def start(self, probe: MicroInput | None) -> None:
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by "component.parameter"; a strategy may hold them in parts."""
+        return trained_parameters(self.graph)
+
+    def start(self, probe: MicroInput | None, *, say: Callable[[str], object] = _silent) -> None:
         """Build the strategy; `probe` is run once forward and backward and thrown away.
 
         The probe finds parameters without a gradient ("auto") and an out-of-memory before the first step.
         """
-        find_unused = self.job.training.find_unused_parameters
-        if probe is not None:
-            has_unused = self._probe(probe)
-            find_unused = has_unused if find_unused == "auto" else find_unused
-        self.strategy = DDPStrategy(self.graph, self.optimizer, find_unused_parameters=find_unused is not False)
-
-    def _probe(self, probe: MicroInput) -> bool:
-        """Run a micro batch and forget it; whether some trained parameter got no gradient."""
-        noise, timestep_ids = self._draw(probe, step=0)
+        inputs = None if probe is None else (probe.batch, *self._draw(probe, step=0))
         self.residency.begin()
         with fastest_attention():
-            self.graph(probe.batch, noise, timestep_ids).sum().backward()
-        num_unused = sum(param.grad is None for param in self.trained.values())
-        for param in self.trained.values():
-            param.grad = None
-        if num_unused == len(self.trained):
-            raise ModelError("no trained parameter has a gradient: the trained components take no part in the loss")
-        return num_unused > 0
+            self.strategy = build_strategy(self.job, self.family, self.graph, probe=inputs, say=say)
 
     def _draw(self, micro: MicroInput, *, step: int) -> tuple[Tensor, Tensor]:
         """Noise [b, c, (f,) h, w] float32 and timestep ids [b] int64 of a micro batch, on the CPU."""
@@ -323,12 +267,6 @@ class Trainer:
         if self.family.device.type == "cuda":
             noise = noise.pin_memory().to(self.family.device, non_blocking=True)
         return noise, torch.tensor([timestep_id for _, timestep_id in draws])
-
-    def masters(self) -> dict[str, Tensor]:
-        """Float32 (or only) copies of the trained weights by "component.parameter"."""
-        return {
-            name: master.detach() for name, master in zip(self.optimizer.names, self.optimizer.masters, strict=True)
-        }
 
     def lr(self, step: int) -> float:
         """Learning rate of a step (from 0)."""

@@ -7,22 +7,33 @@ workers and added to the float32 masters' gradients, because DDP cannot accumula
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diffsynth_ray.train.optim import MasterOptimizer
+from diffsynth_ray.train.shards import balanced_slices
+from diffsynth_ray.train.strategy.base import GradientWatch, StateReader, StateSlice
 
 
 class DDPStrategy:
     """Every worker has the whole model and the whole optimizer state."""
 
-    def __init__(self, graph: nn.Module, optimizer: MasterOptimizer, *, find_unused_parameters: bool) -> None:
+    def __init__(
+        self,
+        graph: nn.Module,
+        optimizer: MasterOptimizer,
+        *,
+        find_unused_parameters: bool | Literal["auto"],
+        probe: tuple[Any, ...] | None = None,
+    ) -> None:
         self.optimizer = optimizer
+        if probe is not None:
+            has_unused = self._probe(graph, probe)
+            find_unused_parameters = has_unused if find_unused_parameters == "auto" else find_unused_parameters
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.module = graph
@@ -33,10 +44,18 @@ class DDPStrategy:
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(graph, frozen)
             self.ddp = DistributedDataParallel(
                 graph,
-                find_unused_parameters=find_unused_parameters,
+                find_unused_parameters=find_unused_parameters is not False,
                 gradient_as_bucket_view=True,
                 broadcast_buffers=False,
             )
+
+    def _probe(self, graph: nn.Module, inputs: tuple[Any, ...]) -> bool:
+        """Run a micro batch and forget it; whether some trained parameter got no gradient."""
+        watch = GradientWatch(dict(zip(self.optimizer.names, self.optimizer.params, strict=True)))
+        graph(*inputs).sum().backward()
+        for param in self.optimizer.params:
+            param.grad = None
+        return bool(watch.stop())
 
     def forward(self, *inputs: Any, last: bool) -> Tensor:
         """See Strategy."""
@@ -69,10 +88,14 @@ class DDPStrategy:
             dist.all_reduce(value)
         return value
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """See Strategy."""
-        return self.optimizer.state_tensors()
+    def full_masters(self) -> dict[str, Tensor]:
+        """See Strategy. Every rank has them."""
+        return self.optimizer.named_masters()
 
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+    def state_slices(self) -> dict[str, StateSlice]:
+        """See Strategy. Every rank has the whole state and writes an even share of it."""
+        return balanced_slices(self.optimizer.state_tensors(), rank=self.rank, world_size=self.world_size)
+
+    def load_state(self, state: StateReader) -> None:
         """See Strategy."""
-        self.optimizer.load_state_tensors(tensors)
+        self.optimizer.load_state(state)

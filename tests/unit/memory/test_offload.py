@@ -158,7 +158,7 @@ class PipeGroup:
 
 def _second_worker(pipe, barrier, done):
     group = PipeGroup(False, pipe, barrier)
-    _, model, offload, source = build(group=group)
+    _, model, _, source = build(group=group)
     result = model(torch.ones(1, 64))
     done.send((source.read_names, result.tolist()))
     done.recv()
@@ -171,7 +171,7 @@ def test_two_workers_share_one_copy():
     barrier = context.Barrier(2)
     second = context.Process(target=_second_worker, args=(theirs, barrier, reported))
     second.start()
-    real, model, offload, source = build(group=PipeGroup(True, mine, barrier))
+    real, model, _, _ = build(group=PipeGroup(True, mine, barrier))
     names, result = done.recv()
     assert names == ["scale"], "the second worker reads only what it has for itself"
     assert result == real(torch.ones(1, 64)).tolist()

@@ -156,7 +156,7 @@ def test_the_loss_is_the_reference(family):
 
 
 def test_what_cannot_be_used_is_named(family, tmp_path):
-    with pytest.raises(ModelError, match="takes pictures, got 'a.png'"):
+    with pytest.raises(ModelError, match="takes pictures"):
         family.encode(PROMPTS, pixels(), extra={"edit_image": ("a.png", "b.png")})
     with pytest.raises(ModelError, match="takes edit_image, got input_image"):
         family.encode(PROMPTS, pixels(), extra={"input_image": ONE["edit_image"]})

@@ -1,0 +1,366 @@
+"""Training with DeepSpeed's ZeRO: optimizer state (1), gradients (2) and parameters (3) shared out over the workers.
+
+DeepSpeed sees no more than it has to: the trained parameters, and at stage 3 the components that hold them. Frozen components
+are called inside the same forward pass and know nothing of it. What is DeepSpeed's elsewhere is decided here or in the job:
+which backward completes a step, the learning rate, and the resume state, which is read from and written to the flat float32
+partitions under the names that DDP uses, so that a run may change between them.
+
+DeepSpeed averages gradients over the workers, so that the share of a loss is scaled up by their number, as under DDP.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from diffsynth_ray.config.schema import Job, TrainingSection
+from diffsynth_ray.config.zero import read_zero_config
+from diffsynth_ray.memory.placement import WeightSource, find_spots
+from diffsynth_ray.models.family import ModelFamily
+from diffsynth_ray.train.optim import build_optimizer
+from diffsynth_ray.train.residency import partitioned_components
+from diffsynth_ray.train.strategy import trained_parameters
+from diffsynth_ray.train.strategy.base import GradientWatch, StateReader, StateSlice
+
+_ADAM = {"torch.optim.AdamW": True, "torch.optim.Adam": False}
+"""Optimizers that DeepSpeed has a CPU kernel for -> whether weight decay is decoupled."""
+_ADAM_ARGUMENTS = {"betas", "eps"}
+_ONLY_SPEED = {"fused", "foreach"}
+"""Arguments of torch's optimizers that change nothing but their speed."""
+_BUCKET_ELEMENTS = 500_000_000
+_SAY_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class _Part:
+    """This rank's part of a parameter: where it lies in a flat float32 partition and in the flattened whole."""
+
+    flat: Tensor
+    offset: int
+    """Of the part in `flat`."""
+    start: int
+    """Of the part in the flattened parameter."""
+    count: int
+
+
+class _Seen(nn.Module):
+    """The module that DeepSpeed wraps: it holds what is to be seen, and runs the whole graph."""
+
+    def __init__(self, seen: nn.Module, run: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.seen = seen
+        self._run = run  # a bound method, so that the graph is not a child
+
+    def forward(self, *inputs: Any) -> Tensor:
+        return self._run(*inputs)
+
+
+class DeepSpeedStrategy:
+    """A DeepSpeed engine over the trained parameters."""
+
+    def __init__(
+        self,
+        job: Job,
+        family: ModelFamily,
+        graph: nn.Module,
+        *,
+        probe: tuple[Any, ...] | None,
+        say: Callable[[str], object],
+    ) -> None:
+        self.stage = job.distributed.zero_stage
+        self._device = family.device
+        self._deepspeed = load_deepspeed(family.device)
+        self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
+        config = _engine_config(job, graph, family.device)
+        components = partitioned_components(job)
+        self._partition_components(family, components, config, say=say)
+        self._trained = trained_parameters(graph)
+        self._shapes = {name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in self._trained.items()}
+        params = list(self._trained.values())
+        optimizer = _offloaded_optimizer(job, params, family.device, say=say) or build_optimizer(params, job.training)
+        seen = nn.ModuleDict({name: family.component(name) for name in components}) or nn.ParameterList(params)
+        with redirect_stdout(io.StringIO()):  # it prints beside its logger
+            self.engine, *_ = self._deepspeed.initialize(
+                model=_Seen(seen, graph.__call__), optimizer=optimizer, config=config, dist_init_required=False
+            )
+        self._parts = {name: self._find_part(param) for name, param in self._trained.items()}
+        self._idle: list[str] = []
+        """Parameters that get no gradient. Torch's optimizers leave such a parameter alone; in a flat partition its gradient
+        is 0, and weight decay would shrink it."""
+        looks = job.training.find_unused_parameters is not False
+        self._watch = GradientWatch(self._trained) if looks or probe is not None else None
+        if probe is not None:
+            # Gradients of 0, which those of the first step are added to.
+            self.backward(self.forward(*probe, last=False).sum() * 0.0, last=False)
+            self._stop_watch()
+
+    def _stop_watch(self) -> None:
+        if self._watch is not None:
+            self._idle = self._watch.stop()
+            self._watch = None
+
+    def _partition_components(
+        self, family: ModelFamily, components: list[str], config: dict[str, Any], *, say: Callable[[str], object]
+    ) -> None:
+        """Read components block by block, each shared out before the next: no rank ever holds one whole.
+
+        Rank 0 reads; DeepSpeed hands its values out when it partitions.
+        """
+        for component in components:
+            module = family.component(component)
+            source = cast(WeightSource, cast(Any, module).weight_source)
+            spots = {id(spot.meta): spot for spot in find_spots(module)}
+            # The blocks first; what is left of the component comes last.
+            units = [*family.repeated_blocks(component), module]
+            last_said = time.monotonic()
+            for number, unit in enumerate(units, start=1):
+                for param in list(unit.parameters()):
+                    spot = spots.get(id(param))
+                    if spot is not None and self.rank == 0:
+                        spot.put(source.read(spot.source_name).to(family.device))
+                    elif spot is not None:
+                        spot.put(torch.empty_like(param, device=family.device))
+                self._deepspeed.zero.Init(module=unit, config_dict_or_path=copy.deepcopy(config))
+                if time.monotonic() - last_said > _SAY_EVERY_S:
+                    say(f"sharing out {component}: {number} of {len(units)} parts")
+                    last_said = time.monotonic()
+
+    def forward(self, *inputs: Any, last: bool) -> Tensor:
+        """See Strategy."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        return self.engine(*inputs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """See Strategy."""
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> Tensor:
+        """See Strategy."""
+        self._stop_watch()
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+        kept = {name: self._view(name).clone() for name in self._idle if self._parts[name] is not None}
+        self.engine.step()
+        for name, values in kept.items():
+            self._view(name).copy_(values)
+        return torch.as_tensor(self.engine.get_global_grad_norm(), device=self._device)
+
+    def sum_over_workers(self, value: Tensor) -> Tensor:
+        """See Strategy."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def full_masters(self) -> dict[str, Tensor]:
+        """See Strategy. Gathered parameter by parameter; on the CPU, and on rank 0 only."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        masters = {}
+        for name, param in self._trained.items():
+            full = safe_get_full_fp32_param(param)
+            if self.rank == 0:
+                masters[name] = full.detach().cpu()
+        return masters
+
+    def state_slices(self) -> dict[str, StateSlice]:
+        """See Strategy."""
+        slices = {}
+        per_element, numbers = self._state_keys()
+        for name, part in self._parts.items():
+            if part is None:
+                continue
+            shape = self._shapes[name]
+            slices[f"master/{name}"] = StateSlice(self._view(name), part.start, shape)
+            if name in self._idle:
+                continue  # as under DDP, where it has no state
+            for key in per_element:
+                slices[f"{key}/{name}"] = StateSlice(self._view(name, key), part.start, shape)
+            if part.start == 0:
+                state = self._torch_optimizer.state[part.flat]
+                for key in numbers:
+                    number = torch.as_tensor(state[key], dtype=torch.float32)
+                    slices[f"{key}/{name}"] = StateSlice(number.detach().reshape(1), 0, ())
+        return slices
+
+    @torch.no_grad()
+    def load_state(self, state: StateReader) -> None:
+        """See Strategy. A partition has one step count: the largest that a parameter has."""
+        shapes = state.names()
+        if self.stage == 3:
+            self._zero.parameter_offload.partition_all_parameters()
+        keys = self._seed_optimizer_state(state)
+        for name, part in self._parts.items():
+            for key in ("master", *keys):
+                if part is not None and f"{key}/{name}" in shapes:
+                    values = state.read(f"{key}/{name}", part.start, part.start + part.count)
+                    self._view(name, None if key == "master" else key).copy_(values)
+        self._write_back()
+
+    def _seed_optimizer_state(self, state: StateReader) -> list[str]:
+        """Give every partition optimizer state of zeros and the checkpoint's numbers; returns the keys to be filled in."""
+        numbers: dict[str, float] = {}
+        per_element: dict[str, None] = {}
+        for full_name, shape in state.names().items():
+            key, _, name = full_name.partition("/")
+            if key == "master" or name not in self._shapes:
+                continue
+            if shape == () != self._shapes[name]:
+                key = key.partition("#")[0]
+                numbers[key] = max(numbers.get(key, 0.0), state.read(full_name).item())
+            else:
+                per_element[key] = None
+        group = self._torch_optimizer.param_groups[0]
+        on_device = group.get("fused") or group.get("capturable")
+        for flat in self._flats:
+            self._torch_optimizer.state.pop(flat, None)
+            if not per_element and not numbers:
+                continue
+            own: dict[str, Any] = {key: torch.zeros_like(flat, requires_grad=False) for key in per_element}
+            for key, number in numbers.items():
+                if isinstance(self._torch_optimizer, self._deepspeed.ops.adam.DeepSpeedCPUAdam):
+                    own[key] = int(number)
+                else:
+                    own[key] = torch.tensor(number, dtype=torch.float32, device=flat.device if on_device else "cpu")
+            self._torch_optimizer.state[flat] = own
+        return list(per_element)
+
+    def _state_keys(self) -> tuple[list[str], list[str]]:
+        """Keys of the optimizer's state: those with a value an element, and those with one number."""
+        flat = self._flats[0]
+        state = self._torch_optimizer.state.get(flat, {})
+        per_element = [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == flat.shape]
+        return per_element, [key for key in state if key not in per_element and state[key] is not None]
+
+    def _write_back(self) -> None:
+        """Round the masters into the parameters, on all ranks."""
+        zero = self._zero
+        if self.stage != 3:
+            zero.update_lp_params()
+            return
+        for group in range(len(zero.fp16_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    # What follows knows how DeepSpeed lays its partitions out. Its public accessors (deepspeed.utils.safe_get_local_*) are for
+    # stage 3 only and copy offloaded state to the device, which is what offloading is to avoid.
+
+    @property
+    def _zero(self) -> Any:
+        return self.engine.optimizer
+
+    @property
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        return self._zero.optimizer
+
+    @property
+    def _flats(self) -> list[Tensor]:
+        """This rank's float32 partitions."""
+        layouts = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+        return next(getattr(self._zero, name) for name in layouts if hasattr(self._zero, name))
+
+    def _find_part(self, param: Any) -> _Part | None:
+        if self.stage == 3:
+            group, offset, size = self._zero.grad_position[self._zero.get_param_id(param)]
+            start = size * self.rank  # equal parts, the last ones padded or empty
+            count = min(size, param.ds_numel - start)
+            return _Part(self._flats[group], offset, start, count) if count > 0 else None
+        mapping = param._hp_mapping
+        if mapping is None:
+            return None
+        whole, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+        return _Part(self._flats[mapping.param_group_index], flat.start, whole.start, flat.numel)
+
+    def _view(self, name: str, key: str | None = None) -> Tensor:
+        """This rank's part of a master, or of the optimizer state of a key, in place."""
+        part = self._parts[name]
+        assert part is not None, name
+        values = part.flat if key is None else self._torch_optimizer.state[part.flat][key]
+        return values.detach().narrow(0, part.offset, part.count)
+
+
+def load_deepspeed(device: torch.device) -> ModuleType:
+    """The library, quiet and bound to the device that this process trains on, with a process group around."""
+    # It looks for an accelerator by itself otherwise, and for its number in the environment of its own launcher.
+    os.environ["DS_ACCELERATOR"] = device.type
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
+        )
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # Otherwise it compiles collectives over shared memory, for minutes, before it trains on a CPU.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _engine_config(job: Job, graph: nn.Module, device: torch.device) -> dict[str, Any]:
+    """The job's configuration with sizes that follow from the model and the device, where a file does not say them."""
+    config = read_zero_config(job)
+    zero = config["zero_optimization"]
+    # Buffers of the default size take 2 GiB in float32, also where a LoRA has a hundredth of that.
+    trained = sum(param.numel() for param in trained_parameters(graph).values())
+    bucket = min(_BUCKET_ELEMENTS, trained + trained % 2)
+    zero.setdefault("reduce_bucket_size", bucket)
+    zero.setdefault("allgather_bucket_size", bucket)
+    if device.type == "cuda":
+        for section in ("offload_optimizer", "offload_param"):
+            if zero[section]["device"] != "none":
+                zero[section].setdefault("pin_memory", True)
+    return config
+
+
+def _offloaded_optimizer(
+    job: Job, params: list[nn.Parameter], device: torch.device, *, say: Callable[[str], object]
+) -> torch.optim.Optimizer | None:
+    """DeepSpeed's Adam for the host, several times faster there than torch's; None where it is not to be had or not needed."""
+    training = job.training
+    arguments = {key: value for key, value in training.optimizer_args.items() if key not in _ONLY_SPEED}
+    if job.distributed.offload_optimizer_device == "none":
+        return None
+    if training.optimizer not in _ADAM or set(arguments) - _ADAM_ARGUMENTS:
+        say(f"the optimizer runs on the host as {training.optimizer}; DeepSpeed's faster kernel is for Adam and AdamW")
+        return None
+    if device.type == "cpu":
+        say(f"training on the CPU: the optimizer stays {training.optimizer}")
+        return None
+    return cpu_adam(training, params, say=say)
+
+
+def cpu_adam(
+    training: TrainingSection, params: list[nn.Parameter], *, say: Callable[[str], object]
+) -> torch.optim.Optimizer | None:
+    """DeepSpeedCPUAdam with the job's arguments; None, and a note, where it cannot be compiled."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    arguments = {key: value for key, value in training.optimizer_args.items() if key in _ADAM_ARGUMENTS}
+    started = time.monotonic()
+    say("loading DeepSpeed's CPU optimizer; its first use on a machine compiles it, which takes about a minute")
+    try:
+        built = build_optimizer(
+            params,
+            training.model_copy(update={"optimizer_args": arguments}),
+            partial(DeepSpeedCPUAdam, adamw_mode=_ADAM[training.optimizer]),
+        )
+    except RuntimeError as error:
+        say(f"DeepSpeed's CPU optimizer cannot be compiled here ({error.__cause__ or error}); {training.optimizer} is used")
+        return None
+    say(f"DeepSpeed's CPU optimizer is ready after {time.monotonic() - started:.0f} s")
+    return built

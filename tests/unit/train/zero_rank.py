@@ -1,0 +1,285 @@
+"""One rank of the cases of test_deepspeed.py: `python zero_rank.py WORLD_SIZE FOLDER CASE... --rank N`. Not a test module.
+
+All cases run in one group of gloo processes, because imports take longer than they do. Rank 0 writes what it saw to
+FOLDER/results-WORLD_SIZE.json.
+"""
+
+import argparse
+import json
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from diffsynth_ray.config.schema import Job
+from diffsynth_ray.models.family import ComponentFiles, EncodedBatch
+from diffsynth_ray.models.qwen_image import QwenImage, build_component
+from diffsynth_ray.models.qwen_image_configs import TINY
+from diffsynth_ray.schedule import build_schedule
+from diffsynth_ray.train.export import export_weights
+from diffsynth_ray.train.residency import settle
+from diffsynth_ray.train.shards import ShardedState, write_shard
+from diffsynth_ray.train.storage import Storage
+from diffsynth_ray.train.trainer import MicroInput, Trainer, select_trained
+
+torch.set_num_threads(1)
+STEPS = 3
+LORA = {"lora": {"base_model": "dit", "rank": 4}}
+FULL = {"lora": {"base_model": None}, "training": {"trainable_models": ["dit"]}}
+BF16 = {"training": {"precision": "bf16"}}
+SGD = {"training": {"optimizer": "torch.optim.SGD", "optimizer_args": {"momentum": 0.9}}}
+
+
+def zero(stage, **keys):
+    return {"distributed": {"strategy": "deepspeed", "zero_stage": stage, **keys}}
+
+
+ON_HOST = {"offload_optimizer_device": "cpu"}
+CASES = {
+    1: {
+        "lora 2": (LORA, zero(2)),
+        "full 3": (FULL, zero(3)),
+    },
+    2: {
+        "lora 1": (LORA, zero(1)),
+        "lora 2": (LORA, zero(2)),
+        "lora 3": (LORA, zero(3)),
+        "full 1 host": (FULL, zero(1, **ON_HOST)),
+        "full 2": (FULL, zero(2)),
+        "full 2 host": (FULL, zero(2, **ON_HOST)),
+        "full 3": (FULL, zero(3)),
+        "full 3 host": (FULL, zero(3, **ON_HOST, offload_param_device="cpu")),
+        "sgd 2": (LORA, SGD, zero(2)),
+        "bf16 1": (LORA, BF16, zero(1)),
+        "bf16 2": (LORA, BF16, zero(2)),
+        "bf16 3": (LORA, BF16, zero(3)),
+        "bf16 2 host": (LORA, BF16, zero(2, **ON_HOST)),
+    },
+}
+
+
+def build_job(*parts):
+    """Clipping that bites, a schedule, weight decay large enough to be seen where it must not act."""
+    job = {
+        "name": "test",
+        "training": {
+            "precision": "fp32",
+            "learning_rate": 1e-3,
+            "weight_decay": 0.5,
+            "max_grad_norm": 0.05,
+            "lr_scheduler": "linear",
+            "warmup_steps": 1,
+        },
+    }
+    for part in parts:
+        for section, values in part.items():
+            job[section] = job.get(section, {}) | values
+    return Job.model_validate(job)
+
+
+def build_trainer(job, family=None, probe=None):
+    if family is None:
+        dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
+        family = QwenImage.build_tiny(0, components=["dit"], dtype=dtype, device="meta")
+    family.device = torch.device("cpu")
+    select_trained(family, job)
+    residency = settle(family, job, say=print)
+    trainer = Trainer(job, family, build_schedule(job, num_samples=24, global_batch_size=3), residency=residency)
+    trainer.start(probe or micro(0), say=print)
+    return trainer
+
+
+def micro(index, *, is_dummy=False, width=64):
+    generator = torch.Generator().manual_seed(index)
+    latents = torch.randn(1, 16, 4, 6, generator=generator)
+    embeds = torch.randn(1, 5, width, generator=generator)
+    return MicroInput(EncodedBatch(latents, {"prompt_embeds": embeds}), (index,), is_dummy)
+
+
+def hand(rank, world_size):
+    """Three samples; with two workers the second one's second micro step is a dummy."""
+    if world_size == 1:
+        return [micro(0), micro(1), micro(2)]
+    return [[micro(0), micro(1)], [micro(2), micro(1, is_dummy=True)]][rank]
+
+
+def train(trainer, steps=STEPS):
+    losses, norms = [], []
+    for _ in range(steps):
+        result = trainer.train_step(hand(trainer.strategy.rank, trainer.strategy.world_size), num_samples=3)
+        losses.append(trainer.strategy.sum_over_workers(result.loss_sum.clone()).item() / 3)
+        norms.append(float(result.grad_norm))
+    return losses, norms
+
+
+def close(trainer):
+    if hasattr(trainer.strategy, "engine"):
+        trainer.strategy.engine.destroy()
+
+
+def compare(expected, found):
+    """Largest differences of losses, norms and weights; names of weights that differ in nothing from their start."""
+    return {
+        "loss": max(abs(a - b) for a, b in zip(expected["losses"], found["losses"], strict=True)),
+        "norm": max(abs(a - b) for a, b in zip(expected["norms"], found["norms"], strict=True)),
+        "weights": max(float((expected["masters"][key] - found["masters"][key]).abs().max()) for key in expected["masters"]),
+        "same names": list(expected["masters"]) == list(found["masters"]),
+        "moved": sum(not torch.equal(found["start"][key], found["masters"][key]) for key in found["masters"]),
+        "moved as ddp": all(
+            torch.equal(found["start"][key], found["masters"][key])
+            == torch.equal(expected["start"][key], expected["masters"][key])
+            for key in found["masters"]
+        ),
+    }
+
+
+def copied(masters):
+    return {name: tensor.float().cpu().clone() for name, tensor in masters.items()}
+
+
+def run_case(job):
+    trainer = build_trainer(job)
+    start = copied(trainer.strategy.full_masters())
+    losses, norms = train(trainer)
+    masters = copied(trainer.strategy.full_masters())
+    close(trainer)
+    return {"losses": losses, "norms": norms, "start": start, "masters": masters}
+
+
+def run_beside_ddp(parts, references):
+    *base, _ = parts
+    name = json.dumps(base)
+    if name not in references:
+        references[name] = run_case(build_job(*base))
+    found = run_case(build_job(*parts))
+    return compare(references[name], found) if dist.get_rank() == 0 else {}
+
+
+def run_chain(rank, world_size, folder):
+    """One run that changes its strategy at every checkpoint, beside one that stays with DDP."""
+    straight = build_trainer(build_job(FULL))
+    expected, _ = train(straight, steps=8)
+    expected_masters = copied(straight.strategy.full_masters())
+    storage = Storage.at(folder / "state")
+    losses, step, names = [], 0, []
+    for number, strategy in enumerate([{}, zero(2), zero(3), zero(1, **ON_HOST), {}]):
+        trainer = build_trainer(build_job(FULL, strategy))
+        if number:
+            state = ShardedState(storage, [f"step-{step}/{each}" for each in range(world_size)])
+            trainer.strategy.load_state(state)
+            trainer.step = step
+        found, _ = train(trainer, steps=2 if number < 3 else 1)
+        losses += found
+        step = trainer.step
+        slices = trainer.strategy.state_slices()
+        write_shard(storage, f"step-{step}/{rank}", slices)
+        dist.barrier()
+        names.append(sorted(ShardedState(storage, [f"step-{step}/{each}" for each in range(world_size)]).names()))
+        masters = copied(trainer.strategy.full_masters())
+        close(trainer)
+    if rank != 0:
+        return {}
+    return {
+        "loss": max(abs(a - b) for a, b in zip(expected, losses, strict=True)),
+        "weights": max(float((expected_masters[key] - masters[key]).abs().max()) for key in masters),
+        "one set of names": all(each == names[0] for each in names),
+        "keys": sorted({name.partition("/")[0] for name in names[0]}),
+    }
+
+
+def run_export(rank, folder):
+    """A consolidated export at stage 3 beside DDP's."""
+    paths = {}
+    for name, strategy in (("ddp", {}), ("zero", zero(3))):
+        job = build_job(LORA, {"lora": {"alpha": 8.0}}, strategy)
+        trainer = build_trainer(job)
+        train(trainer, steps=1)
+        masters = trainer.strategy.full_masters()
+        if rank == 0:
+            [path] = export_weights(trainer.family, job, masters=masters, output_dir=folder / name, stem="step-1")
+            paths[name] = str(path)
+        close(trainer)
+    return paths
+
+
+class PeakMemory:
+    """Peak of this process's anonymous memory over what it had at the start, in bytes; mapped files are not counted."""
+
+    def __enter__(self):
+        self.start, self.peak, self.running = anonymous_bytes(), 0, True
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self):
+        while self.running:
+            self.peak = max(self.peak, anonymous_bytes() - self.start)
+            time.sleep(0.01)
+
+    def __exit__(self, *args):
+        self.running = False
+        self.thread.join()
+
+
+def anonymous_bytes():
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) << 10
+
+
+BIG = TINY["dit"] | {"num_layers": 6, "num_attention_heads": 16, "joint_attention_dim": 512}
+
+
+def run_memory(rank, folder):
+    """Loading and two steps of a LoRA at stage 3 with a model of some hundred MB."""
+    path = folder / "big.safetensors"
+    module = build_component("dit", BIG)
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    if rank == 0:
+        save_file({name: torch.full(shape, 0.01) for name, shape in shapes.items()}, path)
+    dist.barrier()
+    # By default DeepSpeed keeps a billion parameters at hand, which is more than this model has.
+    few = {"stage3_max_live_parameters": 10**7, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 10**6}
+    file = folder / f"few-{rank}.json"
+    file.write_text(json.dumps({"zero_optimization": few}))
+    job = build_job(LORA, zero(3, deepspeed_config=str(file)))
+    with PeakMemory() as memory:
+        files = ComponentFiles(BIG, (path,), shapes)
+        family = QwenImage.load({"dit": files}, dtype=torch.float32, device="meta")
+        trainer = build_trainer(job, family, micro(0, width=512))
+        trainer.train_step([micro(rank, width=512)], num_samples=2)
+    close(trainer)
+    peaks = [None, None]
+    dist.all_gather_object(peaks, memory.peak)
+    return {"model": path.stat().st_size, "peaks": peaks}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("world_size", type=int)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("cases", nargs="+")
+    parser.add_argument("--rank", type=int, required=True)
+    options = parser.parse_args()
+    rank, world_size, folder = options.rank, options.world_size, options.folder
+    if world_size > 1:
+        store = dist.FileStore(str(folder / "store"), world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    special = {
+        "memory": lambda: run_memory(rank, folder),
+        "chain": lambda: run_chain(rank, world_size, folder),
+        "export": lambda: run_export(rank, folder),
+    }
+    results, references = {}, {}
+    for case in CASES[world_size] if options.cases == ["all"] else options.cases:
+        started = time.process_time()
+        results[case] = special[case]() if case in special else run_beside_ddp(CASES[world_size][case], references)
+        print(f"{case}: {time.process_time() - started:.1f} s CPU", flush=True)
+    if rank == 0:
+        (folder / f"results-{world_size}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
