@@ -262,7 +262,7 @@ def test_lora_names_round_trip(target, targets):
     assert all(not back[key].any() for key in back if key not in state and ".lora_B." in key)
 
 
-@pytest.mark.parametrize("target", LORA_FORMATS)
+@pytest.mark.parametrize("target", ["diffsynth", "kohya"])
 def test_load_and_merge_lora(target, tmp_path, family, batch):
     trained = with_lora()
     there = lora_from_memory(lora_state_dict(trained), target=target, names=NAMES)
