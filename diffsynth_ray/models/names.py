@@ -85,7 +85,17 @@ def lora_from_memory(state: Mapping[str, Tensor], *, target: LoraFormat, names: 
         }[target]
         result[f"{prefix}{module}.lora_A{infix}.weight"] = lora_a
         result[f"{prefix}{module}.lora_B{infix}.weight"] = lora_b
-    return result
+    return _apart(result)
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, each in memory of its own where layers have their A in common: else they cannot be saved."""
+    apart: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in state.items():
+        apart[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return apart
 
 
 def rename_lora(

@@ -247,8 +247,8 @@ def test_lora_names_round_trip(target, targets):
     """Exact: the same tensors, but for layers that a fused matrix has zeros for."""
     state = lora_state_dict(with_lora(targets))
     there = lora_from_memory(state, target=target, names=NAMES)
-    save = {key: tensor.data_ptr() for key, tensor in there.items() if tensor.numel() > 1}
-    assert target != "diffusers" or targets is None or len(set(save.values())) >= len(state) // 2
+    matrices = [tensor.data_ptr() for tensor in there.values() if tensor.ndim == 2]
+    assert len(set(matrices)) == len(matrices), "tensors that share memory cannot be saved"
     modules = [key.partition(".lora_")[0] for key in state]
     back = lora_to_memory(there, names=NAMES, modules=modules)
     for key, tensor in state.items():
@@ -262,7 +262,7 @@ def test_lora_names_round_trip(target, targets):
     assert all(not back[key].any() for key in back if key not in state and ".lora_B." in key)
 
 
-@pytest.mark.parametrize("target", LORA_FORMATS)
+@pytest.mark.parametrize("target", ["diffsynth", "kohya"])
 def test_load_and_merge_lora(target, tmp_path, family, batch):
     trained = with_lora()
     there = lora_from_memory(lora_state_dict(trained), target=target, names=NAMES)

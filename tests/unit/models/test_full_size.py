@@ -76,7 +76,7 @@ def digest(shapes):
 
 
 # Seconds each, and like others in kind: by hand.
-SLOW = {"Wan2.1-T2V-14B", "Wan2.1-I2V-14B", "Wan2.2-I2V-A14B"}
+SLOW = {"Wan2.1-T2V-14B", "Wan2.1-I2V-14B", "Wan2.1-FLF2V-14B", "Wan2.2-I2V-A14B"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FILES])
