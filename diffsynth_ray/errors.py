@@ -86,6 +86,12 @@ class ClusterError(DsrayError):
     exit_code = ExitCode.CLUSTER
 
 
+class HubError(DsrayError):
+    """A model hub does not answer, or refuses us."""
+
+    exit_code = ExitCode.CLUSTER
+
+
 class RunError(DsrayError):
     """The run failed."""
 

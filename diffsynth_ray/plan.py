@@ -12,6 +12,7 @@ from diffsynth_ray.config.schema import Job
 from diffsynth_ray.config.zero import read_zero_config
 from diffsynth_ray.data.metadata import PROMPT_COLUMN, read_metadata
 from diffsynth_ray.errors import JobFileError, Problem
+from diffsynth_ray.models.inspection import ModelFiles, inspect_model
 from diffsynth_ray.schedule import build_schedule, export_file_names, trained_components
 
 _SHOWN_FILES = 3
@@ -40,6 +41,7 @@ class Plan:
     num_steps: int
     num_exports: int
     files: list[str]
+    models: list[ModelFiles]
     output_path: str
     notes: list[str]
 
@@ -67,6 +69,7 @@ class Plan:
         return [
             f"run       {self.run}",
             f"stages    {' -> '.join(self.stages)} on {self.device}, training {', '.join(self.trained)}",
+            *(f"model     {entry.line()}" for entry in self.models),
             f"workers   {count} x ({resources}) under {self.strategy}, {self.decode_tasks} decoding task(s) of "
             f"{self.decode_cpus:g} CPU each",
             f"samples   {self.num_rows} rows x repeat {self.repeat} = {self.num_samples} an epoch",
@@ -83,14 +86,14 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
     """Plan a run; reads the metadata. Raises DataError where they cannot be used."""
     job = resolved.job
     assert job.dataset.base_path is not None  # resolve has checked it
-    if check_files:
-        _check_model_files(resolved)
+    models = _inspect_model(resolved) if check_files else []
     metadata = read_metadata(
         job.dataset.base_path,
         job.dataset.metadata_path,
         data_file_keys=job.dataset.data_file_keys,
         required_columns=[PROMPT_COLUMN],
-        check_files=check_files,
+        # Under "skip" a missing file is a bad sample like any other.
+        check_files=check_files and job.dataset.bad_sample == "error",
     )
     num_rows = len(metadata.rows)
     schedule = build_schedule(
@@ -123,6 +126,7 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
         num_steps=schedule.num_steps,
         num_exports=num_exports,
         files=[name for stem in stems for name in export_file_names(job, stem).values()],
+        models=models,
         output_path=str(resolved.output_path),
         notes=list(metadata.notes),
     )
@@ -143,23 +147,23 @@ def _strategy(job: Job) -> str:
     return f"DeepSpeed ZeRO-{distributed.zero_stage}" + (f", {' and '.join(offloaded)} on the host" if offloaded else "")
 
 
-def _check_model_files(resolved: ResolvedJob) -> None:
-    model = resolved.job.model
-    named = [("model.paths", path) for entry in model.paths for path in ([entry] if isinstance(entry, str) else entry)]
-    named += [
+def _inspect_model(resolved: ResolvedJob) -> list[ModelFiles]:
+    entries, problems = inspect_model(resolved.job)
+    named = [
         (key, path)
         for key, value in (
-            ("model.tokenizer_path", model.tokenizer_path),
+            ("model.tokenizer_path", resolved.job.model.tokenizer_path),
             ("training.resume_from_checkpoint", resolved.job.training.resume_from_checkpoint),
             ("lora.checkpoint", resolved.job.lora.checkpoint),
-            ("lora.preset_path", resolved.job.lora.preset_path),
             ("distributed.deepspeed_config", resolved.job.distributed.deepspeed_config),
+            ("lora.preset_path", resolved.job.lora.preset_path),
         )
         if value is not None
         for path in ([value] if isinstance(value, str) else value)
     ]
-    missing = [Problem(key, f"{path} does not exist") for key, path in named if not Path(path).exists()]
-    if missing:
-        raise JobFileError(f"job {resolved.job.name}", missing)
+    problems += [Problem(key, f"{path} does not exist") for key, path in named if not Path(path).exists()]
+    if problems:
+        raise JobFileError(f"job {resolved.job.name}", problems)
     if resolved.job.distributed.strategy == "deepspeed":
         read_zero_config(resolved.job)
+    return entries

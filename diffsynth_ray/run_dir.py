@@ -29,6 +29,11 @@ _PROGRESS = re.compile(
     r" \| data wait (?P<data_wait_s>[\d.]+) s \| (?P<left_s>\d+) s left"
 )
 
+_DATA_BOUND_SHARE = 0.2
+"""Share of a step's time that may be spent waiting for data."""
+_DATA_BOUND_S = 0.05
+"""Shorter waits are not worth a word."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -50,6 +55,16 @@ class Progress:
             f"step {self.step}/{self.num_steps} | loss {self.loss:.6g} | lr {self.lr:.3g} | grad norm {self.grad_norm:.4g}"
             f" | {self.step_s:.3f} s/step | {self.samples_per_s:.2f} samples/s | data wait {self.data_wait_s:.3f} s"
             f" | {self.left_s} s left"
+        )
+
+    def data_note(self) -> str | None:
+        """One sentence where the job waits for its data more than it should, else None."""
+        share = self.data_wait_s / self.step_s if self.step_s > 0 else 0.0
+        if share < _DATA_BOUND_SHARE or self.data_wait_s < _DATA_BOUND_S:
+            return None
+        return (
+            f"the job is data-bound: {share:.0%} of each step is spent waiting for decoded samples; give the cluster more CPUs "
+            "(or raise dataset.num_workers where it is set), make the files smaller, or train with larger steps"
         )
 
 
@@ -82,6 +97,7 @@ class RunDir:
         self.writer_path = path / "writer.json"
         self.attempts_path = path / "attempts.jsonl"
         self.error_path = path / "error.json"
+        self.bad_samples_path = path / "bad_samples.jsonl"
         self.progress_path = path / "progress.json"
         self.stop_path = path / "stop.json"
         self.checkpoint_request_path = path / "checkpoint.json"
@@ -217,7 +233,7 @@ class RunDir:
 
     def attempts(self) -> list[dict[str, Any]]:
         """The lines of attempts.jsonl; a line cut by a crash is left out."""
-        return list(_read_jsonl(self.attempts_path))
+        return list(read_jsonl(self.attempts_path))
 
     def request_stop(self, *, reason: str) -> None:
         """Ask the running attempt to checkpoint and end; rank 0 reads it after each step."""
@@ -254,7 +270,8 @@ class RunDir:
             return None
 
 
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON Lines file, none where there is no file; a line cut by a crash is left out."""
     try:
         lines = path.read_text().splitlines()
     except (FileNotFoundError, NotADirectoryError):
@@ -276,11 +293,11 @@ def append_line(path: Path, line: str) -> None:
         file.write(f"{line}\n".encode())
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that it appears under its name only when complete."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that it appears under its name only when complete."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    with temporary.open("w") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -143,7 +143,9 @@ def status(view: RunView) -> None:
         rows.append(("steps", f"{view.step} of {view.num_steps}"))
     if view.progress is not None:
         left = f", {duration(view.progress.left_s)} left" if view.state == "RUNNING" else ""
-        rows.append(("progress", f"loss {view.progress.loss:.4g}, {view.progress.step_s:.2f} s/step{left}"))
+        wait = f" ({view.progress.data_wait_s:.2f} s of it waiting for data)"
+        rows.append(("progress", f"loss {view.progress.loss:.4g}, {view.progress.step_s:.2f} s/step{wait}{left}"))
+    rows += _diagnosis(view)
     rows += [("started", _clock(view.started)), ("ended", _clock(view.ended))]
     rows += [("output", view.output), ("dashboard", view.address or ""), ("files", ", ".join(view.files))]
     rows += [("cause", view.cause or ""), ("note", view.note or "")]
@@ -153,6 +155,24 @@ def status(view: RunView) -> None:
             result(f"{name:<10}{first}")
             for line in more:
                 result(f"{'':<10}{line}")
+
+
+def _diagnosis(view: RunView) -> list[tuple[str, str]]:
+    from diffsynth_ray.launch.diagnosis import sparkline
+
+    found = view.diagnosis
+    if found is None:
+        return []
+    rows = []
+    if len(found.losses) > 1:
+        rows.append(("loss", f"{found.losses[0]:.4g} {sparkline(found.losses)} {found.losses[-1]:.4g}"))
+    if view.progress is not None:
+        rows.append(("speed", f"{view.progress.samples_per_s:.2f} samples/s"))
+    if view.state == "RUNNING":
+        rows.append(("time", found.bottleneck or ""))
+    if found.checkpoint_step is not None:
+        rows.append(("resume", f"from step {found.checkpoint_step}, the checkpoint of {_clock(found.checkpoint_time)}"))
+    return rows
 
 
 def _clock(moment: float | None) -> str:
@@ -175,3 +195,22 @@ def close_quietly() -> None:
     """After the reader of a pipe has gone (`dsray logs | head`), nothing more can be said."""
     with suppress(OSError):
         sys.stdout.close()
+
+
+def doctor(checks: list[dict[str, Any]]) -> None:
+    """The checks of `dsray doctor`: a line each, and a line for every place that differs or needs a cure."""
+    for check in checks:
+        findings = check["findings"]
+        details = {finding["detail"] for finding in findings}
+        same = len(details) == 1 and (len(findings) == 1 or check["state"] in ("ok", "skipped"))
+        places = f", {len(findings)} nodes" if len(findings) > 1 else ""
+        head = f"{check['number']:>2}  {check['state']:<8}{check['title']}"
+        result(f"{head}: {next(iter(details))}{places}" if same else head)
+        for finding in findings:
+            if not same:
+                mark = "" if finding["state"] == check["state"] else f" {finding['state']}:"
+                result(f"{'':<12}{finding['where']}:{mark} {finding['detail']}")
+            if finding["cure"] and finding["state"] != "ok":
+                result(f"{'':<12}-> {finding['cure']}")
+    counts = {state: sum(check["state"] == state for check in checks) for state in ("failed", "warning", "ok", "skipped")}
+    say(", ".join(f"{count} {state}" for state, count in counts.items() if count))

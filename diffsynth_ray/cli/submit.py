@@ -131,6 +131,8 @@ def _find_or_submit(resolved: ResolvedJob, cluster: Cluster, *, new: bool) -> st
     moved = claim_output(resolved, cluster, new=new)
     if moved is not None:
         render.say(f"moved the old content to {moved}")
+    sent = client.travelling(cluster, resolved.model_dump_json(indent=2))
+    render.say(f"sending {sent}; data, weights and outputs stay where they are")
     submission_id = client.submit(resolved, cluster)
     render.say(f"submitted {submission_id}; waiting for the cluster to start it ...")
     return submission_id

@@ -16,14 +16,18 @@ from pydantic import BaseModel, ConfigDict
 
 from diffsynth_ray.config import schema
 from diffsynth_ray.config.load import lookup
-from diffsynth_ray.config.schema import Job
+from diffsynth_ray.config.origins import parse_origin
+from diffsynth_ray.config.schema import Job, ModelSection
 from diffsynth_ray.config.zero import check_zero_keys
-from diffsynth_ray.errors import JobFileError, Problem
+from diffsynth_ray.errors import JobFileError, ModelError, Problem
 
 READ_CPUS = 0.1
 """CPUs of the Ray Data task that computes positions, one a training worker."""
 MIN_DECODE_CPUS = 0.1
 """Fewest CPUs that a decoding task can be given."""
+
+DEFAULT_BASE_PATH = "./models"
+"""Where DiffSynth-Studio keeps what it downloads."""
 
 
 class Resources(BaseModel):
@@ -97,8 +101,9 @@ def resolve(job: Job, resources: Resources, *, source: str = "job", remote: bool
         job.dataset.batch_size * num_workers * job.gradient.accumulation_steps
     )
     given = identity(job, global_batch)
+    job, source_problems = _with_source_where_needed(job, remote=remote)
     located, path_problems = _absolute_paths(job, remote=remote)
-    problems += path_problems + starved
+    problems += source_problems + path_problems + starved
     if problems:
         raise JobFileError(source, problems)
     digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:8]
@@ -116,6 +121,16 @@ def resolve(job: Job, resources: Resources, *, source: str = "job", remote: bool
         micro_steps=math.ceil(global_batch / (job.dataset.batch_size * num_workers)),
         global_batch_size=global_batch,
     )
+
+
+def resolve_model(job: Job, *, source: str = "job") -> ModelSection:
+    """Only [model], as `resolve` leaves it, whatever the machine: for downloads ahead of a run."""
+    job, problems = _with_source_where_needed(job, remote=False)
+    located, _ = _absolute_paths(job, remote=False)
+    problems += _check_model(job)
+    if problems:
+        raise JobFileError(source, problems)
+    return located.model
 
 
 def identity(job: Job, global_batch_size: int) -> dict[str, Any]:
@@ -282,17 +297,53 @@ def _check_plain_values(key: str, values: dict[str, Any]) -> list[Problem]:
 
 def _check_model(job: Job) -> list[Problem]:
     problems = []
-    if job.model.tiny:
-        if job.model.paths:
-            problems.append(Problem("model.tiny", "random weights and model.paths exclude each other"))
-        if job.model.family is None:
+    model = job.model
+    for text in model.id_with_origin_paths:
+        try:
+            parse_origin(text)
+        except ModelError as error:
+            problems.append(Problem("model.id_with_origin_paths", error.message))
+    if model.tiny:
+        if model.paths or model.id_with_origin_paths:
+            problems.append(Problem("model.tiny", "random weights and model.paths or ids exclude each other"))
+        if model.family is None:
             problems.append(Problem("model.family", 'required with model.tiny; as in family = "qwen_image"'))
-        return problems
-    if not job.model.paths:
-        problems.append(Problem("model.paths", "required: the weight files (or model.tiny = true)"))
-    if job.model.paths and job.model.tokenizer_path is None:
-        problems.append(Problem("model.tokenizer_path", "required with model.paths: the tokenizer's folder"))
+    elif not model.paths and not model.id_with_origin_paths:
+        message = "required: the weight files (or model.id_with_origin_paths, or model.tiny = true)"
+        problems.append(Problem("model.paths", message))
     return problems
+
+
+_SWITCHES = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
+
+
+def with_source(model: ModelSection) -> tuple[ModelSection, list[Problem]]:
+    """`source`, `base_path` and `skip_download` filled in from the variables that DiffSynth-Studio reads too."""
+    values: dict[str, Any] = {}
+    problems = []
+    if model.base_path is None:
+        values["base_path"] = os.environ.get("DIFFSYNTH_MODEL_BASE_PATH") or DEFAULT_BASE_PATH
+    if model.source is None:
+        values["source"] = os.environ.get("DIFFSYNTH_DOWNLOAD_SOURCE", "").lower() or "modelscope"
+        if values["source"] not in ("modelscope", "huggingface"):
+            message = f"got {values['source']!r}; it is modelscope or huggingface"
+            problems.append(Problem("DIFFSYNTH_DOWNLOAD_SOURCE", message))
+    if model.skip_download is None:
+        given = os.environ.get("DIFFSYNTH_SKIP_DOWNLOAD", "").lower()
+        values["skip_download"] = _SWITCHES.get(given, False)
+        if given not in _SWITCHES:
+            problems.append(Problem("DIFFSYNTH_SKIP_DOWNLOAD", f"got {given!r}; it is true or false"))
+    return model.model_copy(update=values), problems
+
+
+def _with_source_where_needed(job: Job, *, remote: bool) -> tuple[Job, list[Problem]]:
+    if not job.model.paths and not job.model.id_with_origin_paths:
+        return job, []
+    model, problems = with_source(job.model)
+    if remote and model.base_path == DEFAULT_BASE_PATH and not model.id_with_origin_paths:
+        # Only a default tokenizer could want it; a relative path would mean nothing there.
+        model = model.model_copy(update={"base_path": None})
+    return job.model_copy(update={"model": model}), problems
 
 
 def _absolute_paths(job: Job, *, remote: bool) -> tuple[Job, list[Problem]]:

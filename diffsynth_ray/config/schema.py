@@ -36,7 +36,7 @@ class DatasetSection(Section):
     """What is trained on."""
 
     base_path: str | None = _key(path=True)
-    """Folder that the paths in the metadata are relative to. Required."""
+    """Folder (local, file:// or s3://) that the paths in the metadata are relative to. Required."""
     metadata_path: str | None = _key(identity=True, path=True)
     """csv, json, jsonl or parquet file with one row a sample. Unset: the folder's media with .txt captions of the same name."""
     repeat: int = _key(1, identity=True, ge=1)
@@ -59,10 +59,10 @@ class DatasetSection(Section):
     """Samples a worker processes in one micro step."""
     global_batch_size: int | None = _key(identity=True, ge=1)
     """Samples of one optimizer step. Default: batch_size x most workers x gradient.accumulation_steps."""
-    bad_sample: Literal["error", "skip"] = _key("error", not_built="the data plane (skipping bad samples)")
-    """What a file that cannot be decoded does: end the run with its name, or be replaced and listed."""
-    bad_sample_limit: float = _key(0.01, ge=0, not_built="the data plane (skipping bad samples)")
-    """Share of bad samples (with bad_sample = "skip") above which the run fails."""
+    bad_sample: Literal["error", "skip"] = _key("error")
+    """What a file that cannot be decoded does: end the run with its name, or be replaced and listed in bad_samples.jsonl."""
+    bad_sample_limit: float = _key(0.01, ge=0, le=1)
+    """Share of the rows that may be bad (with bad_sample = "skip") before the run fails; 1 = all but one."""
 
 
 class ModelSection(Section):
@@ -72,10 +72,11 @@ class ModelSection(Section):
     """Model family ("qwen_image"). Inferred from the files where possible; required with tiny."""
     paths: list[str | list[str]] = _key([], identity=True, path=True)
     """Local weight files, one entry a component; a nested list holds the shards of one component."""
-    id_with_origin_paths: list[str] = _key([], identity=True, not_built="downloads from ModelScope and Hugging Face")
-    """"Repository:pattern" entries, downloaded where they are not there yet."""
+    id_with_origin_paths: list[str] = _key([], identity=True)
+    """Files of a model hub, one entry a component, as in "Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors":
+    owner/name, a colon, a path with * for all shards. Downloaded once a node where they are not there yet; beside `paths`."""
     tokenizer_path: str | None = _key(identity=True, path=True)
-    """Folder of the tokenizer (required with paths)."""
+    """Folder of the tokenizer. Default: `tokenizer` beside the weights' folders, else the family's own, downloaded."""
     tokenizer_1_path: str | None = _key(path=True, not_built="families with two tokenizers")
     """Folder of the first of two tokenizers."""
     tokenizer_2_path: str | None = _key(path=True, not_built="families with two tokenizers")
@@ -86,12 +87,12 @@ class ModelSection(Section):
     """Further columns that the model is conditioned on ("edit_image", "input_image", ...)."""
     fp8_models: list[str] = _key([], identity=True)
     """Frozen components kept in scaled FP8."""
-    source: Literal["modelscope", "huggingface"] | None = _key(not_built="downloads from ModelScope and Hugging Face")
-    """Where ids are downloaded from; default DIFFSYNTH_DOWNLOAD_SOURCE, else ModelScope."""
-    base_path: str | None = _key(path=True, not_built="downloads from ModelScope and Hugging Face")
-    """Where downloaded models are kept; default DIFFSYNTH_MODEL_BASE_PATH, else ./models."""
-    skip_download: bool | None = _key(not_built="downloads from ModelScope and Hugging Face")
-    """Use only what is there; default DIFFSYNTH_SKIP_DOWNLOAD."""
+    source: Literal["modelscope", "huggingface"] | None = _key()
+    """Where ids are downloaded from; default DIFFSYNTH_DOWNLOAD_SOURCE, else "modelscope"."""
+    base_path: str | None = _key(path=True)
+    """Where downloaded models are kept, as {base_path}/{owner}/{name}/...; default DIFFSYNTH_MODEL_BASE_PATH, else ./models."""
+    skip_download: bool | None = _key()
+    """Use only what is there, and fail where something is missing; default DIFFSYNTH_SKIP_DOWNLOAD."""
     options: dict[str, Any] = _key({}, identity=True, not_built="families with options")
     """Settings of one family."""
     tiny: bool = _key(False, identity=True)
@@ -250,12 +251,12 @@ class LoggingSection(Section):
     """Write loss.csv (step,key,value)."""
     tensorboard: bool = _key(True)
     """Write {path}/tensorboard."""
-    wandb_project: str | None = _key(not_built="Weights & Biases")
-    """Weights & Biases project."""
-    swanlab_project: str | None = _key(not_built="SwanLab")
-    """SwanLab project."""
-    mlflow_tracking_uri: str | None = _key(not_built="MLflow")
-    """MLflow server."""
+    wandb_project: str | None = _key()
+    """Weights & Biases project; needs the package wandb, and WANDB_API_KEY on the nodes."""
+    swanlab_project: str | None = _key()
+    """SwanLab project; needs the package swanlab, and SWANLAB_API_KEY on the nodes."""
+    mlflow_tracking_uri: str | None = _key()
+    """Address of an MLflow server; needs the package mlflow-skinny."""
     every_steps: int = _key(1, ge=1)
     """Optimizer steps between two logged figures; each costs one synchronisation with the host."""
 

@@ -4,22 +4,19 @@ Shapes: an image is PIL RGB; a clip is uint8 [frames, height, width, 3]; an imag
 A file that cannot be read is a `DataError` that names the file and the cause.
 """
 
-import http.client
 import io
 import math
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from diffsynth_ray.data.storage import is_remote, is_url, open_binary, read_bytes
 from diffsynth_ray.errors import DataError
 
 Frames = npt.NDArray[np.uint8]
@@ -33,10 +30,10 @@ VIDEO_EXTENSIONS = frozenset({"mp4", "avi", "mov", "wmv", "mkv", "flv", "webm"})
 MEDIA_EXTENSIONS = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS
 
 SIDE_MULTIPLE = 16
-"""Heights and widths are multiples of this many pixels: 8 of the VAE, 2 of the patches."""
+"""Heights and widths are multiples of this many pixels in most families: 8 of the VAE, 2 of the patches."""
+CLIP_STEP = 4
+"""Clips have a multiple of this many frames and one more (1, 5, 9 ...) in most families: what the VAE packs into one."""
 
-_HTTP_TIMEOUT_S = 30.0
-_HTTP_ATTEMPTS = 3
 # A clip is converted this many frames at a time: 81 frames of 4K would take 2 GB before they are made small.
 _FRAMES_PER_READ = 16
 
@@ -61,11 +58,12 @@ def target_size(
     fixed_height: int | None = None,
     fixed_width: int | None = None,
     max_pixels: int | None = None,
+    multiple: int = SIDE_MULTIPLE,
 ) -> tuple[int, int]:
     """Return (height, width) in pixels to train an image or video of width x height at.
 
     Both sides given: those. Otherwise the source's size, made smaller to at most `max_pixels` and never larger. Then
-    each side goes down to a multiple of 16.
+    each side goes down to a multiple of `multiple`.
     """
     if width < 1 or height < 1:
         raise DataError(f"the source is {width}x{height} pixels; it must have at least one pixel")
@@ -76,11 +74,11 @@ def target_size(
         target_height, target_width = int(height / scale), int(width / scale)
     else:
         target_height, target_width = height, width
-    floor_height, floor_width = (side // SIDE_MULTIPLE * SIDE_MULTIPLE for side in (target_height, target_width))
+    floor_height, floor_width = (side // multiple * multiple for side in (target_height, target_width))
     if not floor_height or not floor_width:
         raise DataError(
             f"a source of {width}x{height} pixels gets the target size {target_width}x{target_height}, and a side "
-            f"under {SIDE_MULTIPLE} pixels cannot be trained on; remove the row, enlarge or crop the file, "
+            f"under {multiple} pixels cannot be trained on; remove the row, enlarge or crop the file, "
             "or set dataset.height and dataset.width (or a larger dataset.max_pixels)"
         )
     return floor_height, floor_width
@@ -112,8 +110,8 @@ def read_info(source: Source) -> MediaInfo:
             return MediaInfo(int(width), int(height), len(reader), float(reader.get_avg_fps()))
     with _open_image(source) as image:
         width, height = image.size
-        # Orientations 5 to 8 are the ones turned by a quarter.
-        if image.getexif().get(0x0112, 1) >= 5:
+        # Orientations 5 to 8 are the ones turned by a quarter. Not the PNG reader's own getexif: it decodes the whole image.
+        if Image.Image.getexif(image).get(0x0112, 1) >= 5:
             width, height = height, width
         num_frames = getattr(image, "n_frames", 1) if image.format == "GIF" else 1
         return MediaInfo(width, height, num_frames, None)
@@ -125,8 +123,8 @@ def read_size(source: Source) -> tuple[int, int, int]:
     return info.width, info.height, info.num_frames
 
 
-def clip_length(info: MediaInfo, *, num_frames: int, frame_rate: float | None = None) -> int:
-    """Return how many frames a clip gets: `num_frames`, or for a shorter file the largest 4n+1 that it has.
+def clip_length(info: MediaInfo, *, num_frames: int, frame_rate: float | None = None, step: int = CLIP_STEP) -> int:
+    """Return how many frames a clip gets: `num_frames`, or for a shorter file the largest step * n + 1 that it has.
 
     With `frame_rate` (frames a second) a file's length is what it has at that rate.
     """
@@ -136,7 +134,7 @@ def clip_length(info: MediaInfo, *, num_frames: int, frame_rate: float | None = 
     if available >= num_frames:
         return num_frames
     # Not below one frame: a file shorter than one period of a low frame rate still has its first frame.
-    return max(available - (available - 1) % 4, 1)
+    return max(available - (available - 1) % step, 1)
 
 
 def decode(source: Source, *, height: int, width: int, num_frames: int = 1, frame_rate: float | None = None) -> Frames:
@@ -157,33 +155,11 @@ def decode(source: Source, *, height: int, width: int, num_frames: int = 1, fram
     return np.array(resize_and_crop(read_image(source), height, width))[None]
 
 
-def is_url(path: str | Path) -> bool:
-    """Whether a path is fetched over http(s)."""
-    return str(path).lower().startswith(("http://", "https://"))
-
-
 def media_extension(path: str | Path) -> str:
     """Return the extension in lower case without its dot; a URL's query does not count."""
-    # Not urlsplit, which raises for a malformed URL: that is for fetch to report.
+    # Not urlsplit, which raises for a malformed URL: that is for reading it to report.
     text = str(path).partition("?")[0].partition("#")[0] if is_url(path) else str(path)
     return text.rpartition("/")[2].rpartition(".")[2].lower()
-
-
-def fetch(url: str, *, timeout_s: float = _HTTP_TIMEOUT_S) -> bytes:
-    """Download an http(s) URL; a server's error or a dropped connection is tried three times."""
-    for attempt in range(1, _HTTP_ATTEMPTS + 1):
-        try:
-            request = urllib.request.Request(url, headers={"User-Agent": "dsray"})
-            with urllib.request.urlopen(request, timeout=timeout_s) as response:
-                content: bytes = response.read()
-            return content
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            # The request itself is wrong (404, 403, a malformed URL): it stays wrong.
-            is_final = isinstance(error, ValueError) or (isinstance(error, urllib.error.HTTPError) and error.code < 500)
-            if is_final or attempt == _HTTP_ATTEMPTS:
-                raise DataError(f"{url}: cannot be downloaded ({attempt} attempt(s)): {error}") from error
-            time.sleep(attempt)
-    raise AssertionError("unreachable")
 
 
 def _decode_video(source: Source, *, height: int, width: int, num_frames: int, frame_rate: float | None) -> Frames:
@@ -227,7 +203,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _open_image(source: Source) -> Iterator[Image.Image]:
     """Open with Pillow; its errors, inside the block too, become DataError."""
     try:
-        with Image.open(_content(source)) as image:
+        with Image.open(_file_of(source)) as image:
             yield image
     # SyntaxError, ValueError and EOFError are what Pillow's readers raise on broken PNG, WebP and GIF files.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
@@ -239,11 +215,14 @@ def _open_video(source: Source) -> Iterator[Any]:
     """Open with decord; its errors, inside the block too, become DataError."""
     decord = _load_decord()
     try:
-        content = _content(source)
-        if isinstance(content, Path) and not content.is_file():
+        if isinstance(source, bytes) or is_url(source) or is_remote(source):
+            content: str | io.BytesIO = io.BytesIO(source if isinstance(source, bytes) else read_bytes(source))
+        elif Path(source).is_file():
+            content = str(source)
+        else:
             raise FileNotFoundError
         # One thread: Ray Data runs one task a CPU already.
-        yield decord.VideoReader(content if isinstance(content, io.BytesIO) else str(content), num_threads=1)
+        yield decord.VideoReader(content, num_threads=1)
     except (OSError, RuntimeError, IndexError, decord.DECORDError) as error:
         raise DataError(f"{_name(source)}: {_reason(error, source)}") from error
 
@@ -260,12 +239,12 @@ def _load_decord() -> ModuleType:
     return module
 
 
-def _content(source: Source) -> Path | io.BytesIO:
+def _file_of(source: Source) -> Path | IO[bytes]:
     if isinstance(source, bytes):
         return io.BytesIO(source)
-    if is_url(source):
-        return io.BytesIO(fetch(str(source)))
-    return Path(source)
+    if is_remote(source):
+        return open_binary(str(source))
+    return io.BytesIO(read_bytes(source)) if is_url(source) else Path(source)
 
 
 def _extension(source: Source) -> str:
@@ -282,8 +261,7 @@ def _name(source: Source) -> str:
 def _reason(error: BaseException, source: Source) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
-    content = source if isinstance(source, bytes) or is_url(source) else Path(source)
-    if isinstance(content, Path) and content.is_file() and content.stat().st_size == 0:
+    if not isinstance(source, bytes) and Path(source).is_file() and Path(source).stat().st_size == 0:
         return "the file is empty"
     lines = str(error).strip().splitlines()
     cause = lines[0] if lines else type(error).__name__

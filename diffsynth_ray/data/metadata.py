@@ -15,7 +15,18 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from diffsynth_ray.data.media import MEDIA_EXTENSIONS, STATIC_IMAGE_EXTENSIONS, is_url, media_extension
+from diffsynth_ray.data.media import MEDIA_EXTENSIONS, STATIC_IMAGE_EXTENSIONS, media_extension
+from diffsynth_ray.data.storage import (
+    exists,
+    is_folder,
+    is_remote,
+    is_url,
+    join,
+    list_files,
+    local_or_remote,
+    read_bytes,
+    read_stamps,
+)
 from diffsynth_ray.data.tables import RawTable, read_table
 from diffsynth_ray.errors import DataError
 
@@ -28,9 +39,7 @@ DEFAULT_DATA_FILE_KEYS = ("image", "video")
 METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl", "metadata.parquet")
 
 _MAX_LISTED = 10
-# File systems over the network answer in milliseconds, so many questions are kept open; local ones do not mind.
-_NUM_STAT_THREADS = 32
-_PATHS_PER_TASK = 500
+_NUM_CAPTION_THREADS = 16
 _ROWS_PER_DIGEST = 10_000
 
 
@@ -44,7 +53,7 @@ class Metadata:
     file_columns: tuple[str, ...]
     """The columns among `columns` that hold media files."""
     base_path: str
-    """Directory that the rows' paths are relative to; "" means the working directory."""
+    """Folder or s3:// prefix that the rows' paths are relative to; "" means the working directory."""
     digest: str
     """Hexadecimal, of columns and rows: equal for equal content in whatever format or place."""
     notes: tuple[str, ...] = ()
@@ -55,7 +64,7 @@ class Metadata:
 
     def files(self, row_index: int, column: str) -> list[str]:
         """Return the paths or URLs of a file cell, ready to open; empty where the cell is."""
-        return [resolve_path(self.base_path, path) for path in _cell_files(self.rows[row_index][column])]
+        return [join(self.base_path, path) for path in _cell_files(self.rows[row_index][column])]
 
 
 def read_metadata(
@@ -68,21 +77,21 @@ def read_metadata(
 ) -> Metadata:
     """Read and check a dataset's metadata; all problems come in one DataError.
 
-    base_path: directory (or file:// URL) that paths in the rows are relative to.
-    metadata_path: .csv, .json (a list), .jsonl or .parquet; None takes the images and videos in base_path, with
-        captions in .txt files of the same names.
+    base_path: folder (local, file:// or s3://) that paths in the rows are relative to.
+    metadata_path: .csv, .json (a list), .jsonl or .parquet, local, file:// or s3://; None takes the images and videos in
+        base_path, with captions in .txt files of the same names.
     data_file_keys: the file columns. `image` and `video` may be absent as long as another one is there; others may not.
     required_columns: columns that must be there besides, such as prompt.
     check_files: whether to look for every file (not for http(s) URLs); some seconds for a million files.
     """
-    base = local_path(base_path)
-    if base and not Path(base).is_dir():
+    base = local_or_remote(base_path)
+    if base and not is_folder(base):
         raise DataError(f"dataset.base_path: {base_path} is not a directory; paths in the metadata are relative to it")
     notes: list[str] = []
     if metadata_path is None or str(metadata_path) == "":
         table = _read_folder(base, data_file_keys, notes)
     else:
-        table = read_table(_find_metadata(local_path(metadata_path), base))
+        table = read_table(_find_metadata(local_or_remote(metadata_path), base))
     columns, rows = _fill(table)
     file_columns = tuple(key for key in data_file_keys if key in columns)
     _check_columns(table, columns, data_file_keys, required_columns)
@@ -101,32 +110,17 @@ def read_metadata(
     )
 
 
-def local_path(path: str | Path) -> str:
-    """Return a path without a file:// in front; other schemes are an error."""
-    text = str(path)
-    if text.startswith("file://"):
-        return text.removeprefix("file://")
-    if "://" in text:
-        raise DataError(f"{text}: must be a local path or file://; mount or download remote storage first")
-    return text
-
-
-def resolve_path(base_path: str, path: str) -> str:
-    """Return a row's path ready to open: URLs and absolute paths as they are, others under base_path."""
-    if is_url(path):
+def _find_metadata(path: str, base: str) -> str:
+    if exists(path):
         return path
-    return os.path.join(base_path, path.removeprefix("file://"))
-
-
-def _find_metadata(path: str, base: str) -> Path:
-    if Path(path).is_file():
-        return Path(path)
+    if is_remote(path):
+        raise DataError(f"dataset.metadata_path: no such file {path}")
     hint = f"it is relative to the working directory, {Path.cwd()}"
     directory = Path(path).parent
     names = [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
     near = get_close_matches(Path(path).name, names, n=1)
-    if Path(base, path).is_file():
-        hint = f"did you mean {Path(base, path)}?"
+    if exists(join(base, path)):
+        hint = f"did you mean {join(base, path)}?"
     elif Path(path).is_dir():
         hint = "it is a directory; name a .csv, .json, .jsonl or .parquet file"
     elif near:
@@ -217,21 +211,15 @@ def _check_files(table: RawTable, rows: Sequence[Row], file_columns: Sequence[st
                 # Other cells have been complained about already.
                 if isinstance(path, str) and _has_media_extension(path) and not is_url(path):
                     first_use.setdefault(path, (index, column))
-    paths = list(first_use)
-
-    def find_missing(first: int) -> list[str]:
-        chunk = paths[first : first + _PATHS_PER_TASK]
-        return [path for path in chunk if not os.path.isfile(resolve_path(base, path))]
-
-    with ThreadPoolExecutor(_NUM_STAT_THREADS) as pool:
-        missing = [path for part in pool.map(find_missing, range(0, len(paths), _PATHS_PER_TASK)) for path in part]
+    stamps = read_stamps([join(base, path) for path in first_use])
+    missing = [path for path in first_use if stamps[join(base, path)] is None]
     problems = []
     for path in missing:
         index, column = first_use[path]
-        problems.append(f"{table.where(index)}: '{column}' no such file: {resolve_path(base, path)}")
-    if len(missing) == len(paths) > 0:
+        problems.append(f"{table.where(index)}: '{column}' no such file: {join(base, path)}")
+    if len(missing) == len(first_use) > 0:
         place = f"dataset.base_path ({base or 'not set'})"
-        problems.insert(0, f"none of the {len(paths)} files exists; is {place} the right directory?")
+        problems.insert(0, f"none of the {len(first_use)} files exists; is {place} the right directory?")
     return problems
 
 
@@ -239,24 +227,20 @@ def _read_folder(base: str, data_file_keys: Sequence[str], notes: list[str]) -> 
     """List the images and videos of a directory and its subdirectories, with same-named .txt files as prompts."""
     if not base:
         raise DataError("dataset.metadata_path and dataset.base_path are both unset; set one of them")
-    names = sorted(
-        os.path.relpath(os.path.join(directory, name), base) for directory, _, files in os.walk(base) for name in files
-    )
+    names = list_files(base)
     captions = {name for name in names if name.endswith(".txt")}
     rows: list[dict[str, Any]] = []
-    num_captions = 0
     for name in names:
         extension = media_extension(name)
         column = "image" if extension in STATIC_IMAGE_EXTENSIONS else "video"
-        if extension not in MEDIA_EXTENSIONS or column not in data_file_keys:
-            continue
-        caption = os.path.splitext(name)[0] + ".txt"
-        num_captions += caption in captions
-        rows.append({column: name, "prompt": _read_caption(Path(base, caption)) if caption in captions else ""})
+        if extension in MEDIA_EXTENSIONS and column in data_file_keys:
+            caption = os.path.splitext(name)[0] + ".txt"
+            rows.append({column: name, "prompt": join(base, caption) if caption in captions else ""})
+    num_captions = _read_captions(rows)
     metadata = next((name for name in METADATA_NAMES if name in names), None)
     if metadata and not num_captions:
-        path = Path(base, metadata)
-        raise DataError(f"dataset.metadata_path is not set, but {base} has a {metadata}; set it to {path}")
+        place = join(base, metadata)
+        raise DataError(f"dataset.metadata_path is not set, but {base} has a {metadata}; set it to {place}")
     if not rows:
         raise DataError(
             f"dataset.base_path: {base} has no images or videos ({', '.join(sorted(MEDIA_EXTENSIONS))}), "
@@ -270,11 +254,24 @@ def _read_folder(base: str, data_file_keys: Sequence[str], notes: list[str]) -> 
     return RawTable(name=base, columns=columns, rows=rows)
 
 
-def _read_caption(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}; save the caption as UTF-8") from error
+def _read_captions(rows: list[dict[str, Any]]) -> int:
+    """Put the captions in place of their files' paths; returns how many there are."""
+    captioned = [row for row in rows if row["prompt"]]
+
+    def read(path: str) -> str | DataError:
+        try:
+            return read_bytes(path).decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            return DataError(f"{path}: not UTF-8 at byte {error.start}; save the caption as UTF-8")
+        except OSError as error:
+            return DataError(f"{path}: cannot be read: {error}")
+
+    with ThreadPoolExecutor(_NUM_CAPTION_THREADS) as pool:
+        for row, caption in zip(captioned, pool.map(read, [row["prompt"] for row in captioned]), strict=True):
+            if isinstance(caption, DataError):
+                raise caption
+            row["prompt"] = caption
+    return len(captioned)
 
 
 def _cell_files(value: Value) -> list[Any]:

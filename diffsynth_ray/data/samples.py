@@ -2,23 +2,66 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffsynth_ray.config.schema import DatasetSection
+from diffsynth_ray.data.bad_samples import BadSample, check_limit
 from diffsynth_ray.data.batches import MicroBatch, SampleOrder, build_buckets, deal
-from diffsynth_ray.data.media import Frames, decode, read_size, target_size
-from diffsynth_ray.data.metadata import PROMPT_COLUMN, Metadata, read_metadata
-from diffsynth_ray.errors import DataError
+from diffsynth_ray.data.media import (
+    SIDE_MULTIPLE,
+    STATIC_IMAGE_EXTENSIONS,
+    Frames,
+    MediaInfo,
+    clip_length,
+    decode,
+    media_extension,
+    read_info,
+    target_size,
+)
+from diffsynth_ray.data.metadata import DEFAULT_DATA_FILE_KEYS, PROMPT_COLUMN, Metadata, Value, read_metadata
+from diffsynth_ray.data.order import IntArray, KeyedPermutation, derive_key
+from diffsynth_ray.data.sizes import index_places, read_media_infos
+from diffsynth_ray.errors import DataError, JobFileError, Problem
 
 if TYPE_CHECKING:
     from diffsynth_ray.config.resolve import ResolvedJob
 
+Extra = tuple[Frames, ...] | Value
+"""A further input of one sample: its files decoded, or the cell's value where the column holds no files."""
+
 _SHOWN_PROBLEMS = 10
+# A bad sample is replaced by the first of so many that can be read: where none can, the data are no data.
+_CANDIDATES = 16
+
+
+@dataclass(frozen=True)
+class SampleRule:
+    """What a model family demands of its samples."""
+
+    size_multiple: int = SIDE_MULTIPLE
+    """Pixels; heights and widths are multiples of it."""
+    clip_step: int | None = None
+    """Clips have a multiple of this many frames and one more; None: the family takes images, of a video the first frame."""
+
+
+@dataclass(frozen=True)
+class DecodedBatch:
+    """A micro batch, decoded."""
+
+    pixels: Frames
+    """uint8 [b, f, h, w, 3]."""
+    rows: tuple[int, ...]
+    """[b] positions in the metadata, of the replacements where there are any."""
+    prompts: tuple[str, ...]
+    extra: dict[str, tuple[Extra, ...]]
+    """By column of `model.extra_inputs`: [b]."""
+    bad: tuple[BadSample, ...] = ()
+    """What was replaced."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +70,11 @@ class SampleIndex:
 
     metadata: Metadata
     order: SampleOrder
-    media_column: str
-    """The column whose file is trained on."""
+    dataset: DatasetSection
+    rule: SampleRule = SampleRule()
+    extra_columns: tuple[str, ...] = ()
+    unusable: dict[int, str] = field(default_factory=dict)
+    """Rows whose header shows that they cannot be trained on, and why; only under `bad_sample = "skip"`."""
 
     def prompt(self, row: int) -> str:
         """The caption of a row; an empty cell is the empty prompt."""
@@ -37,7 +83,11 @@ class SampleIndex:
 
     def path(self, row: int) -> str:
         """The media file of a row."""
-        return self.metadata.files(row, self.media_column)[0]
+        return media_path(self.metadata, row)
+
+    def bad_headers(self) -> list[BadSample]:
+        """The unusable rows, as the list of a run has them."""
+        return [BadSample(row, len(self.metadata), self.path(row), cause) for row, cause in sorted(self.unusable.items())]
 
     def micro_batches(
         self, *, start_step: int, num_steps: int, rank: int, world_size: int
@@ -57,44 +107,141 @@ class SampleIndex:
         rows = tuple(int(bucket.rows[n % len(bucket.rows)]) for n in range(size))
         return MicroBatch(number, bucket.height, bucket.width, bucket.num_frames, rows, tuple(range(size)))
 
-    def decode(self, micro_batch: MicroBatch) -> Frames:
-        """uint8 [b, f, h, w, 3] of a micro batch; DataError names row, file and cause."""
-        frames = []
-        for row in micro_batch.rows:
-            path = self.path(row)
+    def decode(self, micro_batch: MicroBatch, *, step: int, out: Frames | None = None) -> DecodedBatch:
+        """Decode a micro batch, into `out` (uint8 [b, f, h, w, 3]) where given.
+
+        A sample that cannot be read is a DataError with row, column and cause; under `bad_sample = "skip"` it is replaced
+        by another, which follows from the seed, the step and its place in the global batch.
+        """
+        micro = micro_batch
+        if out is None:
+            shape = (len(micro.rows), micro.num_frames, micro.height, micro.width, 3)
+            out = np.empty(shape, dtype=np.uint8)
+        rows, extras, bad = [], [], []
+        for number, (row, index) in enumerate(zip(micro.rows, micro.indices, strict=True)):
+            used, out[number], extra, replaced = self._decode_or_replace(row, micro, step=step, index=index)
+            rows.append(used)
+            extras.append(extra)
+            if replaced is not None:
+                bad.append(replaced)
+        return DecodedBatch(
+            pixels=out,
+            rows=tuple(rows),
+            prompts=tuple(self.prompt(row) for row in rows),
+            extra={column: tuple(extra[column] for extra in extras) for column in self.extra_columns},
+            bad=tuple(bad),
+        )
+
+    def problem(self, micro_batch: MicroBatch) -> str | None:
+        """Why the row of a micro batch of one cannot be used, or None."""
+        try:
+            self._decode_row(micro_batch.rows[0], micro_batch)
+        except DataError as error:
+            return error.message
+        return None
+
+    def _decode_or_replace(
+        self, row: int, micro: MicroBatch, *, step: int, index: int
+    ) -> tuple[int, Frames, dict[str, Extra], BadSample | None]:
+        """(row used, its frames, its extra inputs, what was replaced)."""
+        try:
+            return row, *self._decode_row(row, micro), None
+        except DataError as error:
+            if self.dataset.bad_sample == "error":
+                raise DataError(f"row {row + 1}, column {self._column(row)}: {error.message}", hint=error.hint) from error
+            cause = error.message
+        for candidate in self._candidates(row, micro, step=step, index=index):
             try:
-                frames.append(
-                    decode(path, height=micro_batch.height, width=micro_batch.width, num_frames=micro_batch.num_frames)
-                )
-            except DataError as error:
-                raise DataError(
-                    f"row {row + 1}, column {self.media_column}: {error.message}", hint=error.hint
-                ) from error
-        return np.stack(frames)
+                frames, extra = self._decode_row(candidate, micro)
+            except DataError:
+                continue
+            bad = BadSample(row, len(self.metadata), self.path(row), cause, step=step, replaced_by=candidate)
+            return candidate, frames, extra, bad
+        raise DataError(f"row {row + 1} is bad ({cause}), and none of the rows tried in its place can be read either")
+
+    def _candidates(self, row: int, micro: MicroBatch, *, step: int, index: int) -> Iterator[int]:
+        """Rows to take instead: of the same bucket first, in an order that follows from seed, step and index."""
+        key = derive_key(self.order.seed, step, "substitute", index)
+        for pool in (self.order.buckets[micro.bucket_index].rows, np.arange(len(self.metadata))):
+            shuffled = KeyedPermutation(len(pool), key)
+            for position in range(min(_CANDIDATES, len(pool))):
+                candidate = int(pool[shuffled([position])[0]])
+                if candidate != row:
+                    yield candidate
+
+    def _column(self, row: int) -> str:
+        return media_column(self.metadata, row)
+
+    def _decode_row(self, row: int, micro: MicroBatch) -> tuple[Frames, dict[str, Extra]]:
+        if row in self.unusable:
+            raise DataError(self.unusable[row])
+        path = self.path(row)
+        frames = decode(
+            path,
+            height=micro.height,
+            width=micro.width,
+            num_frames=micro.num_frames,
+            frame_rate=self.dataset.frame_rate,
+        )
+        if len(frames) != micro.num_frames:
+            raise DataError(f"{path}: {len(frames)} frames, its batch has {micro.num_frames}; the file is shorter than it was")
+        return frames, {column: self._decode_extra(row, column) for column in self.extra_columns}
+
+    def _decode_extra(self, row: int, column: str) -> Extra:
+        if column not in self.metadata.file_columns:
+            return self.metadata.rows[row][column]
+        found = []
+        for path in self.metadata.files(row, column):
+            height, width, num_frames = target_of(read_info(path), self.dataset, self.rule)
+            rate = self.dataset.frame_rate
+            found.append(decode(path, height=height, width=width, num_frames=num_frames, frame_rate=rate))
+        return tuple(found)
 
 
-def build_sample_index(resolved: ResolvedJob, say: Callable[[str], None]) -> SampleIndex:
-    """Read metadata and, under dynamic resolution, every file's header; raises DataError with all problems."""
-    dataset = resolved.job.dataset
-    assert dataset.base_path is not None  # resolve has checked it
-    metadata = read_metadata(
-        dataset.base_path, dataset.metadata_path, dataset.data_file_keys, required_columns=[PROMPT_COLUMN]
+def media_column(metadata: Metadata, row: int) -> str:
+    """The column whose file is trained on: the first of image and video, else of all file columns, that is not empty."""
+    own = [column for column in metadata.file_columns if column in DEFAULT_DATA_FILE_KEYS] or metadata.file_columns
+    return next((column for column in own if metadata.rows[row][column]), own[0])
+
+
+def media_path(metadata: Metadata, row: int) -> str:
+    """The file that is trained on; read_metadata has checked that there is one."""
+    return metadata.files(row, media_column(metadata, row))[0]
+
+
+def target_of(info: MediaInfo, dataset: DatasetSection, rule: SampleRule) -> tuple[int, int, int]:
+    """(height, width, frames) that a file is trained at. Raises DataError where it is too small."""
+    height, width = target_size(
+        info.width,
+        info.height,
+        fixed_height=dataset.height,
+        fixed_width=dataset.width,
+        max_pixels=dataset.max_pixels,
+        multiple=rule.size_multiple,
     )
-    media_column = metadata.file_columns[0]
+    if rule.clip_step is None or info.num_frames == 1:
+        return height, width, 1
+    length = clip_length(info, num_frames=dataset.num_frames, frame_rate=dataset.frame_rate, step=rule.clip_step)
+    return height, width, length
+
+
+def build_sample_index(resolved: ResolvedJob, say: Callable[[str], None], *, rule: SampleRule | None = None) -> SampleIndex:
+    """Read metadata and, where sizes or lengths are not given, every file's header; raises DataError with all problems."""
+    dataset, rule = resolved.job.dataset, rule or SampleRule()
+    assert dataset.base_path is not None  # resolve has checked it
+    _check_clip_length(dataset, rule)
+    metadata = read_metadata(
+        dataset.base_path,
+        dataset.metadata_path,
+        dataset.data_file_keys,
+        required_columns=[PROMPT_COLUMN],
+        # Under "skip" a missing file is a bad sample like any other.
+        check_files=dataset.bad_sample == "error",
+    )
     for note in metadata.notes:
         say(note)
-    if dataset.height is not None and dataset.width is not None:
-        size = target_size(
-            dataset.width,
-            dataset.height,
-            fixed_height=dataset.height,
-            fixed_width=dataset.width,
-            max_pixels=dataset.max_pixels,
-        )
-        sizes = [(*size, 1)] * len(metadata)
-    else:
-        say(f"reading the sizes of {len(metadata)} files")
-        sizes = _read_target_sizes(metadata, media_column, max_pixels=dataset.max_pixels)
+    _check_one_file(metadata)
+    sizes, unusable = _target_sizes(metadata, resolved, rule, say)
     order = SampleOrder(
         buckets=build_buckets(sizes),
         repeat=dataset.repeat,
@@ -102,25 +249,80 @@ def build_sample_index(resolved: ResolvedJob, say: Callable[[str], None]) -> Sam
         global_batch_size=resolved.global_batch_size,
         seed=resolved.job.seed,
     )
-    return SampleIndex(metadata=metadata, order=order, media_column=media_column)
+    return SampleIndex(
+        metadata=metadata,
+        order=order,
+        dataset=dataset,
+        rule=rule,
+        extra_columns=tuple(name for name in resolved.job.model.extra_inputs if name in metadata.columns),
+        unusable=unusable,
+    )
 
 
-def _read_target_sizes(metadata: Metadata, column: str, *, max_pixels: int) -> list[tuple[int, int, int]]:
-    def size_or_problem(row: int) -> tuple[int, int, int] | str:
+def _check_one_file(metadata: Metadata) -> None:
+    """Several files in a cell are for extra inputs; of what is trained on a row has one."""
+    several = [
+        f"row {row + 1}: {media_column(metadata, row)!r} has {len(files)} files"
+        for row in range(len(metadata))
+        if len(files := metadata.files(row, media_column(metadata, row))) > 1
+    ]
+    if several:
+        more = [f"... and {len(several) - _SHOWN_PROBLEMS} more"] if len(several) > _SHOWN_PROBLEMS else []
+        message = "\n  ".join(["a row is trained on one file:", *several[:_SHOWN_PROBLEMS], *more])
+        raise DataError(message, hint="give each file a row of its own; lists are for the columns of model.extra_inputs")
+
+
+def _check_clip_length(dataset: DatasetSection, rule: SampleRule) -> None:
+    step, length = rule.clip_step, dataset.num_frames
+    if step is not None and (length - 1) % step:
+        near = (length - 1) // step * step + 1
+        message = f"got {length}; this family takes a multiple of {step} frames and one more, as in {near} or {near + step}"
+        raise JobFileError("job", [Problem("dataset.num_frames", message)])
+
+
+def _target_sizes(
+    metadata: Metadata, resolved: ResolvedJob, rule: SampleRule, say: Callable[[str], None]
+) -> tuple[IntArray, dict[int, str]]:
+    """([num_rows, 3] height, width, frames; the unusable rows under "skip", which borrow the size of another row)."""
+    dataset = resolved.job.dataset
+    paths = [media_path(metadata, row) for row in range(len(metadata))]
+    if dataset.height is not None and dataset.width is not None and _are_images(paths, rule):
+        one = MediaInfo(dataset.width, dataset.height, 1, None)
+        return np.tile(np.array(target_of(one, dataset, rule), dtype=np.int64), (len(paths), 1)), {}
+    places = index_places(metadata.base_path, dataset.metadata_path, resolved.output_path)
+    infos = read_media_infos(paths, places=places, say=say)
+    sizes = np.zeros((len(paths), 3), dtype=np.int64)
+    problems: dict[int, str] = {}
+    for row, path in enumerate(paths):
         try:
-            files = metadata.files(row, column)
-            if not files:
-                return f"row {row + 1}: the cell {column} is empty"
-            width, height, _ = read_size(files[0])
-            return (*target_size(width, height, fixed_height=None, fixed_width=None, max_pixels=max_pixels), 1)
+            info = infos[path]
+            if isinstance(info, DataError):
+                raise info
+            sizes[row] = target_of(info, dataset, rule)
         except DataError as error:
-            return f"row {row + 1}: {error.message}"
-
-    with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
-        results = list(pool.map(size_or_problem, range(len(metadata)), chunksize=64))
-    problems = [result for result in results if isinstance(result, str)]
+            cause = error.message
+            problems[row] = cause if path in cause else f"{path}: {cause}"
     if problems:
-        shown = problems[:_SHOWN_PROBLEMS]
-        more = [f"... and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
-        raise DataError("\n  ".join([f"{len(problems)} of {len(metadata)} files cannot be used:", *shown, *more]))
-    return [result for result in results if not isinstance(result, str)]
+        _check_problems(problems, dataset, num_rows=len(paths))
+        usable = np.setdiff1d(np.arange(len(paths)), list(problems))
+        pick = KeyedPermutation(len(usable), derive_key(resolved.job.seed, 0, "size of a bad sample"))
+        for row in problems:
+            sizes[row] = sizes[usable[pick([row % len(usable)])[0]]]
+    return sizes, problems
+
+
+def _are_images(paths: Sequence[str], rule: SampleRule) -> bool:
+    return rule.clip_step is None or all(media_extension(path) in STATIC_IMAGE_EXTENSIONS for path in paths)
+
+
+def _check_problems(problems: dict[int, str], dataset: DatasetSection, *, num_rows: int) -> None:
+    """Raise DataError where the run cannot go on with these unusable rows."""
+    listed = [f"row {row + 1}: {cause}" for row, cause in islice(problems.items(), _SHOWN_PROBLEMS)]
+    if dataset.bad_sample == "error" or len(problems) == num_rows:
+        more = [f"... and {len(problems) - len(listed)} more"] if len(problems) > len(listed) else []
+        raise DataError(
+            "\n  ".join([f"{len(problems)} of {num_rows} files cannot be used:", *listed, *more]),
+            hint="mend or remove them; `dsray data check` finds files that are damaged further inside too"
+            + ("" if dataset.bad_sample == "skip" else ', and dataset.bad_sample = "skip" goes on without them'),
+        )
+    check_limit(listed, num_bad=len(problems), num_rows=num_rows, limit=dataset.bad_sample_limit)

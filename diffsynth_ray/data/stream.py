@@ -1,9 +1,10 @@
 """The Ray Data stream of one training worker: positions -> decoded micro batches, in exact order.
 
-One Ray Data task computes positions (a pure function, O(1) a step, from any step on); others decode. A row of the stream is a
-micro batch: its uint8 pixels as one binary value, so that nothing is copied on the way to the worker. A block holds as many
-micro batches as make a task worth its cost. A file that cannot be decoded travels as its error, so that it is raised at its
-position, on the worker that needs it, and never retried.
+One Ray Data task computes positions (a pure function, O(1) a step, from any step on); others decode. What travels in a block is
+one row that holds a *chunk*: several micro batches, as many as make a task worth its cost. Ray cuts blocks between rows
+whatever their origin, so a row a micro batch would cost a task and an object each; one row cannot be cut. The micro batches
+of a chunk are decoded straight into its one buffer, which the worker reads where it lies in the object store. A file that
+cannot be decoded travels as its error, so that it is raised at its position, on the worker that needs it, and never retried.
 """
 
 from __future__ import annotations
@@ -11,22 +12,27 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray
 from ray.data import DataContext, Datasource, ReadTask, TaskPoolStrategy
 from ray.data.block import BlockMetadata
 
 from diffsynth_ray.config.resolve import READ_CPUS
+from diffsynth_ray.data.bad_samples import BadSample
 from diffsynth_ray.data.batches import MicroBatch
-from diffsynth_ray.data.samples import SampleIndex
+from diffsynth_ray.data.media import Frames
+from diffsynth_ray.data.samples import DecodedBatch, Extra, SampleIndex
 from diffsynth_ray.errors import DataError
 
-_BLOCK_BYTES = 16 << 20
-"""Pixels of a block: about what makes Ray's cost per task small beside the decoding."""
-_MAX_MICRO_BATCHES = 32
-_PREFETCHED_BLOCKS = 2
+_CHUNK_BYTES = 16 << 20
+"""Pixels of a chunk: about what makes Ray's cost per task small beside the decoding."""
+_MAX_MICRO_BATCHES = 64
+_PREFETCHED_CHUNKS = 2
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,13 @@ class StreamedBatch:
     is_last: bool
     """The worker's last micro batch of the step."""
     micro_batch: MicroBatch
-    pixels: np.ndarray
-    """uint8 [b, f, h, w, 3]."""
-    prompts: tuple[str, ...]
+    """As planned; `decoded` tells the rows that are really there."""
+    decoded: DecodedBatch
+
+    @property
+    def pixels(self) -> Frames:
+        """uint8 [b, f, h, w, 3], read-only: they lie in the object store."""
+        return self.decoded.pixels
 
 
 class PositionSource(Datasource):
@@ -61,7 +71,7 @@ class PositionSource(Datasource):
         return None
 
     def get_read_tasks(self, parallelism: int, *args: object, **kwargs: object) -> list[ReadTask]:
-        """One task that yields a table for every block."""
+        """One task that yields a table of one row for every chunk."""
         metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         index, bounds = self.index, (self.start_step, self.num_steps, self.rank, self.world_size)
         return [ReadTask(lambda: _position_tables(ray.get(index), *bounds), metadata)]
@@ -70,48 +80,122 @@ class PositionSource(Datasource):
 def _position_tables(
     index: SampleIndex, start_step: int, num_steps: int, rank: int, world_size: int
 ) -> Iterator[pa.Table]:
-    positions: list[str] = []
+    chunk: list[list[Any]] = []
     num_bytes = 0
     found = index.micro_batches(start_step=start_step, num_steps=num_steps, rank=rank, world_size=world_size)
     for step, num_samples, is_last, micro in found:
-        positions.append(json.dumps([step, num_samples, is_last, asdict(micro)]))
-        num_bytes += len(micro.rows) * micro.num_frames * micro.height * micro.width * 3
-        # The first block is small, so that the first step need not wait for a whole one.
-        if num_bytes >= _BLOCK_BYTES or len(positions) == _MAX_MICRO_BATCHES or step == start_step:
-            yield pa.table({"position": positions})
-            positions, num_bytes = [], 0
-    if positions:
-        yield pa.table({"position": positions})
+        chunk.append([step, num_samples, is_last, asdict(micro)])
+        num_bytes += _num_bytes(micro)
+        # The first chunk is small, so that the first step need not wait for a whole one.
+        if num_bytes >= _CHUNK_BYTES or len(chunk) == _MAX_MICRO_BATCHES or (step == start_step and is_last):
+            yield pa.table({"chunk": [json.dumps(chunk)]})
+            chunk, num_bytes = [], 0
+    if chunk:
+        yield pa.table({"chunk": [json.dumps(chunk)]})
 
 
-def _decode_block(block: pa.Table, index: ray.ObjectRef) -> pa.Table:
-    samples: SampleIndex = ray.get(index)
-    pixels: list[bytes | None] = []
-    errors: list[str | None] = []
-    prompts: list[list[str]] = []
-    for position in block["position"].to_pylist():
-        _, _, _, micro = _parse_position(position)
-        prompts.append([samples.prompt(row) for row in micro.rows])
+def _num_bytes(micro: MicroBatch) -> int:
+    return int(np.prod(_shape(micro)))
+
+
+def _shape(micro: MicroBatch) -> tuple[int, int, int, int, int]:
+    return len(micro.rows), micro.num_frames, micro.height, micro.width, 3
+
+
+@lru_cache(maxsize=1)
+def load_index(reference: ray.ObjectRef) -> SampleIndex:
+    """The SampleIndex of a reference, read back once a process.
+
+    Once a task would not do: reading back the rows of a large dataset takes longer than decoding a chunk.
+    """
+    index: SampleIndex = ray.get(reference)
+    return index
+
+
+def _decode_chunk(block: pa.Table, index: ray.ObjectRef) -> pa.Table:
+    """One row in, one row out: the chunk, all its pixels, all its extra inputs' bytes, and for each micro batch what it is
+    made of, or its error."""
+    samples = load_index(index)
+    chunk = _parse_chunk(block["chunk"][0].as_py())
+    pixels = np.empty(sum(_num_bytes(micro) for _, _, _, micro in chunk), dtype=np.uint8)
+    facts: list[dict[str, Any]] = []
+    extras: list[bytes] = []
+    start = 0
+    for step, _, _, micro in chunk:
+        out = pixels[start : start + _num_bytes(micro)].reshape(_shape(micro))
+        start += _num_bytes(micro)
         try:
-            pixels.append(samples.decode(micro).tobytes())
-            errors.append(None)
+            decoded = samples.decode(micro, step=step, out=out)
         except DataError as error:
-            pixels.append(None)
-            errors.append(str(error))
+            facts.append({"error": error.message, "hint": error.hint})
+            continue
+        layout, content = _pack_extra(decoded.extra)
+        extras.append(content)
+        facts.append(
+            {
+                "rows": decoded.rows,
+                "prompts": decoded.prompts,
+                "bad": [asdict(bad) for bad in decoded.bad],
+                "extra": layout,
+            }
+        )
     return pa.table(
         {
-            "position": block["position"],
-            "pixels": pa.array(pixels, type=pa.large_binary()),
-            "prompts": pa.array(prompts, type=pa.list_(pa.string())),
-            "error": pa.array(errors, type=pa.string()),
+            "chunk": block["chunk"],
+            "pixels": _one_binary(pixels),
+            "extra": pa.array([b"".join(extras)], type=pa.large_binary()),
+            "facts": [json.dumps(facts, default=str)],
         }
     )
 
 
-def _parse_position(text: str) -> tuple[int, int, bool, MicroBatch]:
-    step, num_samples, is_last, fields = json.loads(text)
-    fields["rows"], fields["indices"] = tuple(fields["rows"]), tuple(fields["indices"])
-    return step, num_samples, is_last, MicroBatch(**fields)
+def _one_binary(content: npt.NDArray[np.uint8]) -> pa.LargeBinaryArray:
+    """An array of one value around a buffer as it is: Arrow would copy it."""
+    ends = np.array([0, len(content)], dtype=np.int64)
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(ends), pa.py_buffer(content)])
+
+
+def _parse_chunk(text: str) -> list[tuple[int, int, bool, MicroBatch]]:
+    chunk = []
+    for step, num_samples, is_last, fields in json.loads(text):
+        fields["rows"], fields["indices"] = tuple(fields["rows"]), tuple(fields["indices"])
+        chunk.append((step, num_samples, is_last, MicroBatch(**fields)))
+    return chunk
+
+
+def _pack_extra(extra: dict[str, tuple[Extra, ...]]) -> tuple[dict[str, list[Any]], bytes]:
+    """Extra inputs as (column -> per sample the shapes of its files, or {"value": the cell}, all files' bytes)."""
+    layout: dict[str, list[Any]] = {}
+    content = []
+    for column, samples in extra.items():
+        layout[column] = []
+        for sample in samples:
+            if isinstance(sample, tuple):
+                layout[column].append([frames.shape for frames in sample])
+                content += [frames.tobytes() for frames in sample]
+            else:
+                layout[column].append({"value": sample})
+    return layout, b"".join(content)
+
+
+def _unpack_extra(layout: dict[str, list[Any]], content: Frames) -> tuple[dict[str, tuple[Extra, ...]], int]:
+    """What `_pack_extra` packed, from bytes that may go on after it; and how many of them it took."""
+    extra: dict[str, tuple[Extra, ...]] = {}
+    start = 0
+    for column, samples in layout.items():
+        found: list[Extra] = []
+        for sample in samples:
+            if isinstance(sample, dict):
+                found.append(sample["value"])
+                continue
+            files = []
+            for shape in sample:
+                size = int(np.prod(shape))
+                files.append(content[start : start + size].reshape(shape))
+                start += size
+            found.append(tuple(files))
+        extra[column] = tuple(found)
+    return extra, start
 
 
 def build_stream(
@@ -133,7 +217,7 @@ def build_stream(
     context = DataContext.get_current()
     saved = context.target_max_block_size, context.execution_options, context.enable_progress_bars
     try:
-        # Every table that a task yields becomes a block of its own.
+        # Every row becomes a block of its own.
         context.target_max_block_size = 1
         context.enable_progress_bars = False
         context.execution_options = type(context.execution_options)(
@@ -144,7 +228,7 @@ def build_stream(
         )
         source = PositionSource(index, start_step=start_step, num_steps=num_steps, rank=rank, world_size=world_size)
         dataset = ray.data.read_datasource(source, override_num_blocks=1, num_cpus=read_cpus).map_batches(
-            _decode_block,
+            _decode_chunk,
             batch_size=None,
             batch_format="pyarrow",
             fn_kwargs={"index": index},
@@ -154,23 +238,25 @@ def build_stream(
         )
     finally:
         context.target_max_block_size, context.execution_options, context.enable_progress_bars = saved
-    return _rows(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=_PREFETCHED_BLOCKS))
+    return _micro_batches(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=_PREFETCHED_CHUNKS))
 
 
-def _rows(blocks: Iterator[pa.Table]) -> Iterator[StreamedBatch]:
+def _micro_batches(blocks: Iterator[pa.Table]) -> Iterator[StreamedBatch]:
     for block in blocks:
-        for position, pixels, prompts, error in zip(
-            block["position"], block["pixels"], block["prompts"], block["error"], strict=True
+        pixels, extras = (np.frombuffer(block[name][0].as_buffer(), dtype=np.uint8) for name in ("pixels", "extra"))
+        for (step, num_samples, is_last, micro), facts in zip(
+            _parse_chunk(block["chunk"][0].as_py()), json.loads(block["facts"][0].as_py()), strict=True
         ):
-            step, num_samples, is_last, micro = _parse_position(position.as_py())
-            if error.is_valid:
-                raise DataError(f"step {step}: {error.as_py()}")
-            shape = (len(micro.rows), micro.num_frames, micro.height, micro.width, 3)
-            yield StreamedBatch(
-                step=step,
-                num_samples=num_samples,
-                is_last=is_last,
-                micro_batch=micro,
-                pixels=np.frombuffer(pixels.as_buffer(), dtype=np.uint8).reshape(shape),
-                prompts=tuple(prompts.as_py()),
+            own, pixels = pixels[: _num_bytes(micro)], pixels[_num_bytes(micro) :]
+            if "error" in facts:
+                raise DataError(f"step {step + 1}: {facts['error']}", hint=facts["hint"])
+            extra, taken = _unpack_extra(facts["extra"], extras)
+            extras = extras[taken:]
+            decoded = DecodedBatch(
+                pixels=own.reshape(_shape(micro)),
+                rows=tuple(facts["rows"]),
+                prompts=tuple(facts["prompts"]),
+                extra=extra,
+                bad=tuple(BadSample(**fields) for fields in facts["bad"]),
             )
+            yield StreamedBatch(step, num_samples, is_last, micro, decoded)

@@ -1,12 +1,16 @@
 """CSV, JSON, JSON Lines and Parquet files to lists of rows, with the place of each row for messages."""
 
 import csv
+import io
 import json
+import os
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from diffsynth_ray.data.storage import open_binary
 from diffsynth_ray.errors import DataError
 
 _MAX_LISTED = 10
@@ -33,16 +37,18 @@ class RawTable:
         return f"{self.name}:{self.lines[index]}" if self.lines else f"{self.name}, row {index + 1}"
 
 
-def read_table(path: Path) -> RawTable:
-    """Read a metadata file by its extension."""
+def read_table(path: str) -> RawTable:
+    """Read a metadata file (local or s3://) by its extension."""
     readers = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    reader = readers.get(path.suffix.lower())
+    suffix = os.path.splitext(path)[1]
+    reader = readers.get(suffix.lower())
     if reader is None:
-        raise DataError(f"{path}: unknown kind of metadata file '{path.suffix}'; known are {', '.join(readers)}")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty")
+        raise DataError(f"{path}: unknown kind of metadata file '{suffix}'; known are {', '.join(readers)}")
     try:
-        table = reader(path)
+        with open_binary(path) as file:
+            if not file.peek(1):
+                raise DataError(f"{path}: the file is empty")
+            table = reader(path, file)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8") from error
     except OSError as error:
@@ -52,12 +58,21 @@ def read_table(path: Path) -> RawTable:
     return table
 
 
-def _read_csv(path: Path) -> RawTable:
-    table = RawTable(name=str(path), columns=[], rows=[], has_text_cells=True)
-    problems: list[str] = []
+@contextmanager
+def _text(file: IO[bytes]) -> Iterator[io.TextIOWrapper]:
     # utf-8-sig drops the byte order mark of spreadsheets; newline="" leaves newlines in quotes to the csv module.
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    try:
+        yield text
+    finally:
+        text.detach()
+
+
+def _read_csv(path: str, file: IO[bytes]) -> RawTable:
+    table = RawTable(name=path, columns=[], rows=[], has_text_cells=True)
+    problems: list[str] = []
+    with _text(file) as text:
+        reader = csv.reader(text, strict=True)
         try:
             columns = table.columns = next((row for row in reader if row), [])
             _check_header(path, columns)
@@ -80,7 +95,7 @@ def _read_csv(path: Path) -> RawTable:
     return table
 
 
-def _check_header(path: Path, columns: list[str]) -> None:
+def _check_header(path: str, columns: list[str]) -> None:
     if not columns:
         raise DataError(f"{path}: the file is empty")
     repeated = sorted({column for column in columns if columns.count(column) > 1})
@@ -88,9 +103,9 @@ def _check_header(path: Path, columns: list[str]) -> None:
         raise DataError(f"{path}:1: the header names {', '.join(map(repr, repeated))} twice; column names must differ")
 
 
-def _read_json(path: Path) -> RawTable:
+def _read_json(path: str, file: IO[bytes]) -> RawTable:
     try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+        entries = json.loads(file.read().decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         hint = "; one object a line is JSON Lines, name it .jsonl" if error.msg == "Extra data" else ""
         raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno}){hint}") from error
@@ -103,14 +118,14 @@ def _read_json(path: Path) -> RawTable:
             if not isinstance(entry, dict)
         ]
     )
-    return RawTable(name=str(path), columns=_collect_columns(entries), rows=entries)
+    return RawTable(name=path, columns=_collect_columns(entries), rows=entries)
 
 
-def _read_jsonl(path: Path) -> RawTable:
+def _read_jsonl(path: str, file: IO[bytes]) -> RawTable:
     rows: list[dict[str, Any]] = []
     lines, problems = array("q"), []
-    with path.open(encoding="utf-8-sig") as file:
-        for line, text in enumerate(file, start=1):
+    with _text(file) as lines_of_file:
+        for line, text in enumerate(lines_of_file, start=1):
             if text.isspace():
                 continue
             try:
@@ -124,21 +139,20 @@ def _read_jsonl(path: Path) -> RawTable:
             else:
                 problems.append(f"{path}:{line}: must be an object, got {text.strip()[:80]}")
     _raise_problems(problems)
-    return RawTable(name=str(path), columns=_collect_columns(rows), rows=rows, lines=lines)
+    return RawTable(name=path, columns=_collect_columns(rows), rows=rows, lines=lines)
 
 
-def _read_parquet(path: Path) -> RawTable:
+def _read_parquet(path: str, file: IO[bytes]) -> RawTable:
     # Imported late: most datasets have text metadata, and the import takes a third of a second.
     import pyarrow
     import pyarrow.parquet
 
     try:
         # A handle and not a path, so that no directory or URL is guessed from the name.
-        with path.open("rb") as file:
-            table = pyarrow.parquet.read_table(file)
+        table = pyarrow.parquet.read_table(file)
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}") from error
-    return RawTable(name=str(path), columns=list(table.column_names), rows=table.to_pylist())
+    return RawTable(name=path, columns=list(table.column_names), rows=table.to_pylist())
 
 
 def _collect_columns(rows: list[dict[str, Any]]) -> list[str]:

@@ -1,5 +1,5 @@
-"""Where the processes of a run leave what the driver tells the user: lines of the log, losses of workers, and a failure that
-ends the run. It also knows what each worker does, and so which one does nothing any more.
+"""Where the processes of a run leave what the driver tells the user: lines of the log, bad samples, losses of workers, and a
+failure that ends the run. It also knows what each worker does, and so which one does nothing any more.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from diffsynth_ray.data.bad_samples import BadSample
 from diffsynth_ray.errors import DsrayError
 from diffsynth_ray.launch.failures import WorkerPlace, pick_root
 from diffsynth_ray.train.heartbeat import DONE, LOADING, LOADING_PATIENCE
@@ -52,6 +53,7 @@ class News:
     lines: list[str]
     failure: Failure | None
     losses: list[Loss]
+    bad: list[BadSample]
     hung: Hung | None
     idle_s: float
     """Seconds without a group of workers; 0 while there is one, and after one that was done."""
@@ -82,6 +84,7 @@ class Board:
     def __init__(self) -> None:
         self._lines: list[str] = []
         self._failure: Failure | None = None
+        self._bad: list[BadSample] = []
         self._losses: list[Loss] = []
         self._group: _Group | None = None
         self._is_finished = False
@@ -94,6 +97,10 @@ class Board:
     def fail(self, rank: int | None, error: DsrayError) -> None:
         """Leave a failure; the first one counts, later ones follow from it."""
         self._failure = self._failure or Failure(error, self._place(rank) if rank is not None else None)
+
+    def note_bad(self, samples: list[BadSample]) -> None:
+        """Leave samples that were replaced."""
+        self._bad += samples
 
     def begin_group(self, places: list[WorkerPlace], handles: list[Any]) -> None:
         """A group of workers has started."""
@@ -140,9 +147,10 @@ class Board:
         """What is new; workers that have stood still for `timeout_s` are named once."""
         lines, self._lines = self._lines, []
         losses, self._losses = self._losses, []
+        bad, self._bad = self._bad, []
         is_idle = self._group is None and not self._is_finished
         idle_s = time.monotonic() - self._idle_since if is_idle else 0.0
-        return News(lines, self._failure, losses, self._find_hung(timeout_s), idle_s)
+        return News(lines, self._failure, losses, bad, self._find_hung(timeout_s), idle_s)
 
     def _place(self, rank: int) -> WorkerPlace:
         if self._group is not None and rank in self._group.workers:

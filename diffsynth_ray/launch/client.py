@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import diffsynth_ray
 from diffsynth_ray.config.resolve import ResolvedJob, Resources
 from diffsynth_ray.errors import ClusterError, ExitCode
 from diffsynth_ray.launch import embedded
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 ACTIVE = ("PENDING", "RUNNING")
 _TIMEOUT_S = 8.0
 _KILL_S = 30.0
+_PACKAGE = Path(diffsynth_ray.__file__).resolve().parent
+_MAX_CODE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -286,8 +289,13 @@ def next_attempt(cluster: Cluster, resolved: ResolvedJob) -> int:
 
 
 def entrypoint(submission_id: str, *, python: str = sys.executable) -> str:
-    """Command line of the driver. The interpreter is absolute: `python` of the head's PATH may lack ray."""
-    return f"{shlex.quote(python)} -m diffsynth_ray.launch.driver --job job.json --submission-id {submission_id}"
+    """Command line of the driver."""
+    return f"{entrypoint_of('driver', python=python)} --submission-id {submission_id}"
+
+
+def entrypoint_of(module: str, *, python: str = sys.executable) -> str:
+    """Command line of a module of `launch`. The interpreter is absolute: `python` of the head's PATH may lack ray."""
+    return f"{shlex.quote(python)} -m diffsynth_ray.launch.{module} --job job.json"
 
 
 def submit(resolved: ResolvedJob, cluster: Cluster) -> str:
@@ -302,18 +310,49 @@ def submit(resolved: ResolvedJob, cluster: Cluster) -> str:
     )
 
 
+def with_any_python(command: str, *, python: str = sys.executable) -> str:
+    """A command of our interpreter, run by `python3` where the head does not have ours at the same place."""
+    ours = shlex.quote(python)
+    if not command.startswith(f"{ours} "):
+        return command
+    rest = command.removeprefix(ours)
+    return f"if [ -x {ours} ]; then exec {ours}{rest}; else exec python3{rest}; fi"
+
+
+def travelling(cluster: Cluster, job_json: str) -> str:
+    """What is sent to the cluster, with its size. Raises ClusterError where the package has grown out of bounds."""
+    parts = [f"job.json ({len(job_json.encode()) / 1024:.0f} KB)"]
+    if cluster.local is None:
+        files = [path for path in _PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+        size = sum(path.stat().st_size for path in files)
+        if size > _MAX_CODE_BYTES:
+            largest = max(files, key=lambda path: path.stat().st_size)
+            raise ClusterError(
+                f"{_PACKAGE} has {size / 2**20:.0f} MiB, of which {largest} is the largest: code of at most "
+                f"{_MAX_CODE_BYTES >> 20} MiB is sent to a cluster",
+                hint="move data, weights and outputs out of the package's folder",
+            )
+        parts.append(f"the package diffsynth_ray ({size / 2**20:.1f} MB)")
+    return " and ".join(parts)
+
+
 def submit_entrypoint(
     cluster: Cluster, *, submission_id: str, command: str, job_json: str, metadata: dict[str, str]
 ) -> str:
-    """Submit a command whose working directory holds job.json."""
+    """Submit a command whose working directory holds job.json; to a cluster of other machines our code travels too."""
     client = job_client(cluster)
+    runtime_env: dict[str, Any] = {}
+    if cluster.local is None:
+        command = with_any_python(command)
+        runtime_env["py_modules"] = [str(_PACKAGE)]
+        runtime_env["excludes"] = ["__pycache__"]
     with tempfile.TemporaryDirectory(prefix="dsray-job-") as folder:
         (Path(folder) / "job.json").write_text(job_json)
         try:
             return str(client.submit_job(
                 entrypoint=command,
                 submission_id=submission_id,
-                runtime_env={"working_dir": folder},
+                runtime_env={"working_dir": folder, **runtime_env},
                 entrypoint_num_cpus=0,
                 metadata=metadata,
             ))  # fmt: skip

@@ -23,10 +23,12 @@ from ray.train import WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffsynth_ray.config.resolve import ResolvedJob
-from diffsynth_ray.errors import DsrayError, ExitCode
+from diffsynth_ray.data.bad_samples import BadSample, BadSampleList
+from diffsynth_ray.errors import DataError, DsrayError, ExitCode
 from diffsynth_ray.launch.board import Board, Failure, Loss, News
 from diffsynth_ray.launch.failures import WorkerPlace, describe, with_hint
 from diffsynth_ray.launch.stages import train_stage
+from diffsynth_ray.launch.visibility import check_visible
 from diffsynth_ray.plan import build_plan
 from diffsynth_ray.run_dir import Attempt, RunDir, write_whole
 
@@ -89,6 +91,7 @@ def build_plan_lines(resolved: ResolvedJob) -> list[str]:
 
 
 def _run_stages(resolved: ResolvedJob, attempt: Attempt, watcher: _Watcher) -> dict[str, Any]:
+    check_visible(resolved, watcher.tell)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     stage = train_stage.options(scheduling_strategy=here).remote(
@@ -97,11 +100,11 @@ def _run_stages(resolved: ResolvedJob, attempt: Attempt, watcher: _Watcher) -> d
     while True:
         done, _ = ray.wait([stage], timeout=_POLL_S)
         news: News = ray.get(board.take.remote(resolved.job.distributed.timeout_s))
-        watcher.tell_news(news)
-        if news.failure is not None:
+        failure = watcher.tell_news(news)
+        if failure is not None:
             # Ray Train would restart the workers; a user's mistake, or a full device, stays what it is.
             ray.cancel(stage, recursive=True)
-            raise news.failure.error
+            raise failure.error
         if done:
             return ray.get(stage)
         if news.hung is not None:
@@ -122,9 +125,10 @@ class _Watcher:
         self.losses: list[Loss] = []
         self.told_idle_s = 0.0
         self.failure: Failure | None = None
+        self.bad = BadSampleList(self.run_dir.bad_samples_path, limit=resolved.job.dataset.bad_sample_limit)
 
-    def tell_news(self, news: News) -> None:
-        """Pass the board's news on."""
+    def tell_news(self, news: News) -> Failure | None:
+        """Pass the board's news on; returns what ends the run, if anything."""
         for line in news.lines:
             self.tell(line)
         if news.idle_s < self.told_idle_s:
@@ -133,12 +137,22 @@ class _Watcher:
             self.told_idle_s = news.idle_s
             needed = ", ".join(f"{amount:g} {name}" for name, amount in self.resolved.resources_per_worker.items())
             self.tell(f"no training worker for {news.idle_s:.0f} s; needed: {self.resolved.min_workers} x ({needed})")
-        self.failure = news.failure or self.failure
+        self.failure = news.failure or self._note_bad(news.bad) or self.failure
         if news.hung is not None:
             self.tell(f"ending what hangs: {news.hung.text}")
         for loss in news.losses:
             if news.failure is None:
                 self._note(loss)
+        return self.failure
+
+    def _note_bad(self, found: list[BadSample]) -> Failure | None:
+        """List bad samples; a failure where there are too many."""
+        try:
+            if told := self.bad.add(found):
+                self.tell(told)
+        except DataError as error:
+            return Failure(error, None)
+        return None
 
     def _note(self, loss: Loss) -> None:
         self.losses.append(loss)

@@ -18,6 +18,7 @@ from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.errors import ClusterError, DsrayError, ExitCode, JobFileError, OutputError, RunNotFoundError
 from diffsynth_ray.launch import client, registry
 from diffsynth_ray.launch.client import ACTIVE, Cluster, Ended
+from diffsynth_ray.launch.diagnosis import Diagnosis, diagnose
 from diffsynth_ray.launch.registry import Submission
 from diffsynth_ray.run_dir import Progress, RunDir
 
@@ -48,6 +49,8 @@ class RunView:
     progress: Progress | None = None
     files: list[str] = field(default_factory=list)
     """Exported weights, relative to `output`."""
+    diagnosis: Diagnosis | None = None
+    """What its figures say."""
 
     @property
     def exit_code(self) -> ExitCode:
@@ -176,6 +179,7 @@ def _from_files(submission: Submission, run_dir: RunDir, note: str | None) -> Ru
         note=note,
         progress=progress,
         files=exports(run_dir),
+        diagnosis=diagnose(run_dir),
     )
 
 

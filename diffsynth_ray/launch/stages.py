@@ -5,13 +5,18 @@ Importing the training code costs seconds a process, so that only the training w
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from diffsynth_ray.config.resolve import ResolvedJob
-from diffsynth_ray.data.samples import build_sample_index
+from diffsynth_ray.config.schema import Job
+from diffsynth_ray.data.samples import SampleRule, build_sample_index
+from diffsynth_ray.launch.fetch import bring_model, bring_to_worker
 from diffsynth_ray.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from diffsynth_ray.models.family import ModelFamily
 
 _TORCH_TIMEOUT_MARGIN_S = 60
 _RESIZE_INTERVAL_S = 15.0
@@ -19,9 +24,26 @@ _RESIZE_INTERVAL_S = 15.0
 
 
 def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
+    import ray.train
+
     from diffsynth_ray.train.worker import train_loop
 
+    rank = ray.train.get_context().get_world_rank()
+    bring_to_worker(ResolvedJob.model_validate_json(config["resolved_json"]), config["board"], rank=rank)
     return train_loop(**config)
+
+
+def sample_rule(job: Job) -> SampleRule:
+    """What the job's family demands of its samples. Raises ModelError for files that are no known model."""
+    family = _family_of(job)
+    return SampleRule(family.size_multiple, family.clip_step)
+
+
+def _family_of(job: Job) -> type[ModelFamily]:
+    from diffsynth_ray.models.family import get_family
+    from diffsynth_ray.models.weights import find_model
+
+    return get_family(job.model.family or find_model(job.model)[0])
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -34,20 +56,20 @@ def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from diffsynth_ray.launch.watch import Watch
-    from diffsynth_ray.models.family import get_family
-    from diffsynth_ray.models.weights import load_components
-    from diffsynth_ray.train.trainer import check_components
+    from diffsynth_ray.train.services import check_services
 
     resolved = ResolvedJob.model_validate_json(resolved_json)
 
     def say(line: str) -> None:
         board.say.remote(line)
 
-    # What the files say is checked before any GPU is taken.
-    model = resolved.job.model
-    family = load_components(model.paths, family=model.family)[0] if model.paths else str(model.family)
-    check_components(get_family(family), resolved.job)
-    index = build_sample_index(resolved, say)
+    check_services(resolved.job.logging)
+    # Downloads end, and what the files say is checked, before any GPU is taken.
+    if not bring_model(resolved, board):
+        return {"state": "STOPPED", "step": 0, "num_steps": 0}
+    index = build_sample_index(resolved, say, rule=sample_rule(resolved.job))
+    if index.unusable:
+        board.note_bad.remote(index.bad_headers())
     count = f"{resolved.min_workers} to {resolved.num_workers}" if resolved.is_elastic else f"{resolved.num_workers}"
     say(f"starting {count} training worker(s)")
     trainer = TorchTrainer(

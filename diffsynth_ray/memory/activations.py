@@ -5,6 +5,7 @@ Backward needs them in the opposite order, so that the input of the block before
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,24 +16,34 @@ MIN_BYTES = 1 << 20
 """Smaller tensors, and those that all blocks share, stay on the device."""
 
 
+STILL_LEAVING = 2
+"""Tensors on their way to the host that the device still holds."""
+
+
 @dataclass(eq=False)
 class _Stored:
     """One tensor that was moved to the host."""
 
     host: Tensor
-    written: torch.cuda.Event | None
-    device_copy: Tensor | None = None
-    ready: torch.cuda.Event | None = None
+    on_device: Tensor | None
+    """The tensor itself while it leaves, or its copy on the way back."""
+    event: torch.cuda.Event | None = None
+    """The copy that runs, to the host or back."""
 
 
 class ActivationStore:
-    """A stack of saved block inputs, in host memory."""
+    """A stack of saved block inputs, in host memory.
+
+    All device memory here belongs to the computing stream, which waits for a copy before it drops what was copied: the memory is
+    free for the next block in the stream's order, however far the host runs ahead of the device.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.moved_bytes = 0
         """Bytes copied to the host since the start."""
         self._stack: list[_Stored] = []
+        self._leaving: deque[_Stored] = deque()
         self._free: dict[int, list[Tensor]] = {}
         is_cuda = device.type == "cuda"
         # One stream a direction: the link carries both at once.
@@ -41,6 +52,7 @@ class ActivationStore:
 
     def clear(self) -> None:
         """Forget what a forward without its backward has left."""
+        self._let_go(0)
         for stored in self._stack:
             self._recycle(stored)
         self._stack.clear()
@@ -53,6 +65,8 @@ class ActivationStore:
         """The tensors on the device; starts to fetch the ones below on the stack."""
         mine = [entry for entry in saved if isinstance(entry, _Stored)]
         for entry in mine:
+            if entry in self._leaving:
+                self._leaving.remove(entry)  # the last ones of the forward pass have not left yet
             self._fetch(entry)
             self._stack.remove(entry)
         if self._stack:
@@ -60,7 +74,7 @@ class ActivationStore:
         return [self._take(entry) if isinstance(entry, _Stored) else entry for entry in saved]
 
     def _is_moved(self, tensor: Tensor) -> bool:
-        # What carries a gradient was made by the block before; the others (rotary tables, a frozen text) are shared by all blocks.
+        # What carries a gradient was made by the block before; the others (rotary tables, a frozen text) all blocks share.
         return tensor.requires_grad and tensor.numel() * tensor.element_size() >= MIN_BYTES
 
     def _write(self, tensor: Tensor) -> _Stored:
@@ -68,40 +82,48 @@ class ActivationStore:
         num_bytes = tensor.numel() * tensor.element_size()
         pool = self._free.setdefault(num_bytes, [])
         raw = pool.pop() if pool else torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._out is not None)
-        stored = _Stored(raw.view(tensor.dtype).view(tensor.shape), None)
+        stored = _Stored(raw.view(tensor.dtype).view(tensor.shape), tensor)
         if self._out is None:
             stored.host.copy_(tensor)
         else:
             self._out.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self._out):
                 stored.host.copy_(tensor, non_blocking=True)
-                stored.written = torch.cuda.Event()
-                stored.written.record(self._out)
-            tensor.record_stream(self._out)
+            stored.event = self._out.record_event()
         self.moved_bytes += num_bytes
+        self._leaving.append(stored)
+        self._let_go(STILL_LEAVING)
         self._stack.append(stored)
         return stored
 
+    def _let_go(self, kept: int) -> None:
+        """Drop the device's tensors that have left, but for the youngest `kept`."""
+        while len(self._leaving) > kept:
+            stored = self._leaving.popleft()
+            if stored.event is not None:
+                torch.cuda.current_stream(self.device).wait_event(stored.event)
+            stored.on_device = stored.event = None
+
     def _fetch(self, stored: _Stored) -> None:
-        if stored.device_copy is not None:
+        if stored.on_device is not None:
             return
-        if self._back is None or stored.written is None:
-            stored.device_copy = stored.host.clone()
+        if self._back is None:
+            stored.on_device = stored.host.clone()
             return
-        self._back.wait_event(stored.written)
+        stored.on_device = torch.empty_like(stored.host, device=self.device)
+        # The memory may have been another tensor's until now.
+        self._back.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._back):
-            stored.device_copy = stored.host.to(self.device, non_blocking=True)
-            stored.ready = torch.cuda.Event()
-            stored.ready.record(self._back)
+            stored.on_device.copy_(stored.host, non_blocking=True)
+        stored.event = self._back.record_event()
 
     def _take(self, stored: _Stored) -> Tensor:
-        assert stored.device_copy is not None
-        if stored.ready is not None:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(stored.ready)
-            stored.device_copy.record_stream(stream)
+        assert stored.on_device is not None
+        if stored.event is not None:
+            torch.cuda.current_stream(self.device).wait_event(stored.event)
         self._recycle(stored)
-        return stored.device_copy
+        taken, stored.on_device = stored.on_device, None
+        return taken
 
     def _recycle(self, stored: _Stored) -> None:
         raw = stored.host.view(-1).view(torch.uint8)

@@ -105,6 +105,8 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: BlockCall, arguments: _Arguments, num_tensors: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        # A result that nothing uses has no gradient, and neither have the parameters that only it depends on.
+        ctx.set_materialize_grads(False)
         tensors = inputs[:num_tensors]
         ctx.call, ctx.arguments, ctx.num_tensors = call, arguments, num_tensors
         if call.activations is None:

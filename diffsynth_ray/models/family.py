@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_ray.errors import ModelError
+from diffsynth_ray.models import layouts
+from diffsynth_ray.models.layouts import KeyLayout
 
 MASK_SUFFIX = "_mask"
 
@@ -101,16 +103,6 @@ def stack_conditions(conditions: Sequence[Mapping[str, Tensor]]) -> dict[str, Te
 
 
 @dataclass(frozen=True)
-class KeyLayout:
-    """How a component's weight files are told from others by their key names."""
-
-    prefixes: tuple[str, ...]
-    """Every key of every shard begins with one of these."""
-    markers: tuple[tuple[str, ...], ...]
-    """Alternatives: the component is recognised when all keys of one of them are there."""
-
-
-@dataclass(frozen=True)
 class ComponentFiles:
     """Where one component's weights are."""
 
@@ -134,6 +126,9 @@ class ModelFamily(ABC):
     """By component."""
     config_names: ClassVar[dict[str, str]]
     """By component: `_class_name` or `model_type` that its config.json must have to be believed."""
+    default_tokenizers: ClassVar[dict[str, str]] = {}
+    """Key of [model] (tokenizer_path, tokenizer_1_path, tokenizer_2_path, processor_path) -> "owner/name:folder/" that is
+    used where the job names none."""
     scheduler_table: ClassVar[str]
     """Name of the sigma table in `flow_matching`."""
     default_lora_targets: ClassVar[dict[str, tuple[str, ...]]]
@@ -146,6 +141,8 @@ class ModelFamily(ABC):
     """Needed for `predict`."""
     size_multiple: ClassVar[int]
     """Pixels; height and width must be multiples of it."""
+    clip_step: ClassVar[int | None] = None
+    """Clips have a multiple of this many frames and one more (4: 1, 5, 9 ...); None: the family takes images only."""
 
     def __init__(self, components: dict[str, nn.Module], *, dtype: torch.dtype, device: torch.device | str) -> None:
         self.components = components
@@ -261,32 +258,11 @@ def get_family(name: str) -> type[ModelFamily]:
     return _FAMILIES[name]
 
 
-def shard_candidates(keys: Iterable[str], *, family: str | None = None) -> set[tuple[str, str]]:
-    """The (family, component) pairs that a shard with these keys may be a part of."""
-    keys = list(keys)
-    names = [family] if family else family_names()
-    return {
-        (name, component)
-        for name in names
-        for component, layout in get_family(name).key_layouts.items()
-        if keys and all(key.startswith(layout.prefixes) for key in keys)
-    }
+def key_layouts() -> layouts.Layouts:
+    """Layouts of all families, those of other packages too."""
+    return {name: get_family(name).key_layouts for name in family_names()}
 
 
-def detect_component(keys: Iterable[str], *, family: str | None = None) -> tuple[str, str]:
-    """(family, component) of a component's keys, all shards together; `family` narrows the search."""
-    keys = set(keys)
-    for name in [family] if family else family_names():
-        for component, layout in get_family(name).key_layouts.items():
-            if any(keys.issuperset(marker) for marker in layout.markers):
-                return name, component
-    # An incomplete set of shards may lack the markers; the prefixes still say what it is, and the missing keys are
-    # reported when it is loaded.
-    candidates = shard_candidates(keys, family=family)
-    if len(candidates) == 1:
-        return candidates.pop()
-    known = ", ".join([family] if family else family_names())
-    raise ModelError(
-        f"these weights belong to no component known here (families: {known}); "
-        f"{len(keys)} keys, first: {', '.join(sorted(keys)[:5]) or 'none'}"
-    )
+def detect_component(shapes: Mapping[str, tuple[int, ...]], *, family: str | None = None) -> tuple[str, str]:
+    """(family, component) of a component's tensors, all shards together; `family` is what the job says."""
+    return layouts.detect_component(shapes, key_layouts(), family=family)

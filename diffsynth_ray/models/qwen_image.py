@@ -16,15 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_ray.errors import ModelError
+from diffsynth_ray.models import layouts
 from diffsynth_ray.models import qwen_image_configs as configs
-from diffsynth_ray.models.family import (
-    ComponentFiles,
-    EncodedBatch,
-    KeyLayout,
-    ModelFamily,
-    register_family,
-    stack_conditions,
-)
+from diffsynth_ray.models.family import ComponentFiles, EncodedBatch, ModelFamily, register_family, stack_conditions
+from diffsynth_ray.models.layouts import KeyLayout
 from diffsynth_ray.models.rotary import JointAttention, RealRope
 from diffsynth_ray.models.weights import assign_weights, meta_parameters, randomize_weights
 
@@ -56,31 +51,8 @@ class QwenImage(ModelFamily):
     image_components = ("vae",)
     predict_components = ("dit",)
     size_multiple = VAE_FACTOR * PATCH
-    key_layouts: ClassVar[dict[str, KeyLayout]] = {
-        "dit": KeyLayout(
-            prefixes=(
-                "transformer_blocks.",
-                "time_text_embed.",
-                "img_in.",
-                "txt_in.",
-                "txt_norm.",
-                "norm_out.",
-                "proj_out.",
-            ),
-            markers=(("img_in.weight", "txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"),),
-        ),
-        "text_encoder": KeyLayout(
-            prefixes=("model.", "visual.", "lm_head."),
-            markers=(
-                ("model.layers.0.self_attn.q_proj.bias", "visual.patch_embed.proj.weight"),
-                ("model.language_model.layers.0.self_attn.q_proj.bias", "model.visual.patch_embed.proj.weight"),
-            ),
-        ),
-        "vae": KeyLayout(
-            prefixes=("encoder.", "decoder.", "quant_conv.", "post_quant_conv."),
-            markers=(("encoder.mid_block.attentions.0.to_qkv.weight", "quant_conv.weight", "encoder.norm_out.gamma"),),
-        ),
-    }
+    key_layouts: ClassVar[dict[str, KeyLayout]] = layouts.KEY_LAYOUTS["qwen_image"]
+    default_tokenizers: ClassVar[dict[str, str]] = layouts.DEFAULT_TOKENIZERS["qwen_image"]
     config_names: ClassVar[dict[str, str]] = {
         "dit": "QwenImageTransformer2DModel",
         "text_encoder": "qwen2_5_vl",

@@ -21,8 +21,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from diffsynth_ray.config.origins import Origin
+from diffsynth_ray.config.schema import ModelSection
 from diffsynth_ray.errors import ModelError
-from diffsynth_ray.models.family import ComponentFiles, detect_component, get_family, shard_candidates
+from diffsynth_ray.models import layouts, sources
+from diffsynth_ray.models.family import ComponentFiles, detect_component, get_family, key_layouts
 from diffsynth_ray.models.weight_source import (
     SCALE_SUFFIXES,
     UNUSED_FP8_KEYS,
@@ -32,7 +35,7 @@ from diffsynth_ray.models.weight_source import (
     WeightSource,
 )
 
-TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
+TORCH_SUFFIXES = tuple(suffix for suffix in sources.WEIGHT_SUFFIXES if suffix != ".safetensors")
 
 
 def _read_torch_file(path: Path) -> dict[str, Tensor]:
@@ -71,38 +74,19 @@ def _read_file(path: Path) -> Iterator[tuple[str, tuple[int, ...], Callable[[], 
         raise ModelError(f"{path}: not a complete safetensors file ({error}); truncated download?") from error
 
 
-def read_shapes(paths: Sequence[Path], *, family: str | None = None) -> dict[str, tuple[int, ...]]:
+def _read_shapes_of_file(path: Path) -> layouts.Shapes:
+    if path.suffix in TORCH_SUFFIXES:
+        return {key: shape for key, shape, _ in _read_file(path)}
+    return layouts.read_header(path)
+
+
+def read_shapes(paths: Sequence[Path], *, family: str | None = None) -> layouts.Shapes:
     """Key -> shape over all shards of one component, from the headers alone.
 
     Shards that do not belong together are an error.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    origin: dict[str, Path] = {}
-    candidates: set[tuple[str, str]] | None = None
-    first = paths[0] if paths else Path()
-    for path in paths:
-        own = {key: shape for key, shape, _ in _read_file(path)}
-        overlap = own.keys() & shapes.keys()
-        if overlap:
-            key = min(overlap)
-            raise ModelError(
-                f"{origin[key]} and {path} both hold {key!r} ({len(overlap)} keys in common): "
-                "they are not shards of one component; list them as separate entries or remove one"
-            )
-        mine = shard_candidates(own, family=family)
-        if candidates is not None and mine and candidates and not candidates & mine:
-            raise ModelError(
-                f"{first} is part of {_describe(candidates)}, {path} of {_describe(mine)}: "
-                "they are not shards of one component; list them as separate entries"
-            )
-        candidates = mine if candidates is None else (candidates & mine or candidates)
-        shapes.update(own)
-        origin.update(dict.fromkeys(own, path))
-    return shapes
-
-
-def _describe(candidates: set[tuple[str, str]]) -> str:
-    return " or ".join(f"{family} {component}" for family, component in sorted(candidates))
+    known = key_layouts() if family is None else {family: get_family(family).key_layouts}
+    return layouts.join_shards(((path, _read_shapes_of_file(path)) for path in paths), known)
 
 
 def load_state_dict(paths: Sequence[Path]) -> dict[str, Tensor]:
@@ -117,18 +101,19 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_components(
-    entries: Sequence[str | Sequence[str]], *, family: str | None = None
+    entries: Sequence[str | Path | Sequence[str | Path]], *, family: str | None = None
 ) -> tuple[str, dict[str, ComponentFiles]]:
     """(family, component -> files and configuration) of the job file's `paths`: entries are files or lists of shards.
 
     Only headers are read. `family` None = inferred; all entries must then be of one family.
     """
     found: dict[str, ComponentFiles] = {}
-    for entry in entries:
-        paths = tuple(Path(path) for path in ([entry] if isinstance(entry, str | Path) else entry))
-        if not paths:
-            raise ModelError("[model] paths: an entry is an empty list")
-        shapes = read_shapes(paths, family=family)
+    shards = [tuple(Path(path) for path in ([entry] if isinstance(entry, str | Path) else entry)) for entry in entries]
+    if not all(shards):
+        raise ModelError("[model] paths: an entry is an empty list")
+    tensors = [read_shapes(paths, family=family) for paths in shards]
+    family = family or layouts.common_family(tensors, key_layouts())
+    for paths, shapes in zip(shards, tensors, strict=True):
         try:
             family, component = detect_component(shapes, family=family)
         except ModelError as error:
@@ -141,6 +126,29 @@ def load_components(
     if family is None:
         raise ModelError("[model] paths names no weights")
     return family, found
+
+
+def find_model(
+    model: ModelSection, *, bring: Callable[[Origin], object] | None = None
+) -> tuple[str, dict[str, ComponentFiles], dict[str, Path]]:
+    """(family, its components' files, its tokenizers' folders) of a job's [model], all on this machine.
+
+    `bring` is called with every id and default tokenizer before it is looked for. Raises ModelError for what is not here.
+    """
+    if bring is not None:
+        for origin in sources.model_origins(model):
+            bring(origin)
+    entries = sources.model_entries(model)
+    family, files = load_components(entries, family=model.family)
+    needs_text = bool(set(get_family(family).text_components) & files.keys())
+    defaults = get_family(family).default_tokenizers if needs_text else {}
+    chosen = sources.find_tokenizers(model, defaults, entries)
+    if bring is not None:
+        for where in chosen.values():
+            if isinstance(where, sources.Found):
+                bring(where.origin)
+        chosen = sources.find_tokenizers(model, defaults, entries)
+    return family, files, sources.tokenizer_folders(model, chosen)
 
 
 def _find_config(

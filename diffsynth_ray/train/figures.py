@@ -1,4 +1,4 @@
-"""The figures of a run on disk: loss.csv (step,key,value) and TensorBoard."""
+"""The figures of a run: loss.csv (step,key,value), TensorBoard, and the trackers of `services.py`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from diffsynth_ray.config.schema import LoggingSection
 from diffsynth_ray.run_dir import RunDir, write_whole
+from diffsynth_ray.train.services import open_services
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -29,6 +30,7 @@ class FigureWriter:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(run_dir.tensorboard_dir), purge_step=start_step + 1, flush_secs=10)
+        self._services = open_services(run_dir, logging)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Append the figures of optimizer step `step` (from 1). What finds no room on the disk waits for the next time."""
@@ -41,6 +43,8 @@ class FigureWriter:
                     self._tensorboard.add_scalar(f"train/{key}", value, step)
             except OSError:
                 self._tensorboard = None  # its writer is broken for good once a write has failed
+        for service in self._services:
+            service.write(step, figures)
 
     def _append_pending(self, path: Path) -> None:
         size = path.stat().st_size if path.exists() else 0
@@ -56,6 +60,8 @@ class FigureWriter:
         """Flush everything."""
         if self._tensorboard is not None:
             self._tensorboard.close()
+        for service in self._services:
+            service.close()
 
 
 def _rows_up_to(path: Path, step: int) -> list[str]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from diffsynth_ray.config import schema
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import RunError
-from diffsynth_ray.train.strategy.ddp import DDPStrategy
 from diffsynth_ray.train.trainer import Trainer
 
 _GIB = 2**30
@@ -42,31 +42,46 @@ class MemoryUse:
 
 def measure(trainer: Trainer, device: torch.device) -> MemoryUse:
     """The device's memory as the failed step left it."""
-    strategy = trainer.strategy
-    # Before the strategy is built, and under DeepSpeed, masters and state are not told apart from the rest.
-    optimizer = strategy.optimizer if isinstance(strategy, DDPStrategy) else None
-    masters = optimizer.masters if optimizer is not None else list(trainer.trained.values())
-    states = optimizer.optimizer.state.values() if optimizer is not None else ()
+    optimizer = trainer.optimizer
     frozen = (param for param in trainer.graph.parameters() if not param.requires_grad)
-    return MemoryUse(
+    use = MemoryUse(
         total=torch.cuda.get_device_properties(device).total_memory,
         peak=torch.cuda.max_memory_allocated(device),
         frozen=_num_bytes(frozen, device),
         trained=_num_bytes(trainer.trained.values(), device),
-        masters=_num_bytes(masters, device) if optimizer is not None and optimizer.keeps_masters else 0,
-        optimizer=_num_bytes(
-            (value for state in states for value in state.values() if isinstance(value, Tensor)), device
-        ),
+        masters=0,
+        optimizer=0,
+        gradients=0,
+    )
+    if trainer.job.offload.optimize_on_cpu:
+        return use  # gradients leave block by block, the rest never was here
+    if optimizer is None:
+        return _with_shares(use, trainer)
+    states = (value for state in optimizer.optimizer.state.values() for value in state.values())
+    return replace(
+        use,
+        masters=_num_bytes(optimizer.masters, device) if optimizer.keeps_masters else 0,
+        optimizer=_num_bytes((value for value in states if isinstance(value, Tensor)), device),
         # Every trained parameter gets one by the end of the backward, whether this one came so far or not.
-        gradients=_num_bytes(masters, device),
+        gradients=_num_bytes(optimizer.masters, device),
     )
 
 
+def _with_shares(use: MemoryUse, trainer: Trainer) -> MemoryUse:
+    """What a worker has of DeepSpeed's float32 masters, Adam's two moments and gradients, reckoned from the stage."""
+    distributed = trainer.job.distributed
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    whole = 4 * sum(getattr(param, "ds_numel", param.numel()) for param in trainer.trained.values())
+    share = 0 if distributed.offload_optimizer_device == "cpu" else whole // world_size
+    return replace(use, masters=share, optimizer=2 * share, gradients=share if distributed.zero_stage > 1 else whole)
+
+
 def _num_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
+    found = (getattr(tensor, "ds_tensor", tensor) for tensor in tensors)  # a partitioned parameter is empty, its part is not
     # An offloaded weight that is away is one element repeated, a loaded one a part of its unit's memory.
     return sum(
         min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
-        for tensor in tensors
+        for tensor in found
         if tensor.device.type == device.type
     )
 
@@ -106,7 +121,7 @@ def savings(job: Job, use: MemoryUse, world_size: int) -> list[tuple[int, str]]:
     if job.distributed.strategy == "ddp" and world_size > 1:
         saved = (state + use.gradients) * (1 - 1 / world_size)
         found.append((saved, "distributed.strategy", '= "deepspeed" (shares masters, optimizer and gradients)'))
-    if job.distributed.offload_optimizer_device == "none":
+    if job.distributed.strategy == "deepspeed" and job.distributed.offload_optimizer_device == "none":
         found.append((state, "distributed.offload_optimizer_device", '= "cpu" (slower steps)'))
     if not job.offload.cpu_offload:
         found.append((use.frozen * 0.9, "offload.cpu_offload", "= true (slower steps)"))

@@ -97,15 +97,22 @@ class MasterOptimizer:
             return
         sums: list[Tensor] = []
         added: list[Tensor] = []
+        new: list[Tensor] = []
+        first: list[Tensor] = []
         for param, master in zip(self.params, self.masters, strict=True):
             if param.grad is None:
                 continue
             if master.grad is None:
-                master.grad = param.grad.float()
+                master.grad = torch.empty_like(master)
+                new.append(master.grad)
+                first.append(param.grad)
             else:
                 sums.append(master.grad)
                 added.append(param.grad)
             param.grad = None
+        # Few kernels for all parameters: a LoRA has thousands, and launching one for each takes longer than its work.
+        if new:
+            torch._foreach_copy_(new, first)
         if sums:
             torch._foreach_add_(sums, added)
 

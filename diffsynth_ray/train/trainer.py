@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffsynth_ray.config.schema import Job
+from diffsynth_ray.data.samples import Extra
 from diffsynth_ray.errors import JobFileError, Problem
 from diffsynth_ray.models.family import EncodedBatch, ModelFamily, get_family
 from diffsynth_ray.models.flow_matching import (
@@ -26,10 +26,10 @@ from diffsynth_ray.models.flow_matching import (
     timestep_id_range,
 )
 from diffsynth_ray.models.lora import add_lora
-from diffsynth_ray.models.weights import load_components
+from diffsynth_ray.models.weights import find_model
 from diffsynth_ray.schedule import Schedule, trained_components
 from diffsynth_ray.train.initial import as_list
-from diffsynth_ray.train.optim import lr_factor
+from diffsynth_ray.train.optim import MasterOptimizer, lr_factor
 from diffsynth_ray.train.residency import Residency
 from diffsynth_ray.train.strategy import build_strategy, trained_parameters
 from diffsynth_ray.train.strategy.base import Strategy
@@ -39,11 +39,13 @@ from diffsynth_ray.train.strategy.base import Strategy
 class SampleBatch:
     """Decoded samples of one micro step on one worker."""
 
-    pixels: np.ndarray
+    pixels: np.ndarray | Tensor
     """uint8 [b, f, h, w, 3]."""
     prompts: tuple[str, ...]
     rows: tuple[int, ...]
     """Positions in the metadata."""
+    extra: dict[str, tuple[Extra, ...]] = field(default_factory=dict)
+    """By column of `model.extra_inputs`, [b]: a sample's files as uint8 [f, h, w, 3] each, or the cell's value."""
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -100,7 +102,7 @@ class TrainGraph(nn.Module):
 
     def encode(self, batch: SampleBatch) -> EncodedBatch:
         """Decoded samples -> encoded ones."""
-        pixels = torch.from_numpy(batch.pixels).to(self.family.device, non_blocking=True)
+        pixels = torch.as_tensor(batch.pixels).to(self.family.device, non_blocking=True)
         with torch.set_grad_enabled(self.image_is_trained):
             latents = self.family.encode_image(pixels)
         with torch.set_grad_enabled(self.text_is_trained):
@@ -130,9 +132,7 @@ def _build_family(job: Job) -> ModelFamily:
     if job.model.tiny:
         assert job.model.family is not None  # resolve has checked it
         return get_family(job.model.family).build_tiny(job.seed, dtype=dtype, device="meta")
-    name, files = load_components(job.model.paths, family=job.model.family)
-    assert job.model.tokenizer_path is not None  # resolve has checked it
-    tokenizers = {"tokenizer_path": Path(job.model.tokenizer_path)}
+    name, files, tokenizers = find_model(job.model)
     return get_family(name).load(files, dtype=dtype, device="meta", tokenizer_paths=tokenizers)
 
 
@@ -200,6 +200,9 @@ class Trainer:
         self.residency = residency or Residency()
         self.graph = TrainGraph(family, trained=trained_components(job))
         self.id_range = timestep_id_range(job.training.min_timestep_boundary, job.training.max_timestep_boundary)
+        has_own = job.distributed.strategy == "deepspeed" or job.offload.optimize_on_cpu
+        self.optimizer = None if has_own else MasterOptimizer(self.trained, job.training)
+        """None where the strategy has its own, over the parts that a worker updates."""
         self.strategy: Strategy | None = None
         self.step = 0
         """Optimizer steps done."""
@@ -218,7 +221,13 @@ class Trainer:
         self.residency.begin()
         with fastest_attention():
             self.strategy = build_strategy(
-                self.job, self.family, self.graph, residency=self.residency, probe=inputs, say=say
+                self.job,
+                self.family,
+                self.graph,
+                optimizer=self.optimizer,
+                residency=self.residency,
+                probe=inputs,
+                say=say,
             )
 
     def _draw(self, micro: MicroInput, *, step: int) -> tuple[Tensor, Tensor]:

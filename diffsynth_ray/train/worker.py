@@ -6,8 +6,7 @@ import errno
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -20,14 +19,16 @@ import torch
 from ray.util.metrics import Gauge
 
 from diffsynth_ray.config.resolve import ResolvedJob, data_share
+from diffsynth_ray.data.bad_samples import BadSample
 from diffsynth_ray.data.samples import SampleIndex
-from diffsynth_ray.data.stream import StreamedBatch, build_stream
+from diffsynth_ray.data.stream import build_stream
 from diffsynth_ray.errors import DsrayError, RunError, is_lost_connection
 from diffsynth_ray.memory.host import NodePlace
 from diffsynth_ray.run_dir import Progress, RunDir
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.checkpoint import Checkpoint, damage_of, find_checkpoints, find_restorable, read_checkpoint
 from diffsynth_ray.train.export import export_weights
+from diffsynth_ray.train.feed import DeviceFeed, FedStep
 from diffsynth_ray.train.figures import FigureWriter
 from diffsynth_ray.train.group import Group, NodeWorkers
 from diffsynth_ray.train.heartbeat import Heartbeat
@@ -122,6 +123,7 @@ class _Worker:
         self.computed = "the weights"
         """What an out-of-memory error names."""
         self.say: Callable[[str], object] = board.say.remote if self.rank == 0 else _silent
+        self.note_bad: Callable[[list[BadSample]], object] = board.note_bad.remote
 
     def run(self) -> dict[str, Any]:
         """Train from the newest checkpoint to the end, or to a stop."""
@@ -135,10 +137,11 @@ class _Worker:
         self.writer = self._claim_writer()
         checkpoint = self._choose_start()
         # Ray Data's processes start while the model is loaded.
-        stream = Prefetched(self._build_stream(checkpoint.step if checkpoint else 0))
+        feed = self._build_feed(checkpoint.step if checkpoint else 0, device)
         self._build_trainer(device)
         self._restore(checkpoint)
-        result = self._train(stream)
+        result = self._train(feed)
+        feed.close()
         return {"state": result, "step": self.trainer.step, "num_steps": self.schedule.num_steps}
 
     def _build_trainer(self, device: torch.device) -> None:
@@ -215,19 +218,18 @@ class _Worker:
         # Ray Train counts on whole nodes for workers. Without a free CPU, decoding takes none rather than wait forever.
         return found or (0.0, 1)
 
-    def _build_stream(self, start_step: int) -> Iterator[list[StreamedBatch]]:
+    def _build_feed(self, start_step: int, device: torch.device) -> DeviceFeed:
         decode_cpus, decode_tasks = self._data_share()
-        return _steps(
-            build_stream(
-                self.index_ref,
-                start_step=start_step,
-                num_steps=self.schedule.num_steps,
-                rank=self.rank,
-                world_size=self.world_size,
-                decode_cpus=decode_cpus,
-                decode_tasks=decode_tasks,
-            )
+        stream = build_stream(
+            self.index_ref,
+            start_step=start_step,
+            num_steps=self.schedule.num_steps,
+            rank=self.rank,
+            world_size=self.world_size,
+            decode_cpus=decode_cpus,
+            decode_tasks=decode_tasks,
         )
+        return DeviceFeed(stream, device)
 
     def _restore(self, checkpoint: Checkpoint | None) -> None:
         if checkpoint is None:
@@ -240,7 +242,7 @@ class _Worker:
         self.trainer.step = checkpoint.step
         self.say(f"continuing after step {checkpoint.step} of {self.schedule.num_steps}")
 
-    def _train(self, steps: Iterator[list[StreamedBatch]]) -> str:
+    def _train(self, feed: DeviceFeed) -> str:
         if self.trainer.step >= self.schedule.num_steps:
             return "SUCCEEDED"
         figures = FigureWriter(self.run_dir, self.job.logging, start_step=self.trainer.step) if self.rank == 0 else None
@@ -253,13 +255,14 @@ class _Worker:
             while (step := self.trainer.step) < self.schedule.num_steps:
                 started = time.monotonic()
                 self.heartbeat.enter("waiting for samples", step)
-                streamed = next(steps)
+                fed = next(feed)
                 data_wait_s = time.monotonic() - started
+                if fed.bad:
+                    self.note_bad(list(fed.bad))
                 self.heartbeat.enter("training", step + 1)
-                inputs = [_micro_input(batch) for batch in streamed]
-                self.computed = f"step {step + 1} ({'; '.join(map(_describe, inputs))})"
-                result = self.trainer.train_step(inputs, num_samples=streamed[0].num_samples)
-                reporter.after_step(result, streamed, started=started, data_wait_s=data_wait_s)
+                self.computed = f"step {step + 1} ({'; '.join(map(_describe, fed.micro_inputs))})"
+                result = self.trainer.train_step(fed.micro_inputs, num_samples=fed.num_samples)
+                reporter.after_step(result, fed, started=started, data_wait_s=data_wait_s)
                 self._export()
                 flags = self._flags()
                 if flags & _CHECKPOINT:
@@ -353,6 +356,7 @@ class _Reporter:
     def __init__(self, worker: _Worker, figures: FigureWriter | None) -> None:
         self.worker = worker
         self.figures = figures
+        self.was_data_bound = False
         self.times: deque[tuple[float, float, int]] = deque(maxlen=_SPEED_WINDOW)
         tags = {"run": worker.resolved.run, "stage": "train", "rank": str(worker.rank)}
         names = ("loss", "lr", "grad_norm", "step_s", "samples_per_s", "data_wait_s", "step", "gpu_memory_gib")
@@ -360,20 +364,20 @@ class _Reporter:
         for gauge in self.gauges.values():
             gauge.set_default_tags(tags)
 
-    def after_step(self, result: StepResult, streamed: list[StreamedBatch], *, started: float, data_wait_s: float) -> None:
+    def after_step(self, result: StepResult, fed: FedStep, *, started: float, data_wait_s: float) -> None:
         """Called after every step; reads the device only where the step is logged, exported or the last."""
         worker, step = self.worker, self.worker.trainer.step
         logged = step % worker.job.logging.every_steps == 0 or worker.schedule.export_stem(step) is not None
         if not logged:
-            self.times.append((time.monotonic() - started, data_wait_s, streamed[0].num_samples))
+            self.times.append((time.monotonic() - started, data_wait_s, fed.num_samples))
             return
         assert worker.trainer.strategy is not None  # built by start()
         loss_sum = worker.trainer.strategy.sum_over_workers(result.loss_sum)
         loss, grad_norm = torch.stack([loss_sum, result.grad_norm.to(loss_sum)]).tolist()
-        loss /= streamed[0].num_samples
-        self.times.append((time.monotonic() - started, data_wait_s, streamed[0].num_samples))
+        loss /= fed.num_samples
+        self.times.append((time.monotonic() - started, data_wait_s, fed.num_samples))
         if not np.isfinite(loss):
-            rows = [row + 1 for batch in streamed for row in batch.micro_batch.rows]
+            rows = [row + 1 for row in fed.rows]
             raise RunError(
                 f"the loss of step {step} is {loss}; rank {worker.rank} trained on the metadata rows {rows}",
                 hint="lower training.learning_rate, or look at those rows; the last checkpoint and exports are from before",
@@ -410,43 +414,13 @@ class _Reporter:
             **figures,
         )
         worker.say(progress.line())
+        is_data_bound = progress.data_note() is not None
+        # Over a whole window, so that the start says nothing; and once, until it is over.
+        if len(self.times) == _SPEED_WINDOW and is_data_bound != self.was_data_bound:
+            worker.say(progress.data_note() or "the job is no longer data-bound")
+            self.was_data_bound = is_data_bound
         with suppress(OSError):  # a full disk: the log has the line too
             worker.run_dir.write_progress(progress)
-
-
-class Prefetched(Iterator[list[StreamedBatch]]):
-    """A stream whose first step is fetched at once, in a thread; an error is raised where the step is asked for."""
-
-    def __init__(self, steps: Iterator[list[StreamedBatch]]) -> None:
-        self._steps = steps
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="first-step")
-        # None marks an empty stream: StopIteration does not pass through a future.
-        self._first: Future[list[StreamedBatch] | None] | None = self._pool.submit(next, steps, None)
-
-    def __next__(self) -> list[StreamedBatch]:
-        if self._first is None:
-            return next(self._steps)
-        first = self._first.result()
-        self._first = None
-        self._pool.shutdown()
-        if first is None:
-            raise StopIteration
-        return first
-
-
-def _steps(stream: Iterator[StreamedBatch]) -> Iterator[list[StreamedBatch]]:
-    """The micro batches of one step after the other."""
-    group: list[StreamedBatch] = []
-    for batch in stream:
-        group.append(batch)
-        if batch.is_last:
-            yield group
-            group = []
-
-
-def _micro_input(streamed: StreamedBatch) -> MicroInput:
-    micro = streamed.micro_batch
-    return MicroInput(SampleBatch(streamed.pixels, streamed.prompts, micro.rows), micro.indices, micro.is_dummy)
 
 
 def _describe(micro: MicroInput) -> str:

@@ -100,9 +100,7 @@ def measure(options: argparse.Namespace, job: Job, device: torch.device) -> dict
     trainer = Trainer(job, family, schedule, residency=residency)
     num_trained = sum(param.numel() for param in trainer.trained.values())
     generator = torch.Generator(device).manual_seed(rank)
-    latents = torch.randn(
-        1, *family.latents_shape(options.size, options.size), device=device, generator=generator
-    )
+    latents = torch.randn(1, *family.latents_shape(options.size, options.size), device=device, generator=generator)
     embeds = torch.randn(1, TEXT_TOKENS, 3584, device=device, dtype=torch.bfloat16, generator=generator)
     micro = MicroInput(EncodedBatch(latents, {"prompt_embeds": embeds}), (rank,))
     trainer.start(micro, say=say)

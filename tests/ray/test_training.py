@@ -180,4 +180,4 @@ def test_no_training_or_decoding_process_is_left(reference):
 
 
 def _is_training(process):
-    return any(name in part for name in ("RayTrainWorker", "_decode_block") for part in process.info["cmdline"] or [])
+    return any(name in part for name in ("RayTrainWorker", "_decode_chunk") for part in process.info["cmdline"] or [])

@@ -1,4 +1,7 @@
 import json
+import math
+import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,8 @@ from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import DataError, JobFileError
 from diffsynth_ray.plan import Plan, build_plan
+
+TINY = Path(__file__).parents[1] / "assets" / "qwen_image_tiny"
 
 
 @pytest.fixture
@@ -97,7 +102,7 @@ def test_a_missing_file_is_found_before_the_run(photos: Path) -> None:
 
 
 def test_missing_model_files_are_named_all_at_once(photos: Path) -> None:
-    (photos / "there.safetensors").touch()
+    shutil.copy(TINY / "vae" / "diffusion_pytorch_model.safetensors", photos / "there.safetensors")
     there, gone = str(photos / "there.safetensors"), [str(photos / "a.safetensors"), str(photos / "b.safetensors")]
     model = {"tiny": False, "paths": [gone, there], "tokenizer_path": str(photos / "tokenizer")}
     with pytest.raises(JobFileError) as caught:
@@ -131,3 +136,118 @@ def test_a_missing_prompt_column_is_found_before_the_run(photos: Path) -> None:
     (photos / "metadata.csv").write_text("image,caption\n0.png,a picture\n")
     with pytest.raises(DataError, match="prompt"):
         plan(photos)
+
+
+# What the model's files say
+
+DIT = [str(TINY / f"transformer/diffusion_pytorch_model-0000{number}-of-00002.safetensors") for number in (1, 2)]
+VAE = str(TINY / "vae/diffusion_pytorch_model.safetensors")
+
+
+def files(**keys: Any) -> dict[str, Any]:
+    return {"tiny": False, "paths": [DIT, VAE], "tokenizer_path": str(TINY / "tokenizer")} | keys
+
+
+def problems(photos: Path, **sections: dict[str, Any]) -> dict[str, str]:
+    with pytest.raises(JobFileError) as caught:
+        plan(photos, **sections)
+    return {problem.key: problem.message for problem in caught.value.problems}
+
+
+def write_header(path: Path, shapes: dict[str, list[int]]) -> str:
+    """A safetensors file of zeros."""
+    entries, end = {}, 0
+    for key, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        entries[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(end))
+    return str(path)
+
+
+def test_the_plan_says_what_the_files_are(photos: Path) -> None:
+    built = plan(photos, model=files())
+    assert [(entry.component, entry.num_files, entry.missing) for entry in built.models] == [("dit", 2, None), ("vae", 1, None)]
+    assert any(line.startswith("model     dit: diffusion_pytorch_model-00001") for line in built.lines())
+    assert plan(photos, model=files(family=None)).models == built.models
+
+
+def test_the_plan_says_what_would_be_downloaded(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "models" / "Qwen" / "Qwen-Image")
+    ids = ["Qwen/Qwen-Image:transformer/*.safetensors", "somebody/vae:*.safetensors"]
+    model = files(paths=[], id_with_origin_paths=ids, base_path=str(tmp_path / "models"), source="huggingface")
+    here, missing = plan(photos, model=model).models
+    assert (here.component, here.num_files, here.missing, here.source) == ("dit", 2, None, None)
+    assert here.num_bytes == sum(Path(path).stat().st_size for path in DIT)
+    assert (missing.component, missing.num_files, missing.source) == (None, 0, "huggingface")
+    text = "\n".join(plan(photos, model=model).lines())
+    assert f"somebody/vae:*.safetensors, to be downloaded from huggingface to {tmp_path}/models/somebody/vae" in text
+    assert json.loads(json.dumps(plan(photos, model=model).as_dict()))["models"][1]["source"] == "huggingface"
+
+
+def test_the_default_tokenizer_is_part_of_the_plan(photos: Path, tmp_path: Path) -> None:
+    ids = ["Qwen/Qwen-Image:text_encoder/*.safetensors"]
+    model = {"tiny": False, "id_with_origin_paths": ids, "base_path": str(tmp_path / "models")}
+    lora = {"base_model": "dit"}
+    encoder, tokenizer = plan(photos, model=model, lora=lora).models
+    assert (encoder.component, tokenizer.component, tokenizer.entry) == (None, "tokenizer", "Qwen/Qwen-Image:tokenizer/")
+    assert tokenizer.missing == "no file"
+    lacking = problems(photos, model=model | {"skip_download": True})
+    assert set(lacking) == {"model.id_with_origin_paths", "model.tokenizer_path"}
+    shutil.copytree(TINY, tmp_path / "models" / "Qwen" / "Qwen-Image")
+    assert [entry.missing for entry in plan(photos, model=model, lora=lora).models] == [None, None]
+    assert len(plan(photos, model=model | {"tokenizer_path": str(TINY / "tokenizer")}, lora=lora).models) == 1
+
+
+def test_what_may_not_be_downloaded_is_a_problem(photos: Path, tmp_path: Path) -> None:
+    ids = ["Qwen/Qwen-Image:transformer/*.safetensors"]
+    model = files(paths=[], id_with_origin_paths=ids, base_path=str(tmp_path / "models"), skip_download=True)
+    assert "model.skip_download is set" in problems(photos, model=model)["model.id_with_origin_paths"]
+
+
+def test_a_file_of_another_family_is_named(photos: Path, tmp_path: Path) -> None:
+    wan = write_header(
+        tmp_path / "wan.safetensors",
+        {"blocks.0.self_attn.q.weight": [4, 4], "blocks.0.cross_attn.q.weight": [4, 4], "patch_embedding.weight": [4, 4]},
+    )
+    message = problems(photos, model=files(paths=[wan]))["model.paths"]
+    assert "this is a Wan DiT (family wan), the job says qwen_image" in message
+    assert "wan.safetensors" in message
+
+
+def test_shards_of_two_models_are_told(photos: Path, tmp_path: Path) -> None:
+    other = write_header(tmp_path / "other.safetensors", {"img_in.weight": [4, 64]})
+    assert "both hold 'img_in.weight'" in problems(photos, model=files(paths=[[*DIT, other]]))["model.paths"]
+    assert "not shards of one component" in problems(photos, model=files(paths=[[*DIT, VAE]]))["model.paths"]
+
+
+def test_a_missing_shard_and_a_cut_file_are_told(photos: Path, tmp_path: Path) -> None:
+    missing = problems(photos, model=files(paths=[DIT[:1]]))["model.paths"]
+    assert "shard diffusion_pytorch_model-00002-of-00002.safetensors is missing" in missing
+    (tmp_path / "cut.safetensors").write_bytes(Path(VAE).read_bytes()[:-10])
+    cut = problems(photos, model=files(paths=[str(tmp_path / "cut.safetensors")]))["model.paths"]
+    assert "not a complete safetensors file" in cut
+
+
+def test_a_lora_target_that_matches_nothing_is_told_with_what_is_near(photos: Path) -> None:
+    lora = {"base_model": "dit", "target_modules": ["to_q", "to_qq"]}
+    message = problems(photos, model=files(), lora=lora)["lora.target_modules"]
+    assert "'to_qq' matches nothing in qwen_image's dit; did you mean to_q" in message
+    assert plan(photos, model=files(), lora={"base_model": "dit", "target_modules": ["to_q", "img_mlp.net.2"]})
+    assert plan(photos, model=files(), lora={"base_model": "dit", "target_modules": []})
+
+
+def test_all_problems_of_the_files_come_at_once(photos: Path, tmp_path: Path) -> None:
+    lora = {"base_model": "dit", "target_modules": ["nothing"]}
+    model = files(paths=[DIT, "/gone.safetensors"], tokenizer_path="/gone")
+    assert set(problems(photos, model=model, lora=lora)) == {"lora.target_modules", "model.paths", "model.tokenizer_path"}
+
+
+def test_what_only_the_cluster_can_tell_is_left_to_it(photos: Path, tmp_path: Path) -> None:
+    pickle = tmp_path / "model.pth"
+    pickle.write_bytes(b"read on the cluster, with weights_only")
+    (entry,) = plan(photos, model=files(paths=[str(pickle)])).models
+    assert (entry.component, entry.missing) == (None, None)
+    unknown = write_header(tmp_path / "unknown.safetensors", {"a": [4]})
+    assert plan(photos, model=files(paths=[unknown], family="of_another_package")).models[0].component is None
+    assert plan(photos, model=files(paths=[unknown], family=None)).models[0].component is None

@@ -8,6 +8,7 @@ import pytest
 from diffsynth_ray.config import schema
 from diffsynth_ray.config.load import load_job, recipe_names, recipes_dir
 from diffsynth_ray.config.resolve import ResolvedJob, Resources, resolve
+from diffsynth_ray.models.sources import model_origins
 from diffsynth_ray.plan import build_plan
 from diffsynth_ray.schedule import trained_components
 
@@ -62,9 +63,11 @@ def test_the_big_ones_train_what_they_say() -> None:
     assert trained_components(full.job) == ["dit"]
     assert full.job.lora.base_model is None
     for job in (lora, full):
-        dit, text_encoder, vae = job.job.model.paths
-        assert (len(dit), len(text_encoder)) == (9, 4)
-        assert str(vae).endswith("vae/diffusion_pytorch_model.safetensors")
+        dit, text_encoder, vae = model_origins(job.job.model)
+        assert {origin.repo for origin in (dit, text_encoder, vae)} == {"Qwen/Qwen-Image"}
+        assert dit.matches("transformer/diffusion_pytorch_model-00009-of-00009.safetensors")
+        assert text_encoder.matches("text_encoder/model-00004-of-00004.safetensors")
+        assert vae.matches("vae/diffusion_pytorch_model.safetensors")
 
 
 def test_the_lora_recipe_shows_every_key_of_this_version_with_its_default() -> None:
@@ -87,7 +90,8 @@ def test_the_defaults_that_the_lora_recipe_shows_are_the_defaults(tmp_path: Path
     examples = {
         "height", "width", "max_steps", "global_batch_size", "resume_from_checkpoint", "alpha", "target_modules",
         "checkpoint", "save_steps", "remove_prefix_in_ckpt", "checkpoint_steps", "num_workers = 8",
-        "resources_per_worker", "preset_path", "preset_model", "checkpoint_path",
+        "resources_per_worker", "wandb_project", "swanlab_project", "mlflow_tracking_uri",
+        "preset_path", "preset_model", "checkpoint_path", "tokenizer_path", "source", "base_path", "skip_download",
     }  # fmt: skip
     lines = []
     for line in text.splitlines():

@@ -221,6 +221,20 @@ def test_a_file_is_never_seen_half_written(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
 
 
+def test_a_data_bound_job_is_told_in_one_sentence():
+    def note(step_s, data_wait_s):
+        return Progress(
+            step=1, num_steps=2, loss=0.1, lr=1e-4, grad_norm=1.0, step_s=step_s, samples_per_s=1.0,
+            data_wait_s=data_wait_s, left_s=3,
+        ).data_note()  # fmt: skip
+
+    assert "data-bound: 50% of each step" in note(2.0, 1.0)
+    assert "dataset.num_workers" in note(2.0, 1.0)
+    assert note(2.0, 0.3) is None
+    assert note(0.05, 0.04) is None
+    assert note(0.0, 0.0) is None
+
+
 # Where the checkpoints are
 
 

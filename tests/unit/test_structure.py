@@ -27,34 +27,58 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"run_dir", "schedule", "config", "errors"},
     "memory": {"run_dir", "schedule", "config", "errors"},
     "train": {"data", "models", "memory", "run_dir", "schedule", "config", "errors"},
-    "plan": {"data", "run_dir", "schedule", "config", "errors"},
+    "migrate": {"models", "config", "errors"},
+    "plan": {"data", "models", "run_dir", "schedule", "config", "errors"},
     "launch": {"plan", "train", "data", "models", "memory", "run_dir", "schedule", "config", "errors"},
-    "cli": {"launch", "plan", "train", "data", "models", "memory", "run_dir", "schedule", "config", "errors"},
+    "cli": {"launch", "plan", "migrate", "train", "data", "models", "memory", "run_dir", "schedule", "config", "errors"},
 }
-# plan promises to need no torch; of data it reads the metadata only.
-PLAN_READS = {"diffsynth_ray.data.metadata"}
+# plan promises to need no torch: of data it reads the metadata only, of models where files are and what their headers
+# say, so that a wrong file is found before a cluster starts.
+PLAN_READS = {"diffsynth_ray.data.metadata", "diffsynth_ray.models.inspection"}
+NEED_NO_TORCH = {f"diffsynth_ray.models.{name}" for name in ("inspection", "layouts", "sources", "hubs", "download")}
 
 LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     "ray": ("launch.", "data.stream", "train.worker", "train.encode"),
     "diffusers": ("models.",),
     "transformers": ("models.",),
     "peft": ("models.",),
+    "modelscope": ("models.hubs",),
+    "modelscope_hub": ("models.hubs",),
+    "huggingface_hub": ("models.hubs",),
     "deepspeed": ("train.strategy.deepspeed", "train.optim"),
     "typer": ("cli.",),
     "rich": ("cli.",),
     "click": ("cli.",),
+    "wandb": ("train.services",),
+    "swanlab": ("train.services",),
+    "mlflow": ("train.services",),
 }
 
 # Where DESIGN's tree puts a module. A command group of the same name may stand beside it in cli.
 TREE: dict[str, set[str]] = {
     "": {"errors", "plan", "run_dir", "schedule"},
-    "config": {"schema", "load", "resolve", "flags"},
+    "config": {"schema", "load", "resolve", "flags", "origins"},
     "data": {"metadata", "media", "order", "batches", "samples", "tables", "stream", "cache"},
-    "models": {"family", "weights", "flow_matching", "lora", "names", "qwen_image", "wan", "flux", "z_image"},
+    "models": {
+        "layouts",
+        "inspection",
+        "sources",
+        "hubs",
+        "download",
+        "family",
+        "weights",
+        "flow_matching",
+        "lora",
+        "names",
+        "qwen_image",
+        "wan",
+        "flux",
+        "z_image",
+    },
     "memory": {"offload", "fp8", "checkpointing"},
     "train": {"trainer", "optim", "checkpoint", "export", "worker", "encode"},
     "train.strategy": {"ddp", "deepspeed"},
-    "launch": {"client", "embedded", "stages", "driver", "board", "registry", "runs"},
+    "launch": {"client", "embedded", "stages", "fetch", "driver", "board", "registry", "runs"},
 }
 
 
@@ -94,7 +118,9 @@ def test_imports_point_one_way(module: str) -> None:
         target = layer_of(name)
         if name.split(".")[0] != "diffsynth_ray" or target in ("", layer):
             continue
-        if target not in MAY_IMPORT[layer] or (layer == "plan" and target == "data" and name not in PLAN_READS):
+        if target not in MAY_IMPORT[layer] or (
+            layer == "plan" and target in ("data", "models") and name not in PLAN_READS
+        ):
             wrong.append(f"line {line}: {name}")
     assert wrong == [], f"{module} ({layer or 'the package'}) may not import these"
 
@@ -119,7 +145,7 @@ def test_errors_and_flags_need_the_standard_library_only() -> None:
 
 def test_config_run_dir_and_schedule_need_no_torch() -> None:
     for module in MODULES:
-        if layer_of(module) in ("config", "run_dir", "schedule", "plan", "cli"):
+        if layer_of(module) in ("config", "run_dir", "schedule", "plan", "cli") or module in NEED_NO_TORCH:
             assert not any(name.split(".")[0] == "torch" for _, name in imports_of(module)), module
 
 
@@ -159,9 +185,16 @@ def test_the_packages_of_pyproject_are_the_package_directories() -> None:
     assert len(listed) == len(set(listed))
 
 
-@pytest.mark.parametrize("entry", ["import diffsynth_ray.cli.app", "from diffsynth_ray.plan import build_plan"])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "import diffsynth_ray.cli.app",
+        "from diffsynth_ray.plan import build_plan",
+        "from diffsynth_ray.models.download import download_dataset",
+    ],
+)
 def test_help_and_plan_import_neither_ray_nor_torch(entry: str) -> None:
-    heavy = {"ray", "torch", "diffusers", "transformers", "peft", "rich"}
+    heavy = {"ray", "torch", "diffusers", "transformers", "peft", "rich", "modelscope_hub", "huggingface_hub", "requests"}
     program = f"import sys; {entry}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr

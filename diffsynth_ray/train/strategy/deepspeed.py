@@ -103,6 +103,10 @@ class DeepSpeedStrategy:
         is 0, and weight decay would shrink it."""
         looks = job.training.find_unused_parameters is not False
         self._watch = GradientWatch(self._trained) if looks or probe is not None else None
+        if self.stage != 3:
+            # A recomputed block answers for all of its parameters, also with "none", which DeepSpeed's own hooks do not expect.
+            for param in params:
+                param.register_hook(partial(_fill, param))
         if probe is not None:
             # Gradients of 0, which those of the first step are added to.
             self.backward(self.forward(*probe, last=False).sum() * 0.0, last=False)
@@ -293,15 +297,19 @@ class DeepSpeedStrategy:
         return values.detach().narrow(0, part.offset, part.count)
 
 
+def _fill(param: nn.Parameter, gradient: Tensor | None) -> None:
+    """Zeros where the backward has no gradient for a parameter; run before it is accumulated."""
+    if gradient is None and param.grad is None:
+        param.grad = torch.zeros_like(param)
+
+
 def load_deepspeed(device: torch.device) -> ModuleType:
     """The library, quiet and bound to the device that this process trains on, with a process group around."""
     # It looks for an accelerator by itself otherwise, and for its number in the environment of its own launcher.
     os.environ["DS_ACCELERATOR"] = device.type
     os.environ["LOCAL_RANK"] = str(device.index or 0)
     if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
-        )
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

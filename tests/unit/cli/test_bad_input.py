@@ -1,6 +1,8 @@
 """Every kind of bad input through the command line: exit code 2 and a message that says where, what and what to do."""
 
+import numpy
 import pytest
+from safetensors.numpy import save_file
 
 from diffsynth_ray.cli import app
 
@@ -50,6 +52,7 @@ def run(tmp_path, photos, monkeypatch, capsys):
         ("offload.cpu_offload=true", ["offload.cpu_offload", "not in this version"]),
         ("distributed.num_workers=64", ["distributed.num_workers", "CPU", "at most"]),
         ("lora.base_model=", ["lora.base_model"]),
+        ('model.id_with_origin_paths=["Qwen/Qwen-Image"]', ["model.id_with_origin_paths", "a colon", "as in"]),
     ],
 )
 def test_bad_input_is_exit_2_with_its_place_and_cure(run, override, expected):
@@ -82,3 +85,37 @@ def test_metadata_with_a_missing_photograph_names_row_and_file(run, tmp_path, ph
     assert code == 2
     assert "unicorn.jpg" in message
     assert "3" in message  # the line of the file
+
+
+@pytest.mark.parametrize("command", ["plan", "submit"])
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (['model.paths=["{tiny}/vae/diffusion_pytorch_model.safetensors", "{tmp}/wan.safetensors"]'],
+         ["wan.safetensors", "this is a Wan DiT (family wan), the job says qwen_image"]),
+        (['model.paths=[["{dit}1-of-00002.safetensors", "{tmp}/wan.safetensors"]]'], ["model.paths", "2-of-00002"]),
+        (['model.paths=[["{tiny}/vae/diffusion_pytorch_model.safetensors", "{dit}1-of-00002.safetensors",'
+          ' "{dit}2-of-00002.safetensors"]]'], ["not shards of one component"]),
+        (['model.paths=[["{dit}1-of-00002.safetensors", "{dit}2-of-00002.safetensors"]]',
+          'lora.target_modules=["to_k", "to_kay"]'], ["lora.target_modules", "'to_kay'", "did you mean"]),
+    ],
+)  # fmt: skip
+def test_files_that_do_not_fit_are_told_before_a_cluster_starts(
+    run, tmp_path, repository, monkeypatch, command, overrides, expected
+):
+    from diffsynth_ray.launch import client
+
+    def no_cluster(*_, **__):
+        raise AssertionError("a cluster is started")
+
+    monkeypatch.setattr(client, "open_cluster", no_cluster)
+    keys = ("blocks.0.self_attn.q.weight", "blocks.0.cross_attn.q.weight", "patch_embedding.weight")
+    save_file({key: numpy.zeros((2, 2), numpy.float32) for key in keys}, tmp_path / "wan.safetensors")
+    tiny = repository / "tests" / "assets" / "qwen_image_tiny"
+    dit = tiny / "transformer" / "diffusion_pytorch_model-0000"
+    filled = [override.format(tiny=tiny, tmp=tmp_path, dit=dit) for override in overrides]
+    code, message = run("model.tiny=false", f"model.tokenizer_path={tiny}/tokenizer", *filled, command=command)
+    assert code == 2, message
+    for text in expected:
+        assert text in message
+    assert "Traceback" not in message

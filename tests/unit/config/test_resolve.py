@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from diffsynth_ray.config import schema
-from diffsynth_ray.config.resolve import ResolvedJob, Resources, resolve
+from diffsynth_ray.config.resolve import ResolvedJob, Resources, resolve, resolve_model
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import JobFileError
 
@@ -161,6 +161,63 @@ def test_remote_absolute_paths_are_taken() -> None:
     assert str(resolve(job, LAPTOP, remote=True).output_path) == "/shared/outputs/job"
 
 
+# Where models come from
+
+IDS = {"tiny": False, "id_with_origin_paths": ["Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors"]}
+VARIABLES = ("DIFFSYNTH_MODEL_BASE_PATH", "DIFFSYNTH_DOWNLOAD_SOURCE", "DIFFSYNTH_SKIP_DOWNLOAD")
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_the_source_by_default(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environment.chdir(tmp_path)
+    model = resolve(build_job(model=IDS), LAPTOP).job.model
+    assert (model.source, model.base_path, model.skip_download) == ("modelscope", str(tmp_path / "models"), False)
+    assert resolve(build_job(), LAPTOP).job.model.source is None
+
+
+def test_the_source_by_the_environment_and_by_the_job(environment: pytest.MonkeyPatch) -> None:
+    for name, value in zip(VARIABLES, ("/shared/models", "HuggingFace", "True"), strict=True):
+        environment.setenv(name, value)
+    model = resolve(build_job(model=IDS), LAPTOP).job.model
+    assert (model.source, model.base_path, model.skip_download) == ("huggingface", "/shared/models", True)
+    given = IDS | {"source": "modelscope", "base_path": "/mine", "skip_download": False}
+    model = resolve(build_job(model=given), LAPTOP).job.model
+    assert (model.source, model.base_path, model.skip_download) == ("modelscope", "/mine", False)
+    assert resolve(build_job(model=given), LAPTOP).run == resolve(build_job(model=IDS), LAPTOP).run
+
+
+def test_a_wrong_environment_is_named_where_it_counts(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("DIFFSYNTH_DOWNLOAD_SOURCE", "modelscape")
+    environment.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "perhaps")
+    assert set(problems_of(build_job(model=IDS))) == {"DIFFSYNTH_DOWNLOAD_SOURCE", "DIFFSYNTH_SKIP_DOWNLOAD"}
+    assert resolve(build_job(model=IDS | {"source": "modelscope", "skip_download": True}), LAPTOP).run
+    assert resolve(build_job(), LAPTOP).run  # a tiny model comes from nowhere
+
+
+def test_a_remote_cluster_wants_to_know_where_models_are_kept(environment: pytest.MonkeyPatch) -> None:
+    output = {"path": "/shared/{name}"}
+    problems = problems_of(build_job(model=IDS, output=output), remote=True)
+    assert set(problems) == {"model.base_path"}
+    assert "absolute" in problems["model.base_path"]
+    files = {"tiny": False, "paths": ["/a.safetensors"]}
+    assert resolve(build_job(model=files, output=output), LAPTOP, remote=True).job.model.base_path is None
+    environment.setenv("DIFFSYNTH_MODEL_BASE_PATH", "/shared/models")
+    assert resolve(build_job(model=IDS, output=output), LAPTOP, remote=True).job.model.base_path == "/shared/models"
+
+
+def test_the_model_alone_resolves_on_any_machine(environment: pytest.MonkeyPatch) -> None:
+    job = build_job(model=IDS, dataset={"base_path": None}, distributed={"num_workers": 64})
+    assert resolve_model(job).source == "modelscope"
+    with pytest.raises(JobFileError, match=r"model\.id_with_origin_paths"):
+        resolve_model(build_job(model=IDS | {"id_with_origin_paths": ["nowhere"]}))
+
+
 # Workers and batches
 
 
@@ -259,7 +316,8 @@ def test_num_workers_of_the_dataset_is_an_upper_bound() -> None:
         ({"model": {"paths": ["/a.safetensors"]}}, "model.tiny"),
         ({"model": {"family": None}}, "model.family"),
         ({"model": {"tiny": False}}, "model.paths"),
-        ({"model": {"tiny": False, "paths": ["/a.safetensors"]}}, "model.tokenizer_path"),
+        ({"model": {"tiny": False, "id_with_origin_paths": ["Qwen/Qwen-Image"]}}, "model.id_with_origin_paths"),
+        ({"model": {"id_with_origin_paths": ["Qwen/Qwen-Image:vae/"]}}, "model.tiny"),
         ({"distributed": {"num_workers": 0}}, "distributed.num_workers"),
     ],
 )

@@ -15,9 +15,7 @@ def build_job(tmp_path=None, file=None, **distributed):
         path.write_text(file if isinstance(file, str) else json.dumps(file))
         distributed["deepspeed_config"] = str(path)
     training = distributed.pop("training", {})
-    return Job.model_validate(
-        {"name": "test", "distributed": {"strategy": "deepspeed"} | distributed, "training": training}
-    )
+    return Job.model_validate({"name": "test", "distributed": {"strategy": "deepspeed"} | distributed, "training": training})
 
 
 def problems(job):

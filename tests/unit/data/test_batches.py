@@ -158,6 +158,26 @@ def test_deals_distinct_sizes_as_a_snake() -> None:
     ]
 
 
+def test_long_clips_are_spread_over_the_workers() -> None:
+    """4 clips of 81 frames among 28 images: one for each of 4 workers, and the same load for all."""
+    micros = [MicroBatch(0, 64, 64, 81, rows=(i,), indices=(i,)) for i in range(4)]
+    micros += [MicroBatch(1, 64, 64, 1, rows=(i,), indices=(i,)) for i in range(4, 32)]
+    hands = deal(GlobalBatch(step=0, epoch=0, num_samples=32, micro_batches=tuple(micros[::-1])), num_workers=4)
+    assert [sum(micro.num_frames == 81 for micro in hand) for hand in hands] == [1] * 4
+    assert len({sum(micro.tokens for micro in hand) for hand in hands}) == 1
+
+
+def test_one_long_clip_costs_its_worker_the_small_ones() -> None:
+    """A clip and images of two sizes: the clip's worker gets the smallest image of every further micro step."""
+    clip = MicroBatch(0, 64, 64, 81, rows=(0,), indices=(0,))
+    images = [MicroBatch(1, 64, 64 * (1 + i % 2), 1, rows=(i,), indices=(i,)) for i in range(1, 8)]
+    hands = deal(GlobalBatch(step=0, epoch=0, num_samples=8, micro_batches=(*images, clip)), num_workers=2)
+    with_clip = next(hand for hand in hands if clip in hand)
+    other = next(hand for hand in hands if clip not in hand)
+    for own, others in zip(with_clip[1:], other[1:], strict=True):
+        assert own.tokens <= others.tokens
+
+
 def test_buckets_group_rows_by_size() -> None:
     buckets = build_buckets([(32, 16, 1), (16, 16, 1), (32, 16, 1), (16, 16, 5)])
     assert [(b.height, b.width, b.num_frames, b.rows.tolist()) for b in buckets] == [

@@ -64,8 +64,8 @@ def test_the_shipped_photographs_are_good() -> None:
 def test_a_base_path_may_be_a_file_url() -> None:
     metadata = read_metadata(DATASET.as_uri(), (DATASET / "metadata.csv").as_uri())
     assert Path(metadata.files(3, "image")[0]).is_file()
-    with pytest.raises(DataError, match="local path"):
-        read_metadata("s3://bucket/data", DATASET / "metadata.csv")
+    with pytest.raises(DataError, match=r"hdfs://host/data: must be a local path, file:// or s3://"):
+        read_metadata("hdfs://host/data", DATASET / "metadata.csv")
 
 
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"], ids=["plain", "BOM"])

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import shlex
+import subprocess
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -169,3 +171,26 @@ def test_the_entrypoint_is_absolute():
     python, dash_m, module, *_ = client.entrypoint("r-a1").split()
     assert python.startswith("/")
     assert (dash_m, module) == ("-m", "diffsynth_ray.launch.driver")
+
+
+def test_a_command_runs_where_our_interpreter_is_not(tmp_path):
+    (tmp_path / "python3").write_text("#!/bin/sh\necho other $*\n")
+    (tmp_path / "python3").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    for python, said in (("/no where/python", "other -m x 'a b'"), ("/bin/echo", "-m x 'a b'")):
+        command = client.with_any_python(f"{shlex.quote(python)} -m x \"'a b'\"", python=python)
+        done = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == f"{said}\n"
+    assert client.with_any_python("make all") == "make all"
+
+
+def test_what_travels_is_listed_and_bounded(monkeypatch, tmp_path):
+    remote = Cluster(url="http://x", token=None)
+    listed = client.travelling(remote, "{}" * 2048)
+    assert listed.startswith("job.json (4 KB) and the package diffsynth_ray (")
+    assert float(listed.rsplit("(", 1)[1].split()[0]) < 2
+    (tmp_path / "weights.bin").write_bytes(b"x" * 2000)
+    monkeypatch.setattr(client, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(client, "_MAX_CODE_BYTES", 1000)
+    with pytest.raises(ClusterError, match=r"weights\.bin is the largest"):
+        client.travelling(remote, "{}")

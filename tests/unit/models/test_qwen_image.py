@@ -183,9 +183,12 @@ def test_text_encoder_names():
 def test_components_are_recognised_by_their_keys():
     tiny = QwenImage.build_tiny(0)
     for name, module in tiny.components.items():
-        assert detect_component(module.state_dict()) == ("qwen_image", name)
+        assert detect_component({key: tuple(value.shape) for key, value in module.state_dict().items()}) == (
+            "qwen_image",
+            name,
+        )
     with pytest.raises(ModelError, match="no component"):
-        detect_component(["foo.weight"])
+        detect_component({"foo.weight": (1,)})
 
 
 def test_unknown_family_and_missing_component():

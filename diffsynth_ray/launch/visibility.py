@@ -1,0 +1,80 @@
+"""Paths of a job that some node of the cluster does not see, found before any GPU is taken."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from diffsynth_ray.config.resolve import ResolvedJob
+from diffsynth_ray.errors import DsrayError
+from diffsynth_ray.launch.node_checks import sees, write_probe
+
+_TIMEOUT_S = 60.0
+
+
+def check_visible(resolved: ResolvedJob, say: Callable[[str], None]) -> None:
+    """Ask every node that can work for the job's paths; raises DsrayError that names node, key and path.
+
+    Called by the driver. On one node there is nothing to ask. A node that does not answer is told and passed over.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here and _can_work(node["Resources"])]
+    if not others:
+        return
+    probe = write_probe(str(resolved.output_path))
+    named = named_paths(resolved)
+    look = ray.remote(num_cpus=0, max_retries=0)(find_invisible)
+    try:
+        asked = {
+            node["NodeManagerAddress"]: look.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote(named, probe)
+            for node in others
+        }
+        ray.wait(list(asked.values()), num_returns=len(asked), timeout=_TIMEOUT_S)
+        problems = []
+        for node, reference in asked.items():
+            try:
+                problems += [f"node {node}: {problem}" for problem in ray.get(reference, timeout=0.1)]
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                say(f"node {node} was not asked for the job's paths: {last}")
+    finally:
+        if probe is not None:
+            Path(probe).unlink(missing_ok=True)
+    if problems:
+        hint = "every node must mount the same storage at the same place; `dsray doctor JOB.toml` shows all of it"
+        raise DsrayError("\n".join(["not every node sees the job's paths", *(f"  {each}" for each in problems)]), hint=hint)
+
+
+def _can_work(resources: dict[str, float]) -> bool:
+    return resources.get("CPU", 0.0) > 0 or resources.get("GPU", 0.0) > 0
+
+
+def named_paths(resolved: ResolvedJob) -> list[tuple[str, str]]:
+    """Key and path of everything that workers read; URLs are left out."""
+    job = resolved.job
+    named = [("model.paths", path) for entry in job.model.paths for path in ([entry] if isinstance(entry, str) else entry)]
+    for key, path in (
+        ("dataset.base_path", job.dataset.base_path),
+        ("model.tokenizer_path", job.model.tokenizer_path),
+        ("training.resume_from_checkpoint", job.training.resume_from_checkpoint),
+        ("lora.checkpoint", job.lora.checkpoint),
+        ("lora.preset_path", job.lora.preset_path),
+        ("distributed.deepspeed_config", job.distributed.deepspeed_config),
+    ):
+        if path is not None:
+            named += [(key, one) for one in ([path] if isinstance(path, str) else path)]
+    return [(key, path) for key, path in named if "://" not in path]
+
+
+def find_invisible(named: Iterable[tuple[str, str]], probe: str | None) -> list[str]:
+    """What of the paths cannot be read on this node; `probe` is a file that the driver wrote below the output path."""
+    problems = [f"{key}: {path} is not there or cannot be read" for key, path in named if not os.access(path, os.R_OK)]
+    if probe is not None and not sees(probe):
+        problems.append(f"output.path: what the driver wrote to {Path(probe).parent} is not seen")
+    return problems

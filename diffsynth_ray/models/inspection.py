@@ -1,0 +1,144 @@
+"""What a plan says of a job's model: where its files are, what they hold, what is wrong with them. No network, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffsynth_ray.config.schema import Job, ModelSection
+from diffsynth_ray.errors import ModelError, Problem
+from diffsynth_ray.models import layouts, sources
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """One entry of model.paths or model.id_with_origin_paths."""
+
+    entry: str
+    component: str | None
+    """None where it cannot be told yet."""
+    num_files: int
+    num_bytes: int
+    """Of the files that are here."""
+    missing: str | None
+    """What has to be downloaded, in words."""
+    source: str | None
+    """From where."""
+    directory: str
+
+    def line(self) -> str:
+        """For people."""
+        what = f"{self.component}: {self.entry}" if self.component else self.entry
+        if self.missing is not None:
+            lacks = "" if self.missing == "no file" else f" ({self.missing} missing)"
+            return f"{what}, to be downloaded from {self.source} to {self.directory}{lacks}"
+        return f"{what}, {self.num_files} file(s), {sources.size(self.num_bytes)} in {self.directory}"
+
+
+def inspect_model(job: Job) -> tuple[list[ModelFiles], list[Problem]]:
+    """Where every entry of [model] is and what it holds, and all that is wrong with the files that are here."""
+    model = job.model
+    problems: list[Problem] = []
+    known: list[tuple[str, str, sources.Files, layouts.Shapes | None]] = []
+    for key, name, files in _entries(model):
+        shapes = None
+        if gone := [path for path in files.files if not path.exists()]:
+            problems += [Problem(key, f"{path} does not exist") for path in gone]
+            continue
+        if files.missing is None:
+            try:
+                shapes = _read_shapes(_weights(files), model.family)
+            except ModelError as error:
+                problems.append(Problem(key, error.message))
+        elif key == "model.paths":
+            problems.append(Problem(key, f"{name}: {files.missing} is missing in {files.directory}"))
+        elif model.skip_download:
+            message = f"{name}: {files.missing} in {files.directory}, and model.skip_download is set"
+            problems.append(Problem(key, message))
+        known.append((key, name, files, shapes))
+    read = [shapes for *_, shapes in known if shapes is not None]
+    family = model.family or layouts.common_family(read, layouts.KEY_LAYOUTS)
+    entries = []
+    for key, name, files, shapes in known:
+        component = None
+        if shapes is not None:
+            try:
+                component = _detect(shapes, family)
+            except ModelError as error:
+                problems.append(Problem(key, f"{', '.join(map(str, _weights(files)))}: {error.message}"))
+            problems += _lora_problems(job, family, component, shapes)
+        entries.append(_describe(component, name, files, model))
+    if any(entry.component in (None, "text_encoder") for entry in entries):
+        weights = [paths for *_, files, _ in known if (paths := _weights(files))]
+        more, lacking = _default_tokenizers(model, family, weights)
+        entries, problems = entries + more, problems + lacking
+    return entries, problems
+
+
+def _default_tokenizers(
+    model: ModelSection, family: str | None, weights: list[list[Path]]
+) -> tuple[list[ModelFiles], list[Problem]]:
+    entries, problems = [], []
+    defaults = layouts.DEFAULT_TOKENIZERS.get(family or "", {})
+    for key, where in sources.find_tokenizers(model, defaults, weights).items():
+        if not isinstance(where, sources.Found):
+            continue
+        if where.missing is not None and model.skip_download:
+            message = f"not set, and of its default {where.origin} {where.missing} is here; model.skip_download is set"
+            problems.append(Problem(f"model.{key}", message))
+        entries.append(_describe(key.removesuffix("_path"), str(where.origin), where, model))
+    return entries, problems
+
+
+def _describe(component: str | None, name: str, files: sources.Files, model: ModelSection) -> ModelFiles:
+    source = model.source if files.missing else None
+    return ModelFiles(name, component, len(files.files), files.num_bytes, files.missing, source, str(files.directory))
+
+
+def _entries(model: ModelSection) -> Iterator[tuple[str, str, sources.Files]]:
+    """(key, as it is to be shown, where it is) of paths and ids."""
+    for entry in model.paths:
+        paths = tuple(Path(path) for path in ([entry] if isinstance(entry, str) else entry))
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        missing = sources.what_lacks(paths) if all(path.exists() for path in paths) else None
+        first = paths[0] if paths else Path()
+        yield "model.paths", first.name + more, sources.Files(first.parent, paths, missing)
+    for origin in sources.model_origins(model):
+        assert model.base_path is not None  # resolve fills it in where there are ids
+        yield "model.id_with_origin_paths", str(origin), sources.find(origin, model.base_path)
+
+
+def _weights(files: sources.Files) -> list[Path]:
+    return files.weights if isinstance(files, sources.Found) else list(files.files)
+
+
+def _read_shapes(paths: list[Path], family: str | None) -> layouts.Shapes | None:
+    """None where only the cluster can tell: torch's own formats, families of other packages."""
+    if any(path.suffix != ".safetensors" for path in paths) or (family and family not in layouts.KEY_LAYOUTS):
+        return None
+    mine = {name: known for name, known in layouts.KEY_LAYOUTS.items() if family in (None, name)}
+    return layouts.join_shards(((path, layouts.read_header(path)) for path in paths), mine)
+
+
+def _detect(shapes: layouts.Shapes, family: str | None) -> str | None:
+    """The component; None where the job names no family, so that it may be one of another package."""
+    try:
+        return layouts.detect_component(shapes, layouts.KEY_LAYOUTS, family=family)[1]
+    except ModelError:
+        if family is None:
+            return None
+        raise
+
+
+def _lora_problems(job: Job, family: str | None, component: str | None, shapes: layouts.Shapes) -> list[Problem]:
+    """LoRA targets that nothing in the files can be meant by."""
+    if family is None or component is None or component != job.lora.base_model or not job.lora.target_modules:
+        return []
+    if not layouts.KEY_LAYOUTS[family][component].has_module_names:
+        return []
+    problems = []
+    for target, near in layouts.unmatched_targets(shapes, job.lora.target_modules).items():
+        advice = f"; did you mean {', '.join(near)}?" if near else ""
+        problems.append(Problem("lora.target_modules", f"{target!r} matches nothing in {family}'s {component}{advice}"))
+    return problems

@@ -1,0 +1,239 @@
+"""What a weight file holds, told from the names and shapes of its tensors. Without torch: `plan` reads headers too.
+
+A family keeps its layouts here, where they can be read without importing it, or (families of other packages) in its class
+alone; then only the cluster can tell.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diffsynth_ray.errors import ModelError
+
+Shapes = dict[str, tuple[int, ...]]
+"""Key -> shape."""
+
+_MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
+
+
+@dataclass(frozen=True)
+class KeyLayout:
+    """How a component's weight files are told from others."""
+
+    prefixes: tuple[str, ...]
+    """Every key of every shard begins with one of these."""
+    markers: tuple[tuple[str, ...], ...]
+    """Alternatives: the component is recognised when all keys of one of them are there."""
+    shapes: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
+    """Shapes that these tensors must have where they are there; None = any size."""
+    has_module_names: bool = False
+    """The files' keys end as the module names do that LoRA targets speak of."""
+
+
+Layouts = Mapping[str, Mapping[str, KeyLayout]]
+"""Family -> component -> layout."""
+
+KEY_LAYOUTS: dict[str, dict[str, KeyLayout]] = {
+    "qwen_image": {
+        "dit": KeyLayout(
+            prefixes=(
+                *("transformer_blocks.", "time_text_embed.", "img_in.", "txt_in.", "txt_norm."),
+                *("norm_out.", "proj_out."),
+            ),
+            markers=(("img_in.weight", "txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"),),
+            shapes={"img_in.weight": (None, 64)},
+            has_module_names=True,
+        ),
+        "text_encoder": KeyLayout(
+            prefixes=("model.", "visual.", "lm_head."),
+            markers=(
+                ("model.layers.0.self_attn.q_proj.bias", "visual.patch_embed.proj.weight"),
+                ("model.language_model.layers.0.self_attn.q_proj.bias", "model.visual.patch_embed.proj.weight"),
+            ),
+            has_module_names=True,
+        ),
+        "vae": KeyLayout(
+            prefixes=("encoder.", "decoder.", "quant_conv.", "post_quant_conv."),
+            markers=(("encoder.mid_block.attentions.0.to_qkv.weight", "quant_conv.weight", "encoder.norm_out.gamma"),),
+            shapes={"encoder.conv_in.weight": (None, None, None, None, None)},
+            has_module_names=True,
+        ),
+    }
+}
+"""Of the families in this package."""
+
+DEFAULT_TOKENIZERS: dict[str, dict[str, str]] = {"qwen_image": {"tokenizer_path": "Qwen/Qwen-Image:tokenizer/"}}
+"""Family -> key of [model] -> origin; the families' `default_tokenizers`."""
+
+_OTHERS: dict[str, tuple[str, ...]] = {
+    "a Wan DiT (family wan)": ("blocks.0.self_attn.q.weight", "blocks.0.cross_attn.q.weight", "patch_embedding.weight"),
+    "a Wan DiT in diffusers' layout (family wan)": ("blocks.0.attn1.to_q.weight", "patch_embedding.weight"),
+    "a Wan text encoder (family wan)": ("blocks.0.attn.q.weight", "token_embedding.weight"),
+    "a Wan VAE (family wan)": ("encoder.conv1.weight", "encoder.middle.0.residual.0.gamma", "decoder.head.0.gamma"),
+    "a FLUX.1 DiT (family flux)": ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"),
+    "a FLUX.1 DiT in diffusers' layout (family flux)": ("single_transformer_blocks.0.proj_mlp.weight",),
+    "a Z-Image DiT (family z_image)": ("cap_embedder.0.weight", "context_refiner.0.attention.to_q.weight"),
+    "a Stable Diffusion checkpoint": ("model.diffusion_model.input_blocks.0.0.weight",),
+    "a Stable Diffusion UNet": ("down_blocks.0.resnets.0.conv1.weight", "mid_block.resnets.0.conv1.weight"),
+}
+"""What else people have, by keys that tell it: said by name where no family takes the file."""
+
+
+def read_header(path: Path) -> Shapes:
+    """Key -> shape of a safetensors file, in the order of the file. Raises ModelError where it is not a whole one."""
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file")
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(size - 8, _MAX_HEADER_BYTES):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: not a complete safetensors file ({error}); truncated download?") from error
+    if size != 8 + length + end:
+        raise ModelError(
+            f"{path}: not a complete safetensors file ({size} bytes, its header says {8 + length + end}); truncated download?"
+        )
+    return shapes
+
+
+def join_shards(shards: Iterable[tuple[Path, Shapes]], layouts: Layouts) -> Shapes:
+    """Key -> shape over all shards of one component. Shards that do not belong together are a ModelError."""
+    shapes: Shapes = {}
+    origin: dict[str, Path] = {}
+    candidates: set[tuple[str, str]] | None = None
+    first = Path()
+    for path, own in shards:
+        overlap = own.keys() & shapes.keys()
+        if overlap:
+            key = min(overlap)
+            raise ModelError(
+                f"{origin[key]} and {path} both hold {key!r} ({len(overlap)} keys in common): "
+                "they are not shards of one component; list them as separate entries or remove one"
+            )
+        mine = shard_candidates(own, layouts)
+        if candidates is None:
+            first, candidates = path, mine
+        elif mine and candidates and not candidates & mine:
+            raise ModelError(
+                f"{first} is part of {_describe(candidates)}, {path} of {_describe(mine)}: "
+                "they are not shards of one component; list them as separate entries"
+            )
+        else:
+            candidates = candidates & mine or candidates
+        shapes.update(own)
+        origin.update(dict.fromkeys(own, path))
+    return shapes
+
+
+def _describe(candidates: set[tuple[str, str]]) -> str:
+    return " or ".join(f"{family} {component}" for family, component in sorted(candidates))
+
+
+def shard_candidates(keys: Iterable[str], layouts: Layouts) -> set[tuple[str, str]]:
+    """The (family, component) pairs that a shard with these keys may be a part of."""
+    keys = list(keys)
+    return {
+        (family, component)
+        for family, components in layouts.items()
+        for component, layout in components.items()
+        if keys and all(key.startswith(layout.prefixes) for key in keys)
+    }
+
+
+def detect_component(shapes: Mapping[str, tuple[int, ...]], layouts: Layouts, *, family: str | None = None) -> tuple[str, str]:
+    """(family, component) of all shards of one component.
+
+    `family` is what the job says, None = any. Raises ModelError that names what the weights are instead.
+    """
+    matches = _matches(shapes, layouts)
+    fitting = [match for match in matches if family in (None, match[0])]
+    for match in fitting:
+        if not _wrong_shapes(shapes, layouts[match[0]][match[1]]):
+            return match
+    if fitting:
+        name, component = fitting[0]
+        wrong = "; ".join(_wrong_shapes(shapes, layouts[name][component]))
+        raise ModelError(f"these weights have the key names of {name}'s {component}, but not its shapes: {wrong}")
+    if matches:
+        name, component = matches[0]
+        raise ModelError(
+            f"this is a {component} of family {name}, the job says {family}; set model.family = {name!r} or give "
+            f"{family}'s own files"
+        )
+    says = f", the job says {family}" if family else f"; families here: {', '.join(sorted(layouts))}"
+    if what := _name_of_other(shapes):
+        raise ModelError(f"this is {what}{says}")
+    # An incomplete set of shards may lack the markers; the prefixes still say what it is, and the missing keys are
+    # reported when it is loaded.
+    candidates = shard_candidates(shapes, layouts)
+    mine = {match for match in candidates if family in (None, match[0])}
+    if len(mine) == 1:
+        return mine.pop()
+    if candidates:
+        cure = f"{says}; is a shard missing?" if family else "; set model.family"
+        raise ModelError(f"this looks like a part of {_describe(mine or candidates)}{cure}")
+    raise ModelError(
+        f"these weights belong to no component known here (families: {family or ', '.join(sorted(layouts))}); "
+        f"{len(shapes)} keys, first: {', '.join(sorted(shapes)[:5]) or 'none'}"
+    )
+
+
+def common_family(entries: Sequence[Mapping[str, tuple[int, ...]]], layouts: Layouts) -> str | None:
+    """The one family that all entries of a job fit into, each with all its shards; None where none or several do.
+
+    One entry alone may fit several: Qwen-Image's VAE has the key names of Wan's.
+    """
+    fitting = [
+        {name for name, component in _matches(shapes, layouts) if not _wrong_shapes(shapes, layouts[name][component])}
+        for shapes in entries
+    ]
+    common = set.intersection(*fitting) if fitting else set()
+    return common.pop() if len(common) == 1 else None
+
+
+def _matches(shapes: Iterable[str], layouts: Layouts) -> list[tuple[str, str]]:
+    keys = set(shapes)
+    return [
+        (family, component)
+        for family, components in layouts.items()
+        for component, layout in components.items()
+        if any(keys.issuperset(marker) for marker in layout.markers)
+    ]
+
+
+def _wrong_shapes(shapes: Mapping[str, tuple[int, ...]], layout: KeyLayout) -> list[str]:
+    wrong = []
+    for key, expected in layout.shapes.items():
+        got = shapes.get(key)
+        if got is None:
+            continue
+        if len(got) != len(expected) or any(want not in (None, size) for want, size in zip(expected, got, strict=True)):
+            wanted = ", ".join("any" if size is None else str(size) for size in expected)
+            wrong.append(f"{key} is {list(got)}, not [{wanted}]")
+    return wrong
+
+
+def _name_of_other(keys: Iterable[str]) -> str | None:
+    keys = set(keys)
+    if any(".lora_A." in key or ".lora_down." in key for key in keys):
+        return "a LoRA (give it as lora.checkpoint, and the model's own files here)"
+    return next((what for what, marker in _OTHERS.items() if keys.issuperset(marker)), None)
+
+
+def unmatched_targets(shapes: Mapping[str, tuple[int, ...]], targets: Sequence[str]) -> dict[str, list[str]]:
+    """LoRA target -> names like it, for each target that no matrix of the files can be meant by."""
+    modules = [key.removesuffix(".weight") for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2]
+    endings = {".".join(name.split(".")[start:]) for name in modules for start in range(name.count(".") + 1)}
+    return {target: difflib.get_close_matches(target, endings, n=3, cutoff=0.7) for target in targets if target not in endings}

@@ -1,0 +1,185 @@
+"""Experiment trackers: Weights & Biases, SwanLab, MLflow. Each is imported only where a job asks for it.
+
+Credentials (WANDB_API_KEY, SWANLAB_API_KEY, MLFLOW_TRACKING_USERNAME, ...) come from the environment of the node that
+rank 0 runs on. What is sent is the job's keys and the figures; neither holds a secret.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import queue
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from diffsynth_ray.config.resolve import ResolvedJob
+from diffsynth_ray.config.schema import LoggingSection
+from diffsynth_ray.errors import DsrayError, JobFileError, Problem
+from diffsynth_ray.run_dir import RunDir
+
+_PACKAGES = {"wandb_project": "wandb", "swanlab_project": "swanlab", "mlflow_tracking_uri": "mlflow"}
+_RETRY_S = 5.0
+_LAST_TRY_S = 30.0
+_BATCH = 500
+"""Figures in one request; MLflow takes at most 1000."""
+
+
+class Service(Protocol):
+    """A tracker that figures are sent to."""
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Send the figures of optimizer step `step`; returns at once."""
+
+    def close(self) -> None:
+        """Send what is left."""
+
+
+def check_services(logging: LoggingSection) -> None:
+    """Raise JobFileError where a tracker's package is missing here, before any GPU is taken."""
+    problems = [
+        Problem(f"logging.{key}", f"the package {package} is not installed on the cluster: pip install '{_extra(key)}'")
+        for key, package in _PACKAGES.items()
+        if getattr(logging, key) is not None and importlib.util.find_spec(package) is None
+    ]
+    if problems:
+        raise JobFileError("job", problems)
+
+
+def _extra(key: str) -> str:
+    return f"diffsynth_ray[{key.partition('_')[0]}]"
+
+
+def open_services(run_dir: RunDir, logging: LoggingSection) -> list[Service]:
+    """The trackers that the job asks for; one run of theirs for one run of ours, however often it is continued."""
+    if all(getattr(logging, key) is None for key in _PACKAGES):
+        return []
+    owner = run_dir.owner()
+    assert owner is not None  # the attempt has written job.json
+    services: list[Service] = []
+    if logging.wandb_project is not None:
+        services.append(_Wandb(run_dir, owner, project=logging.wandb_project))
+    if logging.swanlab_project is not None:
+        services.append(_Swanlab(run_dir, owner, project=logging.swanlab_project))
+    if logging.mlflow_tracking_uri is not None:
+        services.append(_Mlflow(owner, tracking_uri=logging.mlflow_tracking_uri))
+    return services
+
+
+class _Wandb:
+    def __init__(self, run_dir: RunDir, resolved: ResolvedJob, *, project: str) -> None:
+        import wandb
+
+        try:
+            self._run = wandb.init(
+                project=project, name=resolved.run, id=resolved.run, resume="allow", dir=str(run_dir.path),
+                config=resolved.job.model_dump(mode="json"),
+            )  # fmt: skip
+        except wandb.errors.Error as error:
+            hint = "set WANDB_API_KEY in the environment of the cluster's nodes, or WANDB_MODE=offline"
+            raise DsrayError(f"logging.wandb_project: Weights & Biases: {error}", hint=hint) from error
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        self._run.log({f"train/{key}": value for key, value in figures.items()}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Swanlab:
+    def __init__(self, run_dir: RunDir, resolved: ResolvedJob, *, project: str) -> None:
+        import swanlab
+
+        try:
+            self._run = swanlab.init(
+                project=project, name=resolved.run, id=resolved.run, resume="allow", log_dir=str(run_dir.path / "swanlab"),
+                config=resolved.job.model_dump(mode="json"), reinit=True,
+            )  # fmt: skip
+        except (RuntimeError, ValueError, OSError) as error:
+            hint = "set SWANLAB_API_KEY in the environment of the cluster's nodes, or SWANLAB_MODE=local"
+            raise DsrayError(f"logging.swanlab_project: SwanLab: {error}", hint=hint) from error
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        self._run.log({f"train/{key}": value for key, value in figures.items()}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Mlflow:
+    """Sends from a thread of its own: MLflow's client waits for its server, minutes where that is away."""
+
+    def __init__(self, resolved: ResolvedJob, *, tracking_uri: str) -> None:
+        # A server that is away is told in a minute, not in five; the user's own setting wins.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        self._error: type[Exception] = MlflowException
+        try:
+            self._client = MlflowClient(tracking_uri=tracking_uri)
+            self._run_id = self._find_or_create(resolved)
+        except MlflowException as error:
+            hint = "check that the server runs, and MLFLOW_TRACKING_USERNAME, _PASSWORD or _TOKEN on the nodes"
+            raise DsrayError(f"logging.mlflow_tracking_uri: {tracking_uri}: {error}", hint=hint) from error
+        self._figures: queue.SimpleQueue[tuple[int, dict[str, float], int] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def _find_or_create(self, resolved: ResolvedJob) -> str:
+        client, name = self._client, resolved.job.name
+        experiment = client.get_experiment_by_name(name)
+        experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)
+        known = client.search_runs([experiment_id], filter_string=f"tags.dsray_run = '{resolved.run}'", max_results=1)
+        if known:
+            client.update_run(known[0].info.run_id, status="RUNNING")
+            return str(known[0].info.run_id)
+        run_id = str(client.create_run(experiment_id, run_name=resolved.run, tags={"dsray_run": resolved.run}).info.run_id)
+        for section, keys in resolved.job.model_dump(mode="json").items():
+            for key, value in (keys if isinstance(keys, dict) else {"": keys}).items():
+                if value not in (None, [], {}):
+                    client.log_param(run_id, f"{section}.{key}".rstrip("."), str(value)[:500])
+        return run_id
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        self._figures.put((step, dict(figures), int(time.time() * 1000)))
+
+    def close(self) -> None:
+        self._figures.put(None)
+        self._thread.join(_LAST_TRY_S)
+
+    def _send_all(self) -> None:
+        from mlflow.entities import Metric
+
+        pending: list[Any] = []
+        is_open = True
+        while is_open or pending:
+            item = self._figures.get() if is_open and not pending else self._take_waiting()
+            if item is _NOTHING:
+                pending = self._send(pending)
+            elif item is None:
+                is_open = False
+            else:
+                step, figures, when_ms = item
+                pending += [Metric(f"train/{key}", value, when_ms, step) for key, value in figures.items()]
+        self._client.set_terminated(self._run_id)
+
+    def _take_waiting(self) -> Any:
+        try:
+            return self._figures.get_nowait()
+        except queue.Empty:
+            return _NOTHING
+
+    def _send(self, pending: list[Any]) -> list[Any]:
+        """What could not be sent, to be tried again."""
+        try:
+            self._client.log_batch(self._run_id, metrics=pending[:_BATCH])
+        except self._error:
+            time.sleep(_RETRY_S)
+            return pending
+        return pending[_BATCH:]
+
+
+_NOTHING = object()
+"""The queue is empty; None ends it."""

@@ -1,0 +1,2 @@
+#!/bin/sh
+python3 -u examples/wanvideo/model_training/train.py --dataset_base_path=data/clips --dataset_metadata_path=data/clips/metadata.csv --height=480 --width=832 --model_id_with_origin_paths='Wan-AI/Wan2.1-T2V-1.3B:diffusion_pytorch_model*.safetensors,Wan-AI/Wan2.1-T2V-1.3B:models_t5_umt5-xxl-enc-bf16.pth,Wan-AI/Wan2.1-T2V-1.3B:Wan2.1_VAE.pth' --lora_base_model=dit --lora_rank=8 --lora_rank=64 --output_path=./models/train/clips

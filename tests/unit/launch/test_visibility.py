@@ -1,0 +1,22 @@
+from diffsynth_ray.config.load import load_job
+from diffsynth_ray.config.resolve import Resources, resolve
+from diffsynth_ray.launch.node_checks import write_probe
+from diffsynth_ray.launch.visibility import find_invisible, named_paths
+
+
+def test_every_path_that_workers_read_is_asked_for(repository, monkeypatch) -> None:
+    monkeypatch.chdir(repository)
+    named = named_paths(resolve(load_job("jobs/qwen_lora.toml"), Resources(cpus=64, gpus=8)))
+    assert [key for key, _ in named].count("model.paths") == 14
+    assert {key for key, _ in named} == {"model.paths", "dataset.base_path", "model.tokenizer_path"}
+
+
+def test_what_is_not_seen_is_named_with_its_key(tmp_path) -> None:
+    (tmp_path / "here").mkdir()
+    probe = write_probe(str(tmp_path / "out"))
+    assert find_invisible([("dataset.base_path", str(tmp_path / "here"))], probe) == []
+    gone = find_invisible([("dataset.base_path", "/gone"), ("lora.checkpoint", str(tmp_path / "here"))], f"{probe}-of-another")
+    assert gone == [
+        "dataset.base_path: /gone is not there or cannot be read",
+        f"output.path: what the driver wrote to {tmp_path} is not seen",
+    ]
