@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from diffsynth_ray import __version__
-from diffsynth_ray.cli import control, data, doctor, download, foreground, import_script, inspect, render, submit
+from diffsynth_ray.cli import control, data, doctor, download, export, foreground, import_script, inspect, render, submit
 from diffsynth_ray.errors import DsrayError, ExitCode
 
 app = typer.Typer(
@@ -52,6 +52,7 @@ app.command("doctor")(doctor.doctor)
 app.command("import")(import_script.import_script)
 app.add_typer(data.app, name="data")
 app.command("download")(download.download)
+app.command("export")(export.export)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -51,9 +51,9 @@ class DatasetSection(Section):
     """Fixed width in pixels (needs height); unset = dynamic resolution."""
     max_pixels: int = _key(1048576, identity=True, ge=256)
     """Dynamic resolution: larger images are scaled down to this area; nothing is ever enlarged."""
-    num_frames: int = _key(81, identity=True, ge=1, not_built="video families")
-    """Frames of a video sample."""
-    frame_rate: float | None = _key(identity=True, gt=0, not_built="video families")
+    num_frames: int = _key(81, identity=True, ge=1)
+    """Frames of a video sample; Wan takes 4n + 1. A shorter clip gives the largest 4n + 1 that it has."""
+    frame_rate: float | None = _key(identity=True, gt=0)
     """Frames a second that a video is sampled at; unset = the file's own."""
     batch_size: int = _key(1, identity=True, ge=1)
     """Samples a worker processes in one micro step."""
@@ -77,14 +77,15 @@ class ModelSection(Section):
     owner/name, a colon, a path with * for all shards. Downloaded once a node where they are not there yet; beside `paths`."""
     tokenizer_path: str | None = _key(identity=True, path=True)
     """Folder of the tokenizer. Default: `tokenizer` beside the weights' folders, else the family's own, downloaded."""
-    tokenizer_1_path: str | None = _key(path=True, not_built="families with two tokenizers")
-    """Folder of the first of two tokenizers."""
-    tokenizer_2_path: str | None = _key(path=True, not_built="families with two tokenizers")
-    """Folder of the second of two tokenizers."""
-    processor_path: str | None = _key(path=True, not_built="families with a processor")
-    """Folder of the image processor of edit families."""
-    extra_inputs: list[str] = _key([], identity=True, not_built="families with extra inputs")
-    """Further columns that the model is conditioned on ("edit_image", "input_image", ...)."""
+    tokenizer_1_path: str | None = _key(path=True)
+    """Folder of the first of two tokenizers (FLUX.1: CLIP)."""
+    tokenizer_2_path: str | None = _key(path=True)
+    """Folder of the second of two tokenizers (FLUX.1: T5)."""
+    processor_path: str | None = _key(path=True)
+    """Folder of the image processor of edit models (Qwen-Image-Edit)."""
+    extra_inputs: list[str] = _key([], identity=True)
+    """Further columns that the model is conditioned on: "edit_image" (Qwen-Image-Edit), "input_image" and "end_image" (Wan
+    image to video; without such a column the video's own first and last frame)."""
     fp8_models: list[str] = _key([], identity=True)
     """Frozen components kept in scaled FP8."""
     source: Literal["modelscope", "huggingface"] | None = _key()
@@ -93,8 +94,8 @@ class ModelSection(Section):
     """Where downloaded models are kept, as {base_path}/{owner}/{name}/...; default DIFFSYNTH_MODEL_BASE_PATH, else ./models."""
     skip_download: bool | None = _key()
     """Use only what is there, and fail where something is missing; default DIFFSYNTH_SKIP_DOWNLOAD."""
-    options: dict[str, Any] = _key({}, identity=True, not_built="families with options")
-    """Settings of one family."""
+    options: dict[str, Any] = _key({}, identity=True)
+    """Settings of one family: `embedded_guidance` (flux), `zero_cond_t` (qwen_image)."""
     tiny: bool = _key(False, identity=True)
     """Random weights of the family's tiny size, without any file: for trying things out."""
 

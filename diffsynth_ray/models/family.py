@@ -12,6 +12,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,9 +21,12 @@ from torch import Tensor, nn
 
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import layouts
+from diffsynth_ray.models.layer_names import LayerNames
 from diffsynth_ray.models.layouts import KeyLayout
 
 MASK_SUFFIX = "_mask"
+FIRST_FRAME = "first_frame_latents"
+"""Condition [b, c, 1, h, w]: the latents' first frame as it is given to the DiT without noise, and left out of the loss."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,10 @@ class ModelFamily(ABC):
     """Pixels; height and width must be multiples of it."""
     clip_step: ClassVar[int | None] = None
     """Clips have a multiple of this many frames and one more (4: 1, 5, 9 ...); None: the family takes images only."""
+    extra_inputs: ClassVar[tuple[str, ...]] = ()
+    """Columns that `encode_extra` knows (`[model] extra_inputs`)."""
+    option_names: ClassVar[tuple[str, ...]] = ()
+    """Keys of `[model] options`."""
 
     def __init__(self, components: dict[str, nn.Module], *, dtype: torch.dtype, device: torch.device | str) -> None:
         self.components = components
@@ -174,8 +182,13 @@ class ModelFamily(ABC):
         components: Sequence[str] | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        extra_inputs: Sequence[str] = (),
+        options: Mapping[str, Any] | None = None,
     ) -> ModelFamily:
-        """The family at a tiny size with random weights that depend on (seed, parameter name) alone."""
+        """The family at a tiny size with random weights that depend on (seed, parameter name) alone.
+
+        `extra_inputs` and `options` choose the variant, as in a job.
+        """
 
     @classmethod
     @abstractmethod
@@ -212,9 +225,49 @@ class ModelFamily(ABC):
     def memory_key(cls, component: str, key: str) -> str | None:
         """Key in a weight file, original or exported -> in-memory parameter name; None for a tensor not loaded."""
 
-    def encode(self, prompts: Sequence[str], pixels: Tensor, *, sample_ids: Sequence[int | str] = ()) -> EncodedBatch:
-        """Prompts and uint8 pixels [b, f, h, w, 3] -> one encoded batch."""
-        return EncodedBatch(self.encode_image(pixels), self.encode_text(prompts), tuple(sample_ids))
+    @classmethod
+    def memory_tensors(cls, component: str, key: str, tensor: Tensor) -> dict[str, Tensor]:
+        """A tensor of a weight file as the parameters in memory: none, one, or several where the file fuses layers.
+
+        Also called with meta tensors, to learn names and shapes.
+        """
+        name = cls.memory_key(component, key)
+        return {} if name is None else {name: tensor}
+
+    @classmethod
+    def checkpoint_tensors(cls, component: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Trained parameters by their names in memory -> what DiffSynth-Studio exports; undone by `memory_tensors`."""
+        return {cls.checkpoint_key(component, name): tensor for name, tensor in state.items()}
+
+    @classmethod
+    def layer_names(cls, component: str) -> LayerNames:
+        """How the tools call the component's layers: LoRA files and `[lora] target_modules` go by it."""
+        return LayerNames()
+
+    def encode_extra(self, extra: Mapping[str, Any], *, pixels: Tensor) -> dict[str, Tensor]:
+        """Extra inputs by column -> further conditions.
+
+        A column has one entry a sample [b]: its files as uint8 [f, h, w, 3] each, of any size, or the cell's value.
+        `pixels` [b, f, h, w, 3] are the samples themselves.
+        """
+        raise ModelError(f"{self.name} takes no extra inputs, got {', '.join(extra)}; check [model] extra_inputs")
+
+    def encode_conditions(self, prompts: Sequence[str], *, pixels: Tensor, extra: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Everything that the DiT is told besides latents and timesteps."""
+        conditions = self.encode_text(prompts)
+        return {**conditions, **self.encode_extra(extra, pixels=pixels)} if extra else conditions
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        pixels: Tensor,
+        *,
+        extra: Mapping[str, Any] | None = None,
+        sample_ids: Sequence[int | str] = (),
+    ) -> EncodedBatch:
+        """Prompts, uint8 pixels [b, f, h, w, 3] and extra inputs -> one encoded batch."""
+        conditions = self.encode_conditions(prompts, pixels=pixels, extra=extra or {})
+        return EncodedBatch(self.encode_image(pixels), conditions, tuple(sample_ids))
 
     def to(self, device: torch.device | str) -> ModelFamily:
         """Move every component, in place."""
@@ -233,8 +286,14 @@ class ModelFamily(ABC):
         return self.components[name]
 
 
+ENTRY_POINT_GROUP = "diffsynth_ray.families"
 # Name -> module; "register_family" runs when the module is imported.
-_FAMILY_MODULES: dict[str, str] = {"qwen_image": "diffsynth_ray.models.qwen_image"}
+_FAMILY_MODULES: dict[str, str] = {
+    "flux": "diffsynth_ray.models.flux",
+    "qwen_image": "diffsynth_ray.models.qwen_image",
+    "wan": "diffsynth_ray.models.wan",
+    "z_image": "diffsynth_ray.models.z_image",
+}
 _FAMILIES: dict[str, type[ModelFamily]] = {}
 
 
@@ -245,14 +304,34 @@ def register_family(family: type[ModelFamily]) -> type[ModelFamily]:
 
 
 def family_names() -> list[str]:
-    """All families, imported or not."""
-    return sorted({*_FAMILY_MODULES, *_FAMILIES})
+    """All families, imported or not, those of other packages too."""
+    return sorted({*_FAMILY_MODULES, *_FAMILIES, *_entry_points()})
+
+
+def _entry_points() -> dict[str, EntryPoint]:
+    """Families of other packages: name -> the class, under `[project.entry-points."diffsynth_ray.families"]`."""
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _load_entry_point(point: EntryPoint) -> None:
+    package = point.dist.name if point.dist else point.value
+    try:
+        family = point.load()
+    except (ImportError, AttributeError) as error:
+        raise ModelError(f"model family {point.name!r} of the package {package} cannot be imported: {error}") from error
+    if not (isinstance(family, type) and issubclass(family, ModelFamily) and family.name == point.name):
+        raise ModelError(
+            f"model family {point.name!r} of the package {package}: {point.value} is no ModelFamily of that name"
+        )
+    register_family(family)
 
 
 def get_family(name: str) -> type[ModelFamily]:
     """The family's class; imports its module, but neither diffusers nor transformers yet."""
     if name not in _FAMILIES and name in _FAMILY_MODULES:
         importlib.import_module(_FAMILY_MODULES[name])
+    if name not in _FAMILIES and name in (points := _entry_points()):
+        _load_entry_point(points[name])
     if name not in _FAMILIES:
         raise ModelError(f"model family {name!r} is not known; known: {', '.join(family_names())}")
     return _FAMILIES[name]

@@ -39,6 +39,19 @@ class KeyLayout:
 Layouts = Mapping[str, Mapping[str, KeyLayout]]
 """Family -> component -> layout."""
 
+_IMAGE_VAE = KeyLayout(
+    prefixes=("encoder.", "decoder."),
+    markers=(
+        ("encoder.down.0.block.0.conv1.weight", "decoder.up.0.block.0.conv1.weight", "encoder.mid.attn_1.q.weight"),
+        (
+            "encoder.down_blocks.0.resnets.0.conv1.weight",
+            "decoder.up_blocks.0.resnets.0.conv1.weight",
+            "encoder.mid_block.attentions.0.to_q.weight",
+        ),
+    ),
+)
+"""AutoencoderKL, of FLUX.1 and Z-Image alike, in either layout."""
+
 KEY_LAYOUTS: dict[str, dict[str, KeyLayout]] = {
     "qwen_image": {
         "dit": KeyLayout(
@@ -64,21 +77,108 @@ KEY_LAYOUTS: dict[str, dict[str, KeyLayout]] = {
             shapes={"encoder.conv_in.weight": (None, None, None, None, None)},
             has_module_names=True,
         ),
-    }
+    },
+    "wan": {
+        "dit": KeyLayout(
+            prefixes=(
+                *("blocks.", "patch_embedding.", "text_embedding.", "time_embedding.", "time_projection.", "head."),
+                *("img_emb.", "condition_embedder.", "proj_out.", "scale_shift_table", "model.diffusion_model."),
+            ),
+            markers=(
+                ("blocks.0.self_attn.q.weight", "blocks.0.cross_attn.q.weight", "head.modulation"),
+                ("blocks.0.attn1.to_q.weight", "blocks.0.attn2.to_q.weight", "condition_embedder.time_proj.weight"),
+                ("model.diffusion_model.blocks.0.self_attn.q.weight", "model.diffusion_model.head.modulation"),
+            ),
+        ),
+        "text_encoder": KeyLayout(
+            prefixes=("token_embedding.", "blocks.", "norm.", "shared.", "encoder."),
+            markers=(
+                ("token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"),
+                # Of T5's kin only umt5 has position biases in every block.
+                ("shared.weight", "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"),
+            ),
+        ),
+        "vae": KeyLayout(
+            prefixes=("encoder.", "decoder.", "conv1.", "conv2.", "quant_conv.", "post_quant_conv.", "model."),
+            markers=(
+                ("encoder.middle.1.to_qkv.weight", "conv2.weight", "encoder.head.0.gamma"),
+                ("model.encoder.middle.1.to_qkv.weight", "model.conv2.weight"),
+                ("encoder.mid_block.attentions.0.to_qkv.weight", "quant_conv.weight", "encoder.norm_out.gamma"),
+            ),
+        ),
+        "image_encoder": KeyLayout(
+            prefixes=(
+                *("visual.", "textual.", "log_scale", "vision_model."),
+                *("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm."),
+            ),
+            markers=(
+                ("visual.cls_embedding", "visual.transformer.0.attn.to_qkv.weight"),
+                ("vision_model.embeddings.class_embedding", "vision_model.encoder.layers.0.self_attn.q_proj.weight"),
+                ("embeddings.class_embedding", "encoder.layers.0.self_attn.q_proj.weight", "pre_layrnorm.weight"),
+            ),
+        ),
+    },
+    "flux": {
+        "dit": KeyLayout(
+            prefixes=(
+                *("double_blocks.", "single_blocks.", "img_in.", "txt_in.", "time_in.", "vector_in.", "guidance_in."),
+                *("final_layer.", "transformer_blocks.", "single_transformer_blocks.", "time_text_embed.", "x_embedder."),
+                *("context_embedder.", "norm_out.", "proj_out.", "model.diffusion_model."),
+            ),
+            markers=(
+                ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"),
+                ("transformer_blocks.0.norm1_context.linear.weight", "single_transformer_blocks.0.proj_mlp.weight"),
+                ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight",),
+            ),
+        ),
+        "text_encoder_1": KeyLayout(
+            prefixes=("text_model.", "embeddings.", "encoder.", "final_layer_norm."),
+            markers=(
+                ("text_model.embeddings.token_embedding.weight", "text_model.encoder.layers.0.self_attn.q_proj.weight"),
+                ("embeddings.token_embedding.weight", "encoder.layers.0.self_attn.q_proj.weight"),
+            ),
+        ),
+        "text_encoder_2": KeyLayout(
+            prefixes=("shared.", "encoder."),
+            markers=(
+                (
+                    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+                    "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
+                    "encoder.final_layer_norm.weight",
+                ),
+            ),
+        ),
+        "vae": _IMAGE_VAE,
+    },
+    "z_image": {
+        "dit": KeyLayout(
+            prefixes=(
+                *("layers.", "noise_refiner.", "context_refiner.", "all_x_embedder.", "all_final_layer.", "t_embedder."),
+                *("cap_embedder.", "x_pad_token", "cap_pad_token", "siglip_"),
+            ),
+            markers=(("cap_embedder.1.weight", "context_refiner.0.attention.to_q.weight", "layers.0.attention.to_q.weight"),),
+        ),
+        "text_encoder": KeyLayout(
+            prefixes=("model.", "lm_head."),
+            markers=(("model.embed_tokens.weight", "model.layers.0.self_attn.q_norm.weight"),),
+        ),
+        "vae": _IMAGE_VAE,
+    },
 }
 """Of the families in this package."""
 
-DEFAULT_TOKENIZERS: dict[str, dict[str, str]] = {"qwen_image": {"tokenizer_path": "Qwen/Qwen-Image:tokenizer/"}}
+DEFAULT_TOKENIZERS: dict[str, dict[str, str]] = {
+    "qwen_image": {"tokenizer_path": "Qwen/Qwen-Image:tokenizer/"},
+    "wan": {"tokenizer_path": "Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl/"},
+    "flux": {
+        "tokenizer_1_path": "black-forest-labs/FLUX.1-dev:tokenizer/",
+        "tokenizer_2_path": "black-forest-labs/FLUX.1-dev:tokenizer_2/",
+    },
+    "z_image": {"tokenizer_path": "Tongyi-MAI/Z-Image-Turbo:tokenizer/"},
+}
 """Family -> key of [model] -> origin; the families' `default_tokenizers`."""
 
 _OTHERS: dict[str, tuple[str, ...]] = {
-    "a Wan DiT (family wan)": ("blocks.0.self_attn.q.weight", "blocks.0.cross_attn.q.weight", "patch_embedding.weight"),
-    "a Wan DiT in diffusers' layout (family wan)": ("blocks.0.attn1.to_q.weight", "patch_embedding.weight"),
-    "a Wan text encoder (family wan)": ("blocks.0.attn.q.weight", "token_embedding.weight"),
-    "a Wan VAE (family wan)": ("encoder.conv1.weight", "encoder.middle.0.residual.0.gamma", "decoder.head.0.gamma"),
-    "a FLUX.1 DiT (family flux)": ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"),
-    "a FLUX.1 DiT in diffusers' layout (family flux)": ("single_transformer_blocks.0.proj_mlp.weight",),
-    "a Z-Image DiT (family z_image)": ("cap_embedder.0.weight", "context_refiner.0.attention.to_q.weight"),
     "a Stable Diffusion checkpoint": ("model.diffusion_model.input_blocks.0.0.weight",),
     "a Stable Diffusion UNet": ("down_blocks.0.resnets.0.conv1.weight", "mid_block.resnets.0.conv1.weight"),
 }

@@ -1,4 +1,4 @@
-"""Qwen-Image, text to image: diffusers' transformer and VAE, Qwen2.5-VL as the text encoder.
+"""Qwen-Image, text to image, and Qwen-Image-Edit: diffusers' transformer and VAE, Qwen2.5-VL as the text encoder.
 
 Shapes: b batch, h/w latent height and width (pixels / 8), n text tokens after the template, d = 3584 embedding width,
 s = h/2 * w/2 image tokens of 2x2 latent pixels.
@@ -6,24 +6,27 @@ s = h/2 * w/2 image tokens of 2x2 latent pixels.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import layouts
 from diffsynth_ray.models import qwen_image_configs as configs
-from diffsynth_ray.models.family import ComponentFiles, EncodedBatch, ModelFamily, register_family, stack_conditions
+from diffsynth_ray.models import qwen_image_edit as edit
+from diffsynth_ray.models.family import EncodedBatch, register_family, stack_conditions
+from diffsynth_ray.models.layer_names import LayerNames
 from diffsynth_ray.models.layouts import KeyLayout
+from diffsynth_ray.models.library_family import TINY_DIR, InferConfig, LibraryFamily, missing_tokenizer
+from diffsynth_ray.models.packing import PATCH, pack_latents, unpack_latents
 from diffsynth_ray.models.rotary import JointAttention, RealRope
-from diffsynth_ray.models.weights import assign_weights, meta_parameters, randomize_weights
-
-log = logging.getLogger(__name__)
+from diffsynth_ray.models.weights import meta_parameters
 
 PROMPT_TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
@@ -34,15 +37,12 @@ TEMPLATE_TOKENS = 34
 MAX_PROMPT_TOKENS = 1024
 VAE_FACTOR = 8
 """Pixels to a latent pixel, each way."""
-PATCH = 2
-"""Latent pixels to an image token, each way."""
 LATENT_CHANNELS = 16
-TINY_TOKENIZER = Path(__file__).parent / "tiny" / "qwen_image" / "tokenizer"
 
 
 @register_family
-class QwenImage(ModelFamily):
-    """The `qwen_image` family."""
+class QwenImage(LibraryFamily):
+    """The `qwen_image` family. Options: `zero_cond_t` (2511), `edit_prompt` (see `qwen_image_edit.PROMPT_STYLES`)."""
 
     name = "qwen_image"
     component_names = ("dit", "text_encoder", "vae")
@@ -53,6 +53,15 @@ class QwenImage(ModelFamily):
     size_multiple = VAE_FACTOR * PATCH
     key_layouts: ClassVar[dict[str, KeyLayout]] = layouts.KEY_LAYOUTS["qwen_image"]
     default_tokenizers: ClassVar[dict[str, str]] = layouts.DEFAULT_TOKENIZERS["qwen_image"]
+    extra_inputs = ("edit_image",)
+    option_names = ("zero_cond_t", "edit_prompt")
+    names: ClassVar[dict[str, LayerNames]] = {}
+    infer_functions: ClassVar[dict[str, InferConfig]] = configs.INFER
+    tokenizer_keys: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {
+        "tokenizer_path": ("text_encoder", ("tokenizer",)),
+        "processor_path": ("text_encoder", ("processor",)),
+    }
+    tiny_tokenizers: ClassVar[dict[str, Path]] = {"tokenizer_path": TINY_DIR / "qwen_image" / "tokenizer"}
     config_names: ClassVar[dict[str, str]] = {
         "dit": "QwenImageTransformer2DModel",
         "text_encoder": "qwen2_5_vl",
@@ -66,83 +75,52 @@ class QwenImage(ModelFamily):
         "text_encoder": ("q_proj", "k_proj", "v_proj", "o_proj"),
     }
 
-    def __init__(
-        self,
-        components: dict[str, nn.Module],
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        tokenizer_path: Path | None = None,
-    ) -> None:
-        super().__init__(components, dtype=dtype, device=device)
-        self._tokenizer = None
-        if "text_encoder" in components:
-            self._tokenizer = _load_tokenizer(tokenizer_path)
+    @classmethod
+    def tiny_configs(cls, extra_inputs: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """2 blocks of width 64, 0.5 M parameters in all."""
+        return configs.TINY
 
     @classmethod
-    def load(
-        cls,
-        files: Mapping[str, ComponentFiles],
-        *,
-        components: Sequence[str] | None = None,
-        dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str = "cpu",
-        tokenizer_paths: Mapping[str, Path] | None = None,
-        options: Mapping[str, Any] | None = None,
-    ) -> QwenImage:
-        """See `ModelFamily.load`. Option: `zero_cond_t`.
-
-        The tokenizer defaults to a folder `tokenizer` beside the text encoder's folder, as in the released repository.
-        """
-        unknown = set(options or ()) - {"zero_cond_t"}
-        if unknown:
-            raise ModelError(f"qwen_image has no option {', '.join(sorted(unknown))}; it has zero_cond_t")
-        modules: dict[str, nn.Module] = {}
-        for component in files if components is None else components:
-            if component not in files:
-                raise ModelError(f"qwen_image needs its {component}, and [model] paths has none")
-            source = files[component]
-            log.info("loading %s from %s", component, ", ".join(path.name for path in source.paths))
-            config = {**source.config, **(options or {})} if component == "dit" else source.config
-            module = build_component(component, config)
-            assign_weights(
-                module,
-                source,
-                component=component,
-                memory_key=lambda key, component=component: cls.memory_key(component, key),  # type: ignore[misc]
-                dtype=dtype,
-                device=device,
-            )
-            modules[component] = module
-        tokenizer_path = (tokenizer_paths or {}).get("tokenizer_path")
-        if tokenizer_path is None and "text_encoder" in modules:
-            tokenizer_path = files["text_encoder"].paths[0].parent.parent / "tokenizer"
-        return cls(modules, dtype=dtype, device=device, tokenizer_path=tokenizer_path)
+    def component_config(cls, component: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        """See `LibraryFamily.component_config`."""
+        given = {"zero_cond_t": options["zero_cond_t"]} if component == "dit" and "zero_cond_t" in options else {}
+        return {**config, **given}
 
     @classmethod
-    def build_tiny(
-        cls,
-        seed: int,
-        *,
-        components: Sequence[str] | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> QwenImage:
-        """See `ModelFamily.build_tiny`: 2 blocks of width 64, 0.5 M parameters in all."""
-        modules = {}
-        for component in cls.component_names if components is None else components:
-            module = build_component(component, configs.TINY[component])
-            randomize_weights(module, seed=seed, component=component, dtype=dtype, device=device)
-            modules[component] = module
-        return cls(modules, dtype=dtype, device=device, tokenizer_path=TINY_TOKENIZER)
+    def build_component(cls, component: str, config: Mapping[str, Any]) -> nn.Module:
+        """See `LibraryFamily.build_component`."""
+        with meta_parameters():
+            if component == "dit":
+                from diffusers import QwenImageTransformer2DModel
+
+                dit = QwenImageTransformer2DModel.from_config(dict(config))
+                dit.pos_embed = RealRope(dit.pos_embed)
+                for block in dit.transformer_blocks:
+                    block.attn.set_processor(JointAttention())
+                return dit
+            if component == "vae":
+                from diffusers import AutoencoderKLQwenImage
+
+                return AutoencoderKLQwenImage.from_config(dict(config))
+            from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+            encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
+            encoder.lm_head = nn.Identity()
+            return encoder
 
     @classmethod
-    def infer_config(cls, component: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        """See `ModelFamily.infer_config`."""
-        try:
-            return configs.INFER[component](shapes)
-        except KeyError as error:
-            raise ModelError(f"qwen_image {component}: tensor {error} is missing; is a shard missing?") from error
+    def load_tokenizer(cls, key: str, path: Path | None) -> Any:
+        """Qwen2.5-VL's tokenizer, or with `processor_path` the settings of its image processor."""
+        if key == "processor_path":
+            return edit.build_image_processor(path)
+        if path is None or not (path / "tokenizer_config.json").is_file():
+            raise missing_tokenizer(cls.name, key, path, "tokenizer_config.json, vocab.json and merges.txt")
+        from transformers import Qwen2Tokenizer
+
+        tokenizer = Qwen2Tokenizer.from_pretrained(str(path), local_files_only=True)
+        if len(tokenizer(PROMPT_TEMPLATE.partition("{}")[0]).input_ids) != TEMPLATE_TOKENS:
+            raise ModelError(f"{path}: not Qwen-Image's tokenizer: its prompt template is not {TEMPLATE_TOKENS} tokens long")
+        return tokenizer
 
     def encode_text(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """`prompt_embeds` [b, n, d], the text encoder's last hidden state after the template's tokens.
@@ -150,10 +128,9 @@ class QwenImage(ModelFamily):
         One prompt at a time: a prompt's embedding does not depend on what else is in the batch.
         """
         encoder = self.component("text_encoder")
-        assert self._tokenizer is not None
         encoded = []
         for prompt in prompts:
-            tokens = self._tokenizer(
+            tokens = self.tokenizers["tokenizer_path"](
                 PROMPT_TEMPLATE.format(prompt),
                 max_length=MAX_PROMPT_TOKENS + TEMPLATE_TOKENS,
                 truncation=True,
@@ -167,6 +144,40 @@ class QwenImage(ModelFamily):
             )
             encoded.append({"prompt_embeds": output.last_hidden_state[:, TEMPLATE_TOKENS:].to(self.dtype)})
         return stack_conditions(encoded)
+
+    def encode_conditions(self, prompts: Sequence[str], *, pixels: Tensor, extra: Mapping[str, Any]) -> dict[str, Tensor]:
+        """With `edit_image`: the prompts read with the pictures, and the pictures' latents as tokens."""
+        if not extra:
+            return self.encode_text(prompts)
+        if set(extra) != {"edit_image"}:
+            raise ModelError(f"[model] extra_inputs: qwen_image takes edit_image, got {', '.join(extra)}")
+        encoded = []
+        for prompt, given in zip(prompts, edit.read_pictures(extra, "edit_image"), strict=True):
+            pictures = edit.for_the_vae(given)
+            encoded.append({**self._read_prompt(prompt, pictures), **self._edit_tokens(pictures)})
+        return stack_conditions(encoded)
+
+    def _read_prompt(self, prompt: str, pictures: Sequence[Image]) -> dict[str, Tensor]:
+        """`prompt_embeds` [1, n, d] of a prompt that is read with pictures."""
+        inputs = edit.encoder_inputs(
+            prompt,
+            pictures,
+            tokenizer=self.tokenizers["tokenizer_path"],
+            processor=self.tokenizers["processor_path"],
+            style=str(self.options.get("edit_prompt", edit.PROMPT_STYLES[0])),
+        )
+        moved = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        moved["pixel_values"] = moved["pixel_values"].to(self.dtype)
+        output = self.component("text_encoder").model(**moved, use_cache=False)
+        return {"prompt_embeds": output.last_hidden_state[:, edit.TEMPLATE_TOKENS :].to(self.dtype)}
+
+    def _edit_tokens(self, pictures: Sequence[Image]) -> dict[str, Tensor]:
+        """The pictures' latents, one after the other, and their shapes in tokens."""
+        latents = [self.encode_image(torch.from_numpy(np.array(picture))[None, None]) for picture in pictures]
+        shapes = [(1, one.shape[2] // PATCH, one.shape[3] // PATCH) for one in latents]
+        tokens = torch.cat([pack_latents(one) for one in latents], dim=1)
+        # The shapes stay on the CPU, where the DiT's positions are made from them.
+        return {edit.EDIT_TOKENS: tokens, edit.EDIT_SHAPES: torch.tensor([shapes])}
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """uint8 [b, 1, H, W, 3] -> [b, 16, H/8, W/8]: the posterior's mode, (x - mean) / std per channel."""
@@ -198,17 +209,29 @@ class QwenImage(ModelFamily):
 
     def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """[b, 16, h, w] -> the predicted velocity, noise - x_0, of the same shape."""
-        dit = self.component("dit")
+        shapes = batch.conditions.get(edit.EDIT_SHAPES)
+        if shapes is not None and len(set(map(str, shapes.tolist()))) > 1:
+            # The DiT takes one set of positions for the whole batch.
+            parts = zip(batch.samples(), noisy_latents.split(1), timesteps.split(1), strict=True)
+            return torch.cat([self._predict(*part) for part in parts])
+        return self._predict(batch, noisy_latents, timesteps)
+
+    def _predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         _, _, height, width = noisy_latents.shape
-        output = dit(
-            hidden_states=pack_latents(noisy_latents.to(self.dtype)),
+        tokens = pack_latents(noisy_latents.to(self.dtype))
+        num_tokens, shapes = tokens.shape[1], [(1, height // PATCH, width // PATCH)]
+        if edit.EDIT_TOKENS in batch.conditions:
+            tokens = torch.cat([tokens, batch.conditions[edit.EDIT_TOKENS].to(tokens)], dim=1)
+            shapes += [tuple(shape) for shape in batch.conditions[edit.EDIT_SHAPES][0].tolist()]
+        output = self.component("dit")(
+            hidden_states=tokens,
             encoder_hidden_states=batch.conditions["prompt_embeds"].to(self.dtype),
             encoder_hidden_states_mask=batch.conditions.get("prompt_embeds_mask"),
             timestep=timesteps / 1000,
-            img_shapes=[[(1, height // PATCH, width // PATCH)]] * noisy_latents.shape[0],
+            img_shapes=[shapes] * noisy_latents.shape[0],
             return_dict=False,
         )[0]
-        return unpack_latents(output, height=height, width=width)
+        return unpack_latents(output[:, :num_tokens], height=height, width=width)
 
     def repeated_blocks(self, component: str) -> list[nn.Module]:
         """See `ModelFamily.repeated_blocks`; the VAE has none."""
@@ -241,59 +264,6 @@ class QwenImage(ModelFamily):
         return key
 
 
-def pack_latents(latents: Tensor) -> Tensor:
-    """[b, c, h, w] -> tokens [b, h/2 * w/2, c * 4], channel first within a token."""
-    b, c, h, w = latents.shape
-    patches = latents.reshape(b, c, h // PATCH, PATCH, w // PATCH, PATCH)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // PATCH) * (w // PATCH), c * PATCH * PATCH)
-
-
-def unpack_latents(tokens: Tensor, *, height: int, width: int) -> Tensor:
-    """The inverse of `pack_latents` for latents of this height and width."""
-    b, _, width_of_token = tokens.shape
-    c = width_of_token // (PATCH * PATCH)
-    patches = tokens.reshape(b, height // PATCH, width // PATCH, c, PATCH, PATCH)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, c, height, width)
-
-
-def build_component(component: str, config: Mapping[str, Any]) -> nn.Module:
-    """The component with its parameters on the meta device."""
-    with meta_parameters():
-        if component == "dit":
-            from diffusers import QwenImageTransformer2DModel
-
-            dit = QwenImageTransformer2DModel.from_config(dict(config))
-            dit.pos_embed = RealRope(dit.pos_embed)
-            for block in dit.transformer_blocks:
-                block.attn.set_processor(JointAttention())
-            return dit
-        if component == "vae":
-            from diffusers import AutoencoderKLQwenImage
-
-            return AutoencoderKLQwenImage.from_config(dict(config))
-        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-        encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
-        encoder.lm_head = nn.Identity()
-        return encoder
-
-
-def _load_tokenizer(path: Path | None) -> Any:
-    if path is None or not (path / "tokenizer_config.json").is_file():
-        raise ModelError(
-            f"qwen_image: no tokenizer in {path}; set [model] tokenizer_path to the folder with tokenizer_config.json, "
-            "vocab.json and merges.txt"
-        )
-    from transformers import Qwen2Tokenizer
-
-    tokenizer = Qwen2Tokenizer.from_pretrained(str(path), local_files_only=True)
-    if len(tokenizer(PROMPT_TEMPLATE.partition("{}")[0]).input_ids) != TEMPLATE_TOKENS:
-        raise ModelError(
-            f"{path}: not Qwen-Image's tokenizer: its prompt template is not {TEMPLATE_TOKENS} tokens long"
-        )
-    return tokenizer
-
-
 def parameter_count(component: str, config: Mapping[str, Any]) -> int:
     """Parameters of a component with this configuration, without loading it."""
-    return sum(math.prod(parameter.shape) for parameter in build_component(component, config).parameters())
+    return sum(math.prod(parameter.shape) for parameter in QwenImage.build_component(component, config).parameters())

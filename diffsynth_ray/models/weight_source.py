@@ -10,8 +10,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 import torch
@@ -36,6 +38,10 @@ SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 """Beside NAME.weight in FP8 files: what its values are multiplied by; one number, or one an output channel."""
 UNUSED_FP8_KEYS = ("scaled_fp8", ".scale_input", ".input_scale")
 """Endings of keys in FP8 files that only matter to FP8 matrix products of other tools."""
+
+
+MemoryTensors = Callable[[str, Tensor], Mapping[str, Tensor]]
+"""A file's key and tensor -> parameters in memory by name (`ModelFamily.memory_tensors`)."""
 
 
 class WeightSource(Protocol):
@@ -75,10 +81,21 @@ class SafetensorsFile:
 class FileWeights:
     """A component's weights in its files."""
 
-    def __init__(self, keys: Mapping[str, tuple[Path, str]], scales: Mapping[str, tuple[Path, str]], *, dtype: torch.dtype):
+    def __init__(
+        self,
+        keys: Mapping[str, tuple[Path, str]],
+        scales: Mapping[str, tuple[Path, str]],
+        *,
+        memory_tensors: MemoryTensors,
+        dtype: torch.dtype,
+    ) -> None:
         """`keys`: in-memory name -> file and key there; `scales`: the same for the scale of an FP8 weight."""
-        self._keys, self._scales, self._dtype = keys, scales, dtype
+        self._keys, self._scales, self._memory_tensors, self._dtype = keys, scales, memory_tensors, dtype
         self._files: dict[Path, SafetensorsFile | Mapping[str, Tensor]] = {}
+        num_names = Counter(keys.values())
+        self._fused = {place: Lock() for place, count in num_names.items() if count > 1}
+        self._waiting: dict[str, Tensor] = {}
+        """Parts of a fused tensor that was read for another part of it."""
 
     def add_torch_file(self, path: Path, state: Mapping[str, Tensor]) -> None:
         """A mapped torch file, which the reader of safetensors cannot read."""
@@ -86,13 +103,25 @@ class FileWeights:
 
     def read(self, name: str) -> Tensor:
         """See WeightSource."""
-        tensor = self._read(*self._keys[name])
-        if not tensor.is_floating_point():
-            return tensor
+        place = self._keys[name]
+        if place not in self._fused:
+            return self._read_parts(name)[name]
+        with self._fused[place]:
+            if name not in self._waiting:
+                # Copies, so that what one part is used for does not keep the others in memory.
+                self._waiting |= {part: tensor.clone() for part, tensor in self._read_parts(name).items()}
+            return self._waiting.pop(name)
+
+    def _read_parts(self, name: str) -> Mapping[str, Tensor]:
+        """The file's tensor that a name is in, as the parameters in memory."""
+        path, key = self._keys[name]
+        tensor = self._read(path, key)
         if tensor.dtype in _FP8 and name in self._scales:
             scale = self._read(*self._scales[name]).float()
-            return (tensor.float() * scale.reshape(-1, *[1] * (tensor.ndim - 1))).to(self._dtype)
-        return tensor.to(self._dtype)
+            tensor = tensor.float() * scale.reshape(-1, *[1] * (tensor.ndim - 1))
+        if tensor.is_floating_point():
+            tensor = tensor.to(self._dtype)
+        return self._memory_tensors(key, tensor)
 
     def _read(self, path: Path, key: str) -> Tensor:
         file = self._files.get(path)

@@ -31,6 +31,7 @@ from diffsynth_ray.models.weight_source import (
     UNUSED_FP8_KEYS,
     FileWeights,
     GivenWeights,
+    MemoryTensors,
     RandomWeights,
     WeightSource,
 )
@@ -192,55 +193,59 @@ def assign_weights(
     files: ComponentFiles,
     *,
     component: str,
-    memory_key: Callable[[str], str | None],
+    memory_tensors: MemoryTensors,
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> None:
     """Fill a module built under `meta_parameters` from its files, frozen and in eval mode.
 
-    `memory_key` maps a file's key to the module's, None = not loaded. Floating tensors become `dtype`. With the device "meta"
+    `memory_tensors` maps a file's key and tensor to the module's. Floating tensors become `dtype`. With the device "meta"
     nothing is read: the module's attribute `weight_source` reads its parameters later, one by one.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     shapes = files.tensors or read_shapes(files.paths)
-    names, scales = _split_scales(shapes, memory_key)
+    scales = _find_scales(shapes)
+    got = {
+        key: memory_tensors(key, torch.empty(shape, device="meta"))
+        for key, shape in shapes.items()
+        if key not in scales.values() and not key.endswith(UNUSED_FP8_KEYS)
+    }
     _check_fit(
-        wanted, {name: shapes[key] for key, name in names.items()}, source=f"{component} ({_names(files.paths)})"
+        wanted,
+        {name: tuple(tensor.shape) for tensors in got.values() for name, tensor in tensors.items()},
+        source=f"{component} ({_names(files.paths)})",
     )
-    source = _open_files(files.paths, names, scales, dtype=dtype)
+    source = _open_files(files.paths, got, scales, memory_tensors=memory_tensors, dtype=dtype)
     _give_source(module, source, names=wanted, dtype=dtype, device=device)
 
 
-def _split_scales(
-    shapes: Mapping[str, tuple[int, ...]], memory_key: Callable[[str], str | None]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """In-memory names of a component's file keys, and of the scales that FP8 files keep beside them."""
-    names: dict[str, str] = {}
-    scales: dict[str, str] = {}
-    for key in shapes:
-        suffix = next((ending for ending in SCALE_SUFFIXES if key.endswith(ending)), None)
-        weight = f"{key.removesuffix(suffix)}.weight" if suffix else key
-        if key.endswith(UNUSED_FP8_KEYS) or (suffix and weight not in shapes):
-            continue
-        name = memory_key(weight)
-        if name is not None:
-            (scales if suffix else names)[key] = name
-    return names, scales
+def _find_scales(shapes: Iterable[str]) -> dict[str, str]:
+    """Weight key -> key of the scale that FP8 files keep beside it."""
+    keys = set(shapes)
+    found = {f"{key.removesuffix(suffix)}.weight": key for key in keys for suffix in SCALE_SUFFIXES if key.endswith(suffix)}
+    return {weight: scale for weight, scale in found.items() if weight in keys}
 
 
 def _open_files(
-    paths: Sequence[Path], names: Mapping[str, str], scales: Mapping[str, str], *, dtype: torch.dtype
+    paths: Sequence[Path],
+    got: Mapping[str, Collection[str]],
+    scales: Mapping[str, str],
+    *,
+    memory_tensors: MemoryTensors,
+    dtype: torch.dtype,
 ) -> FileWeights:
-    keys: dict[str, tuple[Path, str]] = {}
-    scale_keys: dict[str, tuple[Path, str]] = {}
+    """`got`: key in the files -> in-memory names."""
+    places: dict[str, tuple[Path, str]] = {}
     torch_files = {path: _read_torch_file(path) for path in paths if path.suffix in TORCH_SUFFIXES}
     for path in paths:
         for key in torch_files[path] if path in torch_files else (key for key, _, _ in _read_file(path)):
-            if key in names:
-                keys[names[key]] = (path, key)
-            elif key in scales:
-                scale_keys[scales[key]] = (path, key)
-    source = FileWeights(keys, scale_keys, dtype=dtype)
+            places[key] = (path, key)
+    source = FileWeights(
+        {name: places[key] for key, names in got.items() for name in names},
+        {name: places[scales[key]] for key, names in got.items() if key in scales for name in names},
+        memory_tensors=memory_tensors,
+        dtype=dtype,
+    )
     for path, state in torch_files.items():
         source.add_torch_file(path, state)
     return source

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.models.family import ModelFamily
 from diffsynth_ray.models.lora import lora_state_dict
-from diffsynth_ray.models.names import lora_from_diffsynth
+from diffsynth_ray.models.names import lora_from_memory
 from diffsynth_ray.schedule import export_file_names, trained_components
 
 
@@ -31,26 +31,27 @@ def export_weights(
         state = {key: tensor.to(dtype=dtype, device="cpu").contiguous() for key, tensor in state.items()}
         is_lora = component == job.lora.base_model
         for fmt in job.output.formats:
-            converted = state
-            if fmt != "diffsynth":
-                if not is_lora:
-                    continue  # other tools' names exist for LoRA only
-                converted = lora_from_diffsynth(state, target=fmt)
+            if not is_lora and fmt != "diffsynth":
+                continue  # other tools' names exist for LoRA only
+            converted = (
+                lora_from_memory(state, target=fmt, names=family.layer_names(component))
+                if is_lora
+                else family.checkpoint_tensors(component, state)
+            )
             folder = output_dir if fmt == "diffsynth" else output_dir / fmt
             written.append(write_tensors(folder / file_name, _with_prefix(converted, job, component, fmt)))
     return written
 
 
 def _component_state(family: ModelFamily, job: Job, component: str, masters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The trained weights under their names in memory."""
     module = family.component(component)
     if component == job.lora.base_model:
         prefix = f"{component}."
         values = {name.removeprefix(prefix): tensor for name, tensor in masters.items() if name.startswith(prefix)}
         return lora_state_dict(module, values=values)
     return {
-        family.checkpoint_key(component, name): masters[f"{component}.{name}"]
-        for name, param in module.named_parameters()
-        if param.requires_grad
+        name: masters[f"{component}.{name}"] for name, param in module.named_parameters() if param.requires_grad
     }
 
 

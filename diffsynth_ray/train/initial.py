@@ -20,7 +20,7 @@ _SHOWN = 3
 def merge_presets(family: ModelFamily, job: Job, say: Callable[[str], object]) -> None:
     """Add the preset LoRAs to the base weights, in place; the LoRA that is trained learns the difference to them."""
     for path, component in preset_loras(job):
-        count = merge_lora(family.component(component), Path(path))
+        count = merge_lora(family.component(component), Path(path), names=family.layer_names(component))
         say(f"merged {path} into {count} layers of {component}")
 
 
@@ -42,7 +42,8 @@ def load_initial_weights(family: ModelFamily, job: Job, say: Callable[[str], obj
     """Fill the trained parameters from the job's files. Raises ModelError with all keys that do not fit."""
     if job.lora.checkpoint is not None:
         assert job.lora.base_model is not None  # resolve has checked it
-        load_lora(family.component(job.lora.base_model), Path(job.lora.checkpoint))
+        component = job.lora.base_model
+        load_lora(family.component(component), Path(job.lora.checkpoint), names=family.layer_names(component))
         say(f"the LoRA starts from {job.lora.checkpoint}")
     paths = [Path(path) for path in as_list(job.training.resume_from_checkpoint)]
     if not paths:
@@ -90,22 +91,22 @@ def _sort_tensors(
     """Put a file's tensors to their components; returns the keys that fit nowhere."""
     prefixed = {key: component for key in tensors for component in own if key.startswith(f"pipe.{component}.")}
 
-    def fitting(component: str, key: str) -> str | None:
-        """Name of the parameter, "" for a tensor that the family does not load, None for one that does not fit."""
-        name = family.memory_key(component, key.removeprefix(f"pipe.{component}."))
-        if name is None:
-            return ""
-        return name if name in own[component] and own[component][name].shape == tensors[key].shape else None
+    def fitting(component: str, key: str) -> dict[str, Tensor] | None:
+        """The tensor as parameters by name; {} for one that the family does not load, None for one that does not fit."""
+        found = family.memory_tensors(component, key.removeprefix(f"pipe.{component}."), tensors[key])
+        parameters = own[component]
+        fits = all(name in parameters and parameters[name].shape == tensor.shape for name, tensor in found.items())
+        return found if fits else None
 
     likeliest = max(own, key=lambda component: sum(bool(fitting(component, key)) for key in tensors))
     unknown = []
-    for key, tensor in tensors.items():
+    for key in tensors:
         component = prefixed.get(key, likeliest)
-        name = fitting(component, key)
-        if name is None:
+        found = fitting(component, key)
+        if found is None:
             unknown.append(key)
-        elif name:
-            into[component][name] = tensor
+        else:
+            into[component] |= found
     return unknown
 
 

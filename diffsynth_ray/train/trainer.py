@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.data.samples import Extra
-from diffsynth_ray.errors import JobFileError, Problem
-from diffsynth_ray.models.family import EncodedBatch, ModelFamily, get_family
+from diffsynth_ray.errors import JobFileError, ModelError, Problem
+from diffsynth_ray.models.family import FIRST_FRAME, EncodedBatch, ModelFamily, get_family
 from diffsynth_ray.models.flow_matching import (
     draw_noise_and_timestep,
     flow_matching_table,
@@ -92,8 +93,9 @@ class TrainGraph(nn.Module):
     Frozen encoders run without recording gradients; a trained one is part of the graph.
     """
 
-    def __init__(self, family: ModelFamily, *, trained: Sequence[str]) -> None:
+    def __init__(self, family: ModelFamily, *, trained: Sequence[str], extra_inputs: Sequence[str] = ()) -> None:
         super().__init__()
+        self.extra_inputs = tuple(extra_inputs)
         self.components = nn.ModuleDict(family.components)
         self.family = family
         self.table = flow_matching_table(family.scheduler_table)
@@ -106,15 +108,39 @@ class TrainGraph(nn.Module):
         with torch.set_grad_enabled(self.image_is_trained):
             latents = self.family.encode_image(pixels)
         with torch.set_grad_enabled(self.text_is_trained):
-            conditions = self.family.encode_text(batch.prompts)
+            conditions = self.family.encode_conditions(
+                batch.prompts, pixels=pixels, extra=_extra_inputs(batch, pixels, self.extra_inputs)
+            )
         return EncodedBatch(latents=latents, conditions=conditions, sample_ids=batch.rows)
 
     def forward(self, batch: SampleBatch | EncodedBatch, noise: Tensor, timestep_ids: Tensor) -> Tensor:
         """Weighted losses [b], float32; noise is shaped like the latents, timestep_ids [b] index the table."""
         encoded = self.encode(batch) if isinstance(batch, SampleBatch) else batch
         targets = make_targets(encoded.latents, noise, timestep_ids, self.table)
-        pred = self.family.predict(encoded, targets.noisy_latents.to(self.family.dtype), targets.timesteps)
-        return per_sample_loss(pred, targets.target, targets.loss_weight)
+        noisy_latents, target = targets.noisy_latents.to(self.family.dtype), targets.target
+        first_frame = encoded.conditions.get(FIRST_FRAME)
+        if first_frame is not None:
+            noisy_latents = torch.cat([first_frame.to(noisy_latents), noisy_latents[:, :, 1:]], dim=2)
+        pred = self.family.predict(encoded, noisy_latents, targets.timesteps)
+        if first_frame is not None:
+            pred, target = pred[:, :, 1:], target[:, :, 1:]
+        return per_sample_loss(pred, target, targets.loss_weight)
+
+
+def _extra_inputs(batch: SampleBatch, pixels: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    """The batch's extra inputs; a video's own first and last frame where the metadata have no column for them."""
+    own = {"input_image": pixels[:, :1], "end_image": pixels[:, -1:]}
+    missing = [name for name in names if name not in batch.extra and name not in own]
+    if missing:
+        raise ModelError(f"model.extra_inputs: the metadata have no column {', '.join(missing)}")
+    return {
+        name: batch.extra[name] if name in batch.extra else tuple((frames,) for frames in own[name]) for name in names
+    }
+
+
+def probe_inputs(names: Sequence[str], pixels: np.ndarray) -> dict[str, tuple[Any, ...]]:
+    """Extra inputs for a batch that is only tried out: pictures of the samples' own size."""
+    return {name: tuple((one[:1],) for one in pixels) for name in names}
 
 
 def load_family(job: Job, *, device: torch.device) -> ModelFamily:
@@ -131,9 +157,13 @@ def _build_family(job: Job) -> ModelFamily:
     dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
     if job.model.tiny:
         assert job.model.family is not None  # resolve has checked it
-        return get_family(job.model.family).build_tiny(job.seed, dtype=dtype, device="meta")
+        return get_family(job.model.family).build_tiny(
+            job.seed, dtype=dtype, device="meta", extra_inputs=job.model.extra_inputs, options=job.model.options
+        )
     name, files, tokenizers = find_model(job.model)
-    return get_family(name).load(files, dtype=dtype, device="meta", tokenizer_paths=tokenizers)
+    return get_family(name).load(
+        files, dtype=dtype, device="meta", tokenizer_paths=tokenizers, options=job.model.options
+    )
 
 
 def check_components(family: ModelFamily | type[ModelFamily], job: Job) -> None:
@@ -180,6 +210,7 @@ def _add_job_lora(family: ModelFamily, job: Job) -> None:
         alpha=job.lora.alpha,
         seed=job.seed,
         dtype=family.dtype,
+        names=family.layer_names(component),
         device=family.device,
     )
 
@@ -198,7 +229,7 @@ class Trainer:
         self.family = family
         self.schedule = schedule
         self.residency = residency or Residency()
-        self.graph = TrainGraph(family, trained=trained_components(job))
+        self.graph = TrainGraph(family, trained=trained_components(job), extra_inputs=job.model.extra_inputs)
         self.id_range = timestep_id_range(job.training.min_timestep_boundary, job.training.max_timestep_boundary)
         has_own = job.distributed.strategy == "deepspeed" or job.offload.optimize_on_cpu
         self.optimizer = None if has_own else MasterOptimizer(self.trained, job.training)

@@ -43,6 +43,7 @@ from diffsynth_ray.train.trainer import (
     StepResult,
     Trainer,
     load_family,
+    probe_inputs,
     select_trained,
 )
 
@@ -185,7 +186,8 @@ class _Worker:
         shape = (len(micro.rows), micro.num_frames, micro.height, micro.width, 3)
         pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         prompts = tuple(self.index.prompt(row) for row in micro.rows)
-        return MicroInput(SampleBatch(pixels, prompts, micro.rows), micro.indices)
+        extra = probe_inputs(self.job.model.extra_inputs, pixels)
+        return MicroInput(SampleBatch(pixels, prompts, micro.rows, extra), micro.indices)
 
     def _claim_writer(self) -> str:
         """The name of this group of workers, given by rank 0; from here on no earlier group commits anything."""

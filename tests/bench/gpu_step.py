@@ -15,7 +15,7 @@ import torch
 
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.models.family import EncodedBatch
-from diffsynth_ray.models.qwen_image import QwenImage, build_component
+from diffsynth_ray.models.qwen_image import QwenImage
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.residency import Residency, settle
 from diffsynth_ray.train.trainer import MicroInput, Trainer, select_trained
@@ -62,7 +62,7 @@ def build_job(options: argparse.Namespace) -> Job:
 
 
 def build_family(num_layers: int) -> QwenImage:
-    dit = build_component("dit", {"num_layers": num_layers})  # the classes' defaults are the real size
+    dit = QwenImage.build_component("dit", {"num_layers": num_layers})  # the classes' defaults are the real size
     dit.requires_grad_(False).eval().to(torch.bfloat16)
     dit.weight_source = RandomWeights(dit)
     family = QwenImage({"dit": dit}, dtype=torch.bfloat16, device="cuda")

@@ -8,7 +8,7 @@ from torch import nn
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models.family import EncodedBatch
 from diffsynth_ray.models.lora import add_lora, load_lora, lora_state_dict, merge_lora
-from diffsynth_ray.models.names import LORA_FORMATS, lora_from_diffsynth, lora_to_diffsynth, rename_lora
+from diffsynth_ray.models.names import LORA_FORMATS, lora_from_memory, lora_to_memory, rename_lora
 from diffsynth_ray.models.qwen_image import QwenImage
 
 torch.set_num_threads(1)
@@ -124,8 +124,8 @@ def test_key_names_round_trip(target):
     dit = trained_lora().components["dit"]
     state = lora_state_dict(dit)
     modules = [name for name, child in tiny().components["dit"].named_modules() if isinstance(child, nn.Linear)]
-    there = lora_from_diffsynth(state, target=target)
-    back = lora_to_diffsynth(there, modules=modules)
+    there = lora_from_memory(state, target=target)
+    back = lora_to_memory(there, modules=modules)
     assert list(back) == list(state)
     assert all(torch.equal(back[key], state[key]) for key in state)
     again = rename_lora(there, target=target, modules=modules)
@@ -134,7 +134,7 @@ def test_key_names_round_trip(target):
 
 def test_key_names_of_each_format():
     state = {f"transformer_blocks.0.attn.to_out.0.lora_{part}.default.weight": torch.zeros(2, 2) for part in "AB"}
-    first = {target: next(iter(lora_from_diffsynth(state, target=target))) for target in LORA_FORMATS}
+    first = {target: next(iter(lora_from_memory(state, target=target))) for target in LORA_FORMATS}
     assert first == {
         "diffsynth": "transformer_blocks.0.attn.to_out.0.lora_A.default.weight",
         "diffusers": "transformer.transformer_blocks.0.attn.to_out.0.lora_A.weight",
@@ -146,21 +146,21 @@ def test_key_names_of_each_format():
 def test_alpha_of_a_file_is_kept():
     state = {"lora_unet_a_q.lora_down.weight": torch.ones(4, 2), "lora_unet_a_q.lora_up.weight": torch.ones(2, 4)}
     state["lora_unet_a_q.alpha"] = torch.tensor(2.0)
-    assert lora_to_diffsynth(state, modules=["a.q"])["a.q.lora_B.default.weight"].unique() == 0.5
+    assert lora_to_memory(state, modules=["a.q"])["a.q.lora_B.default.weight"].unique() == 0.5
 
 
 def test_bad_lora_keys():
     with pytest.raises(ModelError, match="no LoRA key"):
-        lora_to_diffsynth({"img_in.weight": torch.zeros(1)})
+        lora_to_memory({"img_in.weight": torch.zeros(1)})
     with pytest.raises(ModelError, match="only A"):
-        lora_to_diffsynth({"img_in.lora_A.weight": torch.zeros(1)})
+        lora_to_memory({"img_in.lora_A.weight": torch.zeros(1)})
 
 
 def test_diffusers_loads_the_export():
     trained = trained_lora()
     plain = tiny()
     before = output(plain)
-    state = lora_from_diffsynth(lora_state_dict(trained.components["dit"]), target="diffusers")
+    state = lora_from_memory(lora_state_dict(trained.components["dit"]), target="diffusers")
     plain.components["dit"].load_lora_adapter(state)
     after = output(plain)
     assert (after - before).abs().max() > 1e-2
@@ -170,7 +170,7 @@ def test_diffusers_loads_the_export():
 def test_diffusers_pipeline_loads_the_export():
     from diffusers import QwenImagePipeline
 
-    state = lora_from_diffsynth(lora_state_dict(trained_lora().components["dit"]), target="diffusers")
+    state = lora_from_memory(lora_state_dict(trained_lora().components["dit"]), target="diffusers")
     plain = tiny()
     before = output(plain)
     parts = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer"))
@@ -184,7 +184,7 @@ def test_peft_loads_the_export():
     trained = trained_lora()
     plain = tiny()
     inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules=list(DEFAULTS)), plain.components["dit"])
-    state = lora_from_diffsynth(lora_state_dict(trained.components["dit"]), target="diffusers")
+    state = lora_from_memory(lora_state_dict(trained.components["dit"]), target="diffusers")
     result = set_peft_model_state_dict(
         plain.components["dit"], {key.removeprefix("transformer."): tensor for key, tensor in state.items()}
     )
@@ -196,7 +196,7 @@ def test_peft_loads_the_export():
 def test_load_lora_reads_every_format(target, tmp_path):
     trained = trained_lora()
     state = lora_state_dict(trained.components["dit"])
-    save_file(lora_from_diffsynth(state, target=target), tmp_path / "lora.safetensors")
+    save_file(lora_from_memory(state, target=target), tmp_path / "lora.safetensors")
     family = tiny()
     add_lora(family.components["dit"], target_modules=None, rank=4, seed=1, default_targets=DEFAULTS)
     load_lora(family.components["dit"], tmp_path / "lora.safetensors")

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import qwen_image_configs
 from diffsynth_ray.models.family import EncodedBatch, detect_component, get_family
-from diffsynth_ray.models.qwen_image import QwenImage, pack_latents, parameter_count, unpack_latents
+from diffsynth_ray.models.packing import pack_latents, unpack_latents
+from diffsynth_ray.models.qwen_image import QwenImage, parameter_count
 from diffsynth_ray.models.weights import load_components
 
 torch.set_num_threads(1)

@@ -54,7 +54,7 @@ def test_shards_of_two_models(tmp_path):
 
 @pytest.mark.parametrize(("shards", "first"), [(DIT[:1], "transformer_blocks.1"), (DIT[1:], "time_text_embed")])
 def test_missing_shard(shards, first):
-    _, files = load_components([names(shards)])
+    _, files = load_components([names(shards)], family="qwen_image")
     with pytest.raises(ModelError, match=r"of 77 tensors are missing.*is a shard missing\?") as caught:
         QwenImage.load(files, components=["dit"])
     assert first in str(caught.value)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.models.family import ComponentFiles, EncodedBatch
-from diffsynth_ray.models.qwen_image import QwenImage, build_component
+from diffsynth_ray.models.qwen_image import QwenImage
 from diffsynth_ray.models.qwen_image_configs import TINY
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.export import export_weights
@@ -235,7 +235,7 @@ BIG = TINY["dit"] | {"num_layers": 6, "num_attention_heads": 16, "joint_attentio
 def run_memory(rank, folder):
     """Loading and one step of a LoRA at stage 3 with a model of some hundred MB."""
     path = folder / "big.safetensors"
-    module = build_component("dit", BIG)
+    module = QwenImage.build_component("dit", BIG)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if rank == 0:
         save_file({name: torch.full(shape, 0.01) for name, shape in shapes.items()}, path)
