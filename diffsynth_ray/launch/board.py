@@ -56,7 +56,7 @@ class News:
     bad: list[BadSample]
     hung: Hung | None
     idle_s: float
-    """Seconds since there was a group of workers; 0 while there is one."""
+    """Seconds without a group of workers; 0 while there is one, and after one that was done."""
 
 
 @dataclass
@@ -87,6 +87,7 @@ class Board:
         self._bad: list[BadSample] = []
         self._losses: list[Loss] = []
         self._group: _Group | None = None
+        self._is_finished = False
         self._idle_since = time.monotonic()
 
     def say(self, line: str) -> None:
@@ -111,6 +112,7 @@ class Board:
 
     def end_group(self) -> None:
         """The group of workers is gone."""
+        self._is_finished = self._group is not None and all(w.phase == DONE for w in self._group.workers.values())
         self._group = None
         self._idle_since = time.monotonic()
 
@@ -146,7 +148,8 @@ class Board:
         lines, self._lines = self._lines, []
         losses, self._losses = self._losses, []
         bad, self._bad = self._bad, []
-        idle_s = time.monotonic() - self._idle_since if self._group is None else 0.0
+        is_idle = self._group is None and not self._is_finished
+        idle_s = time.monotonic() - self._idle_since if is_idle else 0.0
         return News(lines, self._failure, losses, bad, self._find_hung(timeout_s), idle_s)
 
     def _place(self, rank: int) -> WorkerPlace:

@@ -127,3 +127,11 @@ def test_a_worker_that_is_done_is_not_missed(board, clock):
     clock.now += 10
     hung = board.take(30.0).hung
     assert hung.handles == ["handle 1"]
+
+
+def test_after_workers_that_were_done_nobody_waits_for_workers(board, clock):
+    for rank in range(2):
+        board.beat(rank, "done", 9, 0)
+    board.end_group()
+    clock.now += 40
+    assert board.take(30.0).idle_s == 0

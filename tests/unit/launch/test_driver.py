@@ -17,7 +17,7 @@ PLACE = WorkerPlace(rank=1, node="10.0.0.2", pid=77, log="/logs/one.err")
 
 
 def news(**changes):
-    return News(**({"lines": [], "failure": None, "losses": [], "hung": None, "idle_s": 0.0} | changes))
+    return News(**({"lines": [], "failure": None, "losses": [], "bad": [], "hung": None, "idle_s": 0.0} | changes))
 
 
 @pytest.fixture
