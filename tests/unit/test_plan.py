@@ -208,10 +208,10 @@ def test_what_may_not_be_downloaded_is_a_problem(photos: Path, tmp_path: Path) -
 def test_a_file_of_another_family_is_named(photos: Path, tmp_path: Path) -> None:
     wan = write_header(
         tmp_path / "wan.safetensors",
-        {"blocks.0.self_attn.q.weight": [4, 4], "blocks.0.cross_attn.q.weight": [4, 4], "patch_embedding.weight": [4, 4]},
+        {"blocks.0.self_attn.q.weight": [4, 4], "blocks.0.cross_attn.q.weight": [4, 4], "head.modulation": [4, 4]},
     )
     message = problems(photos, model=files(paths=[wan]))["model.paths"]
-    assert "this is a Wan DiT (family wan), the job says qwen_image" in message
+    assert "this is a dit of family wan, the job says qwen_image" in message
     assert "wan.safetensors" in message
 
 

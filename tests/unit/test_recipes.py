@@ -106,6 +106,7 @@ def test_the_defaults_that_the_lora_recipe_shows_are_the_defaults(tmp_path: Path
         "checkpoint", "save_steps", "remove_prefix_in_ckpt", "checkpoint_steps", "num_workers = 8",
         "resources_per_worker", "wandb_project", "swanlab_project", "mlflow_tracking_uri",
         "preset_path", "preset_model", "checkpoint_path", "tokenizer_path", "source", "base_path", "skip_download",
+        "fp8_models", "vram_budget_gib", "param_size_threshold", "deepspeed_config",
     }  # fmt: skip
     lines = []
     for line in text.splitlines():

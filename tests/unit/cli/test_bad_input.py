@@ -49,7 +49,7 @@ def run(tmp_path, photos, monkeypatch, capsys):
         ("dataset.metadata_path=/nowhere/metadata.csv", ["/nowhere/metadata.csv"]),
         ("dataset.base_path=/nowhere", ["/nowhere", "not a directory"]),
         ('dataset.data_file_keys=["picture"]', ["picture", "image"]),
-        ("offload.cpu_offload=true", ["offload.cpu_offload", "not in this version"]),
+        ('validation.prompts=["a cat"]', ["validation.prompts", "not in this version"]),
         ("distributed.num_workers=64", ["distributed.num_workers", "CPU", "at most"]),
         ("lora.base_model=", ["lora.base_model"]),
         ('model.id_with_origin_paths=["Qwen/Qwen-Image"]', ["model.id_with_origin_paths", "a colon", "as in"]),
@@ -92,7 +92,7 @@ def test_metadata_with_a_missing_photograph_names_row_and_file(run, tmp_path, ph
     ("overrides", "expected"),
     [
         (['model.paths=["{tiny}/vae/diffusion_pytorch_model.safetensors", "{tmp}/wan.safetensors"]'],
-         ["wan.safetensors", "this is a Wan DiT (family wan), the job says qwen_image"]),
+         ["wan.safetensors", "this is a dit of family wan, the job says qwen_image"]),
         (['model.paths=[["{dit}1-of-00002.safetensors", "{tmp}/wan.safetensors"]]'], ["model.paths", "2-of-00002"]),
         (['model.paths=[["{tiny}/vae/diffusion_pytorch_model.safetensors", "{dit}1-of-00002.safetensors",'
           ' "{dit}2-of-00002.safetensors"]]'], ["not shards of one component"]),
@@ -109,7 +109,7 @@ def test_files_that_do_not_fit_are_told_before_a_cluster_starts(
         raise AssertionError("a cluster is started")
 
     monkeypatch.setattr(client, "open_cluster", no_cluster)
-    keys = ("blocks.0.self_attn.q.weight", "blocks.0.cross_attn.q.weight", "patch_embedding.weight")
+    keys = ("blocks.0.self_attn.q.weight", "blocks.0.cross_attn.q.weight", "head.modulation")
     save_file({key: numpy.zeros((2, 2), numpy.float32) for key in keys}, tmp_path / "wan.safetensors")
     tiny = repository / "tests" / "assets" / "qwen_image_tiny"
     dit = tiny / "transformer" / "diffusion_pytorch_model-0000"

@@ -26,9 +26,9 @@ def test_a_worker_is_never_split_over_two_nodes(nodes, bundle, fitting) -> None:
 
 def test_a_request_names_what_the_job_names(repository, monkeypatch) -> None:
     monkeypatch.chdir(repository)
-    job = load_job("jobs/qwen_lora.toml")
+    job = load_job("jobs/qwen_lora.toml", ['model.paths=["/a", ["/b", "/c"]]', "model.tokenizer_path=/tokenizer"])
     request = doctor.build_request(resolve(job, Resources(cpus=64, gpus=8)))
-    assert len(request.weights) == 9 + 4 + 1 + 1
+    assert request.weights == ["/a", "/b", "/c", "/tokenizer"]
     assert (request.num_workers, request.fp8, request.cache_path) == (8, False, None)
     assert request.output_path == str(repository / "outputs" / "qwen_lora")
     assert doctor.build_request(None).weights == []

@@ -6,9 +6,16 @@ from diffsynth_ray.launch.visibility import find_invisible, named_paths
 
 def test_every_path_that_workers_read_is_asked_for(repository, monkeypatch) -> None:
     monkeypatch.chdir(repository)
-    named = named_paths(resolve(load_job("jobs/qwen_lora.toml"), Resources(cpus=64, gpus=8)))
-    assert [key for key, _ in named].count("model.paths") == 14
-    assert {key for key, _ in named} == {"model.paths", "dataset.base_path", "model.tokenizer_path"}
+    overrides = [
+        'model.paths=["/a.safetensors", ["/b1.safetensors", "/b2.safetensors"]]',
+        "model.tokenizer_path=/tokenizer",
+        'lora.preset_path=["/p1.safetensors", "/p2.safetensors"]',
+    ]
+    named = named_paths(resolve(load_job("jobs/qwen_lora.toml", overrides), Resources(cpus=64, gpus=8)))
+    keys = [key for key, _ in named]
+    assert keys.count("model.paths") == 3
+    assert keys.count("lora.preset_path") == 2
+    assert set(keys) == {"model.paths", "dataset.base_path", "model.tokenizer_path", "lora.preset_path"}
 
 
 def test_what_is_not_seen_is_named_with_its_key(tmp_path) -> None:
