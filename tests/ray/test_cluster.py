@@ -46,7 +46,7 @@ path = "{output}"
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """Head on 127.0.0.1, a second node on 127.0.0.2; yields the dashboard's address and the token."""
+    """A head, and a second node on 127.0.0.2; yields the dashboard's address and the token."""
     folder = tmp_path_factory.mktemp("ray")
     token_path = folder / "token"
     token_path.write_text(secrets.token_hex(32))
@@ -61,6 +61,7 @@ def cluster(tmp_path_factory):
     ]  # fmt: skip
     environment = os.environ | head_environment(token_path, metric_ports=ports[3:5])
     environment.pop("PYTHONPATH", None)
+    environment.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")  # "0" keeps Ray on the loopback, and forbids a second node
     extra = ['--resources={"half_a_node": 1}']  # so that each node gets one worker
     started = []
     log_path = folder / "log"
@@ -127,7 +128,8 @@ def test_two_nodes_are_looked_at_in_parallel_and_speak_to_each_other(doctor, tmp
     assert (code, failed) == (0, {})
     assert checks["cluster"]["findings"][0]["detail"].endswith("took the token")
     where = [finding["where"] for finding in checks["nodes"]["findings"]]
-    assert where == ["127.0.0.1 (head)", "127.0.0.2"]
+    assert where[0].endswith(" (head)")
+    assert where[1:] == ["127.0.0.2"]
     assert [finding["state"] for finding in checks["versions"]["findings"]] == ["ok", "ok"]
     assert "shared with the head" in checks["output"]["findings"][1]["detail"]
     assert checks["all_reduce"]["findings"][0]["detail"].startswith("2 workers on 2 node(s), gloo: ")
@@ -138,7 +140,7 @@ def test_two_nodes_are_looked_at_in_parallel_and_speak_to_each_other(doctor, tmp
 def test_what_is_missing_is_told_of_every_node(doctor):
     code, checks = doctor("dataset.base_path=/nowhere", "distributed.resources_per_worker={ CPU = 0.5, half_a_node = 2 }")
     assert code == ExitCode.UNEXPECTED
-    assert [finding["where"] for finding in checks["data"]["findings"]] == ["127.0.0.1 (head)", "127.0.0.2"]
+    assert len({finding["where"] for finding in checks["data"]["findings"]}) == 2
     assert checks["data"]["state"] == "failed"
     assert checks["resources"]["state"] == "failed"
     assert "of 2 workers with 0.5 CPU, 2 half_a_node only 0 fit" in checks["resources"]["findings"][-1]["detail"]
