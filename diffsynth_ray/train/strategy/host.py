@@ -144,7 +144,8 @@ class HostStrategy:
             self._single = False
 
     def _take_gradient(self, group: _Group, position: int, param: nn.Parameter) -> None:
-        assert param.grad is not None
+        if param.grad is None:
+            return  # a recomputed block has an answer for each of its parameters
         group.arrived[position], param.grad = param.grad, None
         if len(group.arrived) == group.expected:
             self._send(group)
@@ -231,8 +232,9 @@ class HostStrategy:
             for name, master in zip(group.names, group.masters, strict=True):
                 if master.grad is not None:
                     norms[name] = torch.linalg.vector_norm(master.grad)
-        found = torch.stack(list(norms.values())).to(self._device)
-        return torch.linalg.vector_norm(self.sum_over_workers(found))
+        found = self.sum_over_workers(torch.stack(list(norms.values())).to(self._device))
+        # Parameters without gradient are left out, as elsewhere: a sum with zeros in between rounds differently.
+        return torch.linalg.vector_norm(found[found > 0])
 
     def _counts(self, group: _Group) -> bool:
         """Whether this worker speaks for the group: every group has exactly one such worker."""
