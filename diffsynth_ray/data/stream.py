@@ -7,9 +7,9 @@ of a chunk are decoded straight into its one buffer, which the worker reads wher
 cannot be decoded travels as its error, so that it is raised at its position, on the worker that needs it, and never retried.
 
 Each rank has an executor of its own. Measured with 16 ranks on two cores (tests/bench/data_throughput.py, `ranks`) beside one
-executor for the 8 ranks of a node: with a CPU to each executor the steps come faster (0.2 of the time), because the ranks decode
-side by side; the start costs 9 times the CPU time, nearly all of it for worker processes. Where fewer CPUs than ranks are free,
-Ray grants each executor `CPUs // executors` = 0: it goes on with one task at a time, and a step takes 3.6 times as long.
+executor for the 8 ranks of a node, each executor with one decoding task: the start costs 9 times the CPU time with one a rank.
+A step takes 0.2 of the time with two CPUs to a rank (but 16 tasks decode there instead of 2), and 3.6 times with a quarter of
+one. So one a rank is right where a CPU a rank is free for decoding; where there are fewer, it works, slowly.
 """
 
 from __future__ import annotations
