@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -41,6 +40,7 @@ PHOTOS = ROOT / "jobs" / "data" / "photos"
 VIDEO = ROOT / "tests" / "assets" / "videos" / "bigbuckbunny.mp4"
 NUM_PROCESSES = 2
 NUM_RANKS = int(os.environ.get("RANKS", "64"))
+CPUS_PER_RANK = float(os.environ.get("CPUS_PER_RANK", "0.25"))
 ROUNDS = int(os.environ.get("ROUNDS", "3"))
 
 
@@ -211,14 +211,15 @@ def measure_backpressure(work: Path) -> dict[str, object]:
 
 
 def store_mib() -> float:
-    """Shared memory that Ray's object store holds."""
-    from ray._private.internal_api import memory_summary
-
-    return float(re.search(r"Plasma memory usage (\d+) MiB", memory_summary(stats_only=True))[1])
+    """Memory of the object store's file: pages once written stay, so that it tells the most it ever held."""
+    raylet = next(child for child in psutil.Process().children(recursive=True) if child.name() == "raylet")
+    files = [path for path in Path(f"/proc/{raylet.pid}/fd").iterdir() if "/dev/shm" in os.readlink(path)]
+    blocks = {found.st_ino: found.st_blocks for found in map(os.stat, files)}
+    return sum(blocks.values()) * 512 / 2**20
 
 
 def measure_ranks(work: Path) -> dict[str, object]:
-    """64 ranks on this machine's CPUs: one executor a rank, and one executor for the 8 ranks of a node.
+    """Many ranks (RANKS) on this machine: one executor a rank, and one executor for the 8 ranks of a node.
 
     The images are tiny, so that what is measured is what an executor costs. A rank's part of a step is one sample; with one
     executor a node, its stream brings the samples of 8 ranks. The consumers of both wait for the slowest before each step, as
@@ -232,7 +233,8 @@ def measure_ranks(work: Path) -> dict[str, object]:
         found[name] = run_executors(ray.put(index), num_executors, num_batches=NUM_RANKS // num_executors)
         say(f"{name}: {found[name]}")
     first, second = found["one a rank"], found["one a node"]
-    return found | {"ranks": NUM_RANKS, "rank_over_node": {key: round(first[key] / second[key], 2) for key in first}}
+    ratios = {key: round(first[key] / second[key], 2) for key in first}
+    return found | {"ranks": NUM_RANKS, "cpus_per_rank": CPUS_PER_RANK, "rank_over_node": ratios}
 
 
 def run_executors(index: ray.ObjectRef, num_executors: int, *, num_batches: int) -> dict[str, float]:
@@ -311,7 +313,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     # The many ranks need their small shares all at once; the comparisons limit themselves.
-    num_cpus = NUM_RANKS // 4 if options.parts == "ranks" else NUM_PROCESSES + 1
+    num_cpus = int(NUM_RANKS * CPUS_PER_RANK) if options.parts == "ranks" else NUM_PROCESSES + 1
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
              object_store_memory=1 << 30)  # fmt: skip
     results = json.loads(options.into.read_text()) if options.into and options.into.exists() else {}
