@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch._inductor.config
 
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.models.family import EncodedBatch
@@ -85,9 +86,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--cpp-wrapper", action="store_true", help="inductor's host code in C++")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step that take longest")
     options = parser.parse_args()
 
+    if options.cpp_wrapper:
+        torch._inductor.config.cpp_wrapper = True
     torch.manual_seed(0)
     job = build_job(options)
     family = build_family(options.layers)
