@@ -34,8 +34,8 @@ class _Stored:
 class ActivationStore:
     """A stack of saved block inputs, in host memory.
 
-    All device memory here belongs to the computing stream, which waits for a copy before it drops what was copied: the memory is
-    free for the next block in the stream's order, however far the host runs ahead of the device.
+    All device memory here belongs to the computing stream, which waits for a copy before it drops what was copied: the memory
+    is free for the next block in the stream's order, however far the host runs ahead of the device.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,8 +1,9 @@
-"""How a block is called: recomputed in the backward pass, with its inputs kept in host memory, compiled, its weights loaded first.
+"""How a block is called: recomputed in backward, its inputs kept in host memory, compiled, its weights loaded first.
 
-`BlockCall` takes the place of a module's `forward`. With recomputation a block is one node of the autograd graph: forward runs
-without a graph and keeps the inputs, backward runs it again with one. The weights are needed exactly inside these two calls, which
-is what makes offloading exact. A random generator is not restored: frozen and trained components run in eval mode, without dropout.
+`BlockCall` takes the place of a module's `forward`. With recomputation a block is one node of the autograd graph: forward
+runs without a graph and keeps the inputs, backward runs it again with one. The weights are needed exactly inside these two
+calls, which is what makes offloading exact. A random generator is not restored: frozen and trained components run in eval
+mode, without dropout.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ class BlockCall:
 class PartitionedBlockCall:
     """A module's forward where the parameters inside are whole only while the module that holds them runs (ZeRO-3).
 
-    BlockCall hands parameters to the graph as they are before the call, which are empty then. torch's own checkpoint records the
-    graph that the forward pass leaves, and calls the inner modules again with their hooks.
+    BlockCall hands parameters to the graph as they are before the call, which are empty then. torch's own checkpoint records
+    the graph that the forward pass leaves, and calls the inner modules again with their hooks.
     """
 
     def __init__(self, module: nn.Module, *, recompute: bool) -> None:

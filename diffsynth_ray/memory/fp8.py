@@ -1,8 +1,8 @@
 """Frozen Linear weights in scaled FP8: half the bytes of bf16 for a rounding error of about 2.6 % a weight.
 
 float8_e4m3fn has 3 bits of mantissa and ends at 448. A plain cast of weights of std 0.002 flushes a third of them to zero; a
-scale per output channel puts each row's largest weight just under 448. Scales are powers of two: dividing and multiplying by them
-is exact, so that fp8 x scale is exactly a bf16 number and the only error is FP8's own rounding.
+scale per output channel puts each row's largest weight just under 448. Scales are powers of two: dividing and multiplying by
+them is exact, so that fp8 x scale is exactly a bf16 number and the only error is FP8's own rounding.
 """
 
 from __future__ import annotations

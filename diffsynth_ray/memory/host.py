@@ -1,7 +1,7 @@
 """One block of host memory for the weights of a node: pinned for fast copies, shared by the node's workers, never left behind.
 
-The memory is an anonymous file (memfd): it has no name that a killed worker could leave in /dev/shm, and goes with the last process
-that maps it. The other workers of the node open it through /proc while the first one still runs.
+The memory is an anonymous file (memfd): it has no name that a killed worker could leave in /dev/shm, and goes with the last
+process that maps it. The other workers of the node open it through /proc while the first one still runs.
 """
 
 from __future__ import annotations

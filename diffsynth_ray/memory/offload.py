@@ -1,11 +1,11 @@
 """Layerwise CPU offload: weights live in pinned host memory and visit the device when their layer computes.
 
-A unit is what is loaded at once: a repeated block, or a smaller module where a block is larger than the threshold. A second stream
-loads the units that come next while the present one computes, in forward, recomputation and backward. Which unit comes next is not
-guessed: every micro step uses the units in the same order, so that the order of the last one predicts this one, around the end into
-the next. A unit on the device stays until its room is needed; then the one goes whose next use is furthest (the optimal choice of
-Belady, IBM Systems Journal 1966). A larger budget is therefore the only difference between "three blocks at a time" and "as many
-resident as fit".
+A unit is what is loaded at once: a repeated block, or a smaller module where a block is larger than the threshold. A second
+stream loads the units that come next while the present one computes, in forward, recomputation and backward. Which unit comes
+next is not guessed: every micro step uses the units in the same order, so that the order of the last one predicts this one,
+around the end into the next. A unit on the device stays until its room is needed; then the one goes whose next use is
+furthest (the optimal choice of Belady, IBM Systems Journal 1966). A larger budget is therefore the only difference between
+"three blocks at a time" and "as many resident as fit".
 
 While a unit is away its parameters are NaN of the right shape and device, which takes no memory: a use without `acquire` shows.
 """

@@ -1,8 +1,8 @@
 """Weights from their source to where they live: the device, or the node's host memory.
 
-Modules arrive with their parameters on the meta device. Each one is read once, turned into FP8 where asked (on the device, which is
-faster), and put in its place before the next ones are read: host memory never holds more than the model and what is in flight. Of the
-workers of a node that share host memory only the first one reads what is shared.
+Modules arrive with their parameters on the meta device. Each one is read once, turned into FP8 where asked (on the device,
+which is faster), and put in its place before the next ones are read: host memory never holds more than the model and what is
+in flight. Of the workers of a node that share host memory only the first one reads what is shared.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def place(
 ) -> dict[nn.Module, Unit]:
     """Fill every parameter on the meta device from its component's source.
 
-    The frozen parameters of the modules in `units` (by component) go to host memory, `with_trained` the trained ones as well, and
-    everything else to the device. Returns the units by module; LayerOffload brings them to the device.
+    The frozen parameters of the modules in `units` (by component) go to host memory, `with_trained` the trained ones as well,
+    and everything else to the device. Returns the units by module; LayerOffload brings them to the device.
     """
     spots = {name: find_spots(component) for name, component in components.items()}
     built: dict[nn.Module, Unit] = {}

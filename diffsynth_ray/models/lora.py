@@ -151,8 +151,8 @@ def add_lora(
 def _plain_lora_linear() -> type[nn.Module]:
     """peft's LoRA layer for Linear, with a forward of three matrix products and nothing else.
 
-    The same numbers; peft's own casts, looks through its adapters and applies dropout, in Python and for every layer, which costs a
-    compiled block a fifth of its time.
+    The same numbers; peft's own casts, looks through its adapters and applies dropout, in Python and for every layer, which
+    costs a compiled block a fifth of its time.
     """
     from peft.tuners.lora import Linear
 
@@ -278,7 +278,7 @@ class MergedWeights:
 
 
 def merge_lora(module: nn.Module, source: Path | str | Mapping[str, Tensor], *, names: LayerNames | None = None) -> int:
-    """Add a LoRA's B A to the base weights that `module` will read (`[lora] preset_path`); returns the number of layers changed."""
+    """Add a LoRA's B A to the base weights that `module` will read (`[lora] preset_path`); returns how many layers change."""
     state = _read_lora(module, source, names)
     linears = {name.removesuffix(".base_layer") for name in _linears(module)}
     layers = [key.removesuffix(f".lora_A.{ADAPTER}.weight") for key in state if ".lora_A." in key]

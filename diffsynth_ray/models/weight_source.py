@@ -1,7 +1,7 @@
 """Weights that are read one tensor at a time, when and where they are needed.
 
-A safetensors file is read with plain reads into fresh memory, not mapped: a mapped file counts as the process's memory until it is
-closed, so that a 40 GB model would seem to take 80. Reading is safe from several threads.
+A safetensors file is read with plain reads into fresh memory, not mapped: a mapped file counts as the process's memory until
+it is closed, so that a 40 GB model would seem to take 80. Reading is safe from several threads.
 """
 
 from __future__ import annotations

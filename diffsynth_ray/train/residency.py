@@ -7,7 +7,7 @@ its BlockCall. The memory modules know nothing of jobs and families; the trainer
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -25,7 +25,7 @@ from diffsynth_ray.models.family import ModelFamily
 from diffsynth_ray.schedule import trained_components
 
 RECOMPILE_LIMIT = 64
-"""Variants of a block that are compiled before it runs uncompiled: shapes, with and without a graph, with and without a mask."""
+"""Variants of a block that are compiled before it runs uncompiled: shapes, with and without graph, with and without mask."""
 _FP8_INSTRUCTIONS = (8, 9)
 """Compute capability from which compiled code may contain float8 conversions."""
 
@@ -38,7 +38,7 @@ class Residency:
 
     offload: LayerOffload | None = None
     activations: ActivationStore | None = None
-    place: NodePlace = NodePlace()
+    place: NodePlace = field(default_factory=NodePlace)
 
     def begin(self) -> None:
         """A micro step begins."""

@@ -1,7 +1,7 @@
-"""The methods of low VRAM at Qwen-Image's real size on one GPU, ours beside DiffSynth-Studio's own, each in a process of its own.
+"""The methods of low VRAM at Qwen-Image's real size on one GPU, ours beside DiffSynth-Studio's own, each in its own process.
 
-Prints one JSON line a run and writes all to --output. The reference is a script of DiffSynth-Studio's training path that takes a mode,
---layers and --steps, and prints a JSON line with s_per_step and peak_GiB; without --reference only ours runs.
+Prints one JSON line a run and writes all to --output. The reference is a script of DiffSynth-Studio's training path that
+takes a mode, --layers and --steps, and prints a JSON line with s_per_step and peak_GiB; without --reference only ours runs.
 
 usage: python tests/bench/memory_table.py --output results.json [--reference reference.py] [--only NAME ...]
 """

@@ -24,7 +24,7 @@ from diffsynth_ray.errors import ClusterError, ExitCode
 from diffsynth_ray.launch import client
 from diffsynth_ray.launch.supervisor import _free_ports, head_command, head_environment
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 JOB = """
 [dataset]

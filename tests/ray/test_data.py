@@ -97,6 +97,7 @@ def test_a_clip_and_pictures_for_two_consumers(tmp_path, photos):
 SKIP = ('dataset.bad_sample="skip"', "dataset.repeat=4", "dataset.batch_size=2", "dataset.global_batch_size=8")
 
 
+@pytest.mark.slow
 def test_a_bad_sample_is_replaced_and_listed_and_training_goes_on(tmp_path, photos):
     """Photographs in buckets, batches of two, two workers."""
     resolved = resolved_job(

@@ -11,7 +11,7 @@ from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.errors import ExitCode
 from diffsynth_ray.launch.driver import run_job
 
-pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.usefixtures("local_ray")]
 
 JOB = """
 [dataset]

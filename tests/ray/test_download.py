@@ -16,7 +16,7 @@ from diffsynth_ray.launch import fetch
 from diffsynth_ray.launch.board import Board
 from diffsynth_ray.run_dir import RunDir
 
-pytestmark = pytest.mark.timeout(280)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 TINY = Path(__file__).parents[1] / "assets" / "qwen_image_tiny"
 JOB = """
 [dataset]

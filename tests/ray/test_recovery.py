@@ -54,6 +54,7 @@ def kill_while_a_checkpoint_is_written(run, rank):
     raise AssertionError(run.said)
 
 
+@pytest.mark.slow
 def test_a_worker_killed_while_it_writes_a_checkpoint_and_one_after_a_report(reference, tmp_path, photos):
     run = Run(tmp_path, photos)
     run.begin(*TWO)

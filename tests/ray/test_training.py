@@ -112,12 +112,14 @@ def test_a_loss_that_is_not_a_number_ends_the_run_with_its_rows(tmp_path, photos
     assert not list(run.output.glob("step-10*"))
 
 
+@pytest.mark.slow
 def test_batches_of_two_in_buckets(tmp_path, photos):
     run = Run(tmp_path, photos)
     assert run.start("dataset.batch_size=2", "distributed.num_workers=2", "training.max_steps=4") == ExitCode.DONE, run.said
     assert sorted(run.losses()) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_lora_target_that_matches_nothing(tmp_path, photos):
     run = Run(tmp_path, photos)
     assert run.start('lora.target_modules=["to_qq"]') == ExitCode.RUN_FAILED
@@ -141,6 +143,7 @@ def test_shards_of_two_models_are_refused_before_a_worker_starts(tmp_path, photo
     assert not any("loading the model" in line for line in run.said)
 
 
+@pytest.mark.slow
 def test_weights_from_files_and_full_training_beside_a_lora(tmp_path, photos, repository):
     tiny = repository / "tests/assets/qwen_image_tiny"
     run = Run(tmp_path, photos)

@@ -1,9 +1,9 @@
 """Training with masters and optimizer state in host memory, for whatever does not fit the device.
 
-Gradients leave the device block by block while backward goes on, and are dropped there; a thread adds them up in float32, another
-updates the block's masters and writes its weights back to the host memory that the device reads them from. An update starts as soon
-as the block's gradients are there (with clipping: when the norm of all is known) and is waited for where the block is next loaded,
-so that it runs beside the rest of the backward pass and the next forward pass.
+Gradients leave the device block by block while backward goes on, and are dropped there; a thread adds them up in float32,
+another updates the block's masters and writes its weights back to the host memory that the device reads them from. An update
+starts as soon as the block's gradients are there (with clipping: when the norm of all is known) and is waited for where the
+block is next loaded, so that it runs beside the rest of the backward pass and the next forward pass.
 
 The workers of a node share the host weights. Each updates every n-th block of its node, with gradients summed over all workers.
 """

@@ -172,7 +172,7 @@ def test_two_workers_share_one_copy():
     barrier = context.Barrier(2)
     second = context.Process(target=_second_worker, args=(theirs, barrier, reported))
     second.start()
-    real, model, _, _ = build(group=PipeGroup(True, mine, barrier))
+    real, *_ = build(group=PipeGroup(True, mine, barrier))
     names, result = done.recv()
     assert names == ["scale"], "the second worker reads only what it has for itself"
     assert result == real(torch.ones(1, 64)).tolist()

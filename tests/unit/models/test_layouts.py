@@ -72,7 +72,7 @@ def test_the_family_of_another_is_named():
     with pytest.raises(ModelError, match="this is a dit of family other, the job says qwen_image"):
         detect_component(shapes, KEY_LAYOUTS | OTHER, family="qwen_image")
     assert detect_component(shapes, KEY_LAYOUTS | OTHER) == ("other", "dit")
-    with pytest.raises(ModelError, match="this looks like a part of other dit or .*, the job says qwen_image"):
+    with pytest.raises(ModelError, match=r"this looks like a part of other dit or .*, the job says qwen_image"):
         detect_component({"blocks.7.weight": (4, 4)}, KEY_LAYOUTS | OTHER, family="qwen_image")
 
 

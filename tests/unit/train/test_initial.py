@@ -20,7 +20,8 @@ torch.set_num_threads(1)
 
 
 def build_job(**sections):
-    base = {"name": "t", "model": {"family": "qwen_image", "tiny": True}, "training": {"precision": "fp32", "trainable_models": ["dit", "text_encoder"]}}
+    base = {"name": "t", "model": {"family": "qwen_image", "tiny": True}}
+    base["training"] = {"precision": "fp32", "trainable_models": ["dit", "text_encoder"]}
     for section, values in sections.items():
         base[section] = base.get(section, {}) | values
     return Job.model_validate(base)

@@ -141,7 +141,10 @@ def test_fp8_is_close_and_is_the_same_with_offload():
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"model": {"fp8_models": ["dit"]}, "training": {"trainable_models": ["dit"]}, "lora": {"base_model": None}}, "is trained"),
+        (
+            {"model": {"fp8_models": ["dit"]}, "training": {"trainable_models": ["dit"]}, "lora": {"base_model": None}},
+            "is trained",
+        ),
         ({"model": {"fp8_models": ["unet"]}}, "no loaded component 'unet'; it has dit, text_encoder, vae"),
     ],
 )
