@@ -133,7 +133,10 @@ class _Watcher:
             self.tell(line)
         if news.idle_s < self.told_idle_s:
             self.told_idle_s = 0.0
-        if news.idle_s - self.told_idle_s > _TELL_IDLE_S:
+        progress = self.run_dir.progress()
+        # Ray Train takes a while to end after the last step: nobody waits for a worker then.
+        is_trained = progress is not None and progress.step >= progress.num_steps
+        if news.idle_s - self.told_idle_s > _TELL_IDLE_S and not is_trained:
             self.told_idle_s = news.idle_s
             needed = ", ".join(f"{amount:g} {name}" for name, amount in self.resolved.resources_per_worker.items())
             self.tell(f"no training worker for {news.idle_s:.0f} s; needed: {self.resolved.min_workers} x ({needed})")

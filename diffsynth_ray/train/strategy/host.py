@@ -202,8 +202,7 @@ class HostStrategy:
         self._norms.clear()
         self._steps += 1
         self._single = True
-        # Forward needs the first blocks first, but backward has given the last ones: as they come.
-        for group in sorted(self._groups, key=self._order_of_arrival):
+        for group in reversed(self._groups):  # as their gradients come: the last blocks first
             if group.is_mine:
                 group.updated = self._updating.submit(self._update, group, lr, scale)
             if group.unit is not None:
@@ -213,9 +212,6 @@ class HostStrategy:
             if group.unit is None and group.updated is not None:
                 self._bring_back(group)
         return norm
-
-    def _order_of_arrival(self, group: _Group) -> int:
-        return -self._groups.index(group)
 
     def _device_norm(self) -> Tensor:
         found = [self._norms[name] for name in self._trained if name in self._norms]

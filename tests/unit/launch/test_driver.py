@@ -11,7 +11,7 @@ from diffsynth_ray.errors import RunError
 from diffsynth_ray.launch.board import Failure, Hung, Loss, News
 from diffsynth_ray.launch.driver import _Watcher
 from diffsynth_ray.launch.failures import WorkerPlace
-from diffsynth_ray.run_dir import RunDir
+from diffsynth_ray.run_dir import Progress, RunDir
 
 PLACE = WorkerPlace(rank=1, node="10.0.0.2", pid=77, log="/logs/one.err")
 
@@ -89,6 +89,11 @@ def test_hanging_and_waiting_are_told(watcher):
     assert [line.split(";")[0] for line in watcher.said[1:]] == [
         "no training worker for 31 s", "no training worker for 62 s", "no training worker for 31 s"
     ]  # fmt: skip
+    watcher.said.clear()
+    watcher.run_dir.write_progress(Progress(4, 4, 0.1, 1e-4, 1.0, 1.0, 1.0, 0.0, 0))
+    for idle_s in (0.0, 31.0):
+        watcher.tell_news(news(idle_s=idle_s))
+    assert watcher.said == [], "after the last step nobody waits for a worker"
 
 
 def test_a_full_disk_does_not_end_the_driver(watcher, monkeypatch):
