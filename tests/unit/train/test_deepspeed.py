@@ -36,6 +36,14 @@ def run_ranks(folder, *, world_size, cases):
     return json.loads((folder / f"results-{world_size}.json").read_text())
 
 
+@pytest.fixture(autouse=True)
+def no_process_group_is_left():
+    """`load_deepspeed` makes one for this process; tests after these fork and would inherit it."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def two_workers(tmp_path_factory):
     """Few cases that pass through all stages, LoRA and full; the rest is in `test_all_stages`."""
