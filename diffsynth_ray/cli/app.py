@@ -12,6 +12,7 @@ import typer
 
 from diffsynth_ray import __version__
 from diffsynth_ray.cli import control, foreground, inspect, render, submit
+from diffsynth_ray.cli.cache import cache_app
 from diffsynth_ray.errors import DsrayError, ExitCode
 
 app = typer.Typer(
@@ -48,6 +49,7 @@ app.command("status")(inspect.status)
 app.command("logs")(inspect.logs)
 app.command("stop")(control.stop)
 app.command("list")(inspect.list_runs)
+app.add_typer(cache_app, name="cache")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -130,6 +130,15 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def num_bytes(count: float) -> str:
+    """Bytes with the unit that leaves up to four digits."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
 def plan(lines: list[str], tell: Callable[[str], None]) -> None:
     """A plan, to stdout or stderr as `tell` has it."""
     for line in lines:
