@@ -33,6 +33,19 @@ class Resources(BaseModel):
     gpus: float
 
 
+class EncodeResources(BaseModel):
+    """What stage one of split training runs on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    num_workers: int
+    device: Literal["cuda", "cpu"]
+    resources_per_worker: dict[str, float]
+    decode_cpus: float
+    """CPUs of one decoding task."""
+    decode_tasks: int
+    """Decoding tasks of one encoding worker."""
+
+
 class ResolvedJob(BaseModel):
     """Everything that a run needs to know. `job` has absolute paths; `given` is what the run's name was made of."""
 
@@ -54,6 +67,8 @@ class ResolvedJob(BaseModel):
     """Micro steps of a full optimizer step on each worker."""
     global_batch_size: int
     """Samples of an optimizer step."""
+    encode: EncodeResources | None = None
+    """Of stage one; None without split training."""
 
     @property
     def output_path(self) -> Path:
@@ -82,12 +97,13 @@ def resolve(job: Job, resources: Resources, *, source: str = "job", remote: bool
         {"GPU": 1.0, "CPU": 1.0} if device == "cuda" else {"CPU": 0.5}
     )
     decode_cpus, decode_tasks, starved = _data_cpus(job, resources, num_workers=num_workers, per_worker=per_worker)
+    encode, encode_problems = _encode_resources(job, resources, num_workers=num_workers, device=device)
     global_batch = job.dataset.global_batch_size or (
         job.dataset.batch_size * num_workers * job.gradient.accumulation_steps
     )
     given = identity(job, global_batch)
     located, path_problems = _absolute_paths(job, remote=remote)
-    problems += path_problems + starved
+    problems += path_problems + starved + encode_problems
     if problems:
         raise JobFileError(source, problems)
     digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:8]
@@ -95,7 +111,7 @@ def resolve(job: Job, resources: Resources, *, source: str = "job", remote: bool
         job=located,
         run=f"{job.name}-{digest}",
         given=given,
-        stages=["train"],
+        stages=["encode", "train"] if encode else ["train"],
         num_workers=num_workers,
         device=device,
         resources_per_worker=per_worker,
@@ -103,6 +119,7 @@ def resolve(job: Job, resources: Resources, *, source: str = "job", remote: bool
         decode_tasks=decode_tasks,
         micro_steps=math.ceil(global_batch / (job.dataset.batch_size * num_workers)),
         global_batch_size=global_batch,
+        encode=encode,
     )
 
 
@@ -124,8 +141,31 @@ def _workers(job: Job, resources: Resources) -> tuple[int, Literal["cuda", "cpu"
     return (max(1, int(resources.gpus / gpus)) if device == "cuda" else 1), device
 
 
+def _encode_resources(
+    job: Job, resources: Resources, *, num_workers: int, device: Literal["cuda", "cpu"]
+) -> tuple[EncodeResources | None, list[Problem]]:
+    """What stage one gets: by default what the training workers will have."""
+    split = job.split
+    if not split.enabled:
+        return None, []
+    per_worker = split.resources_per_worker or ({"GPU": 1.0, "CPU": 1.0} if device == "cuda" else {"CPU": 0.5})
+    on_gpus = resources.gpus > 0 and per_worker.get("GPU", 0.0) > 0
+    count = split.num_workers or (num_workers if on_gpus else 1)
+    decode_cpus, decode_tasks, problems = _data_cpus(
+        job, resources, num_workers=count, per_worker=per_worker, section="split"
+    )
+    encode = EncodeResources(
+        num_workers=count,
+        device="cuda" if on_gpus else "cpu",
+        resources_per_worker=per_worker,
+        decode_cpus=decode_cpus,
+        decode_tasks=decode_tasks,
+    )
+    return encode, problems
+
+
 def _data_cpus(
-    job: Job, resources: Resources, *, num_workers: int, per_worker: dict[str, float]
+    job: Job, resources: Resources, *, num_workers: int, per_worker: dict[str, float], section: str = "distributed"
 ) -> tuple[float, int, list[Problem]]:
     """CPUs and number of the decoding tasks of one worker, from what the workers leave free."""
     problems = []
@@ -133,7 +173,7 @@ def _data_cpus(
     if gpus > resources.gpus:
         problems.append(
             Problem(
-                "distributed.num_workers",
+                f"{section}.num_workers",
                 f"{num_workers} workers need {gpus:g} GPUs, there are {resources.gpus:g}; "
                 "use fewer workers or another cluster",
             )
@@ -145,10 +185,10 @@ def _data_cpus(
         cure = f"at most {most} workers of that size fit" if most else "use a larger machine"
         problems.append(
             Problem(
-                "distributed.num_workers",
+                f"{section}.num_workers",
                 f"{num_workers} workers x {worker_cpus:g} CPU leave {max(share, 0) * num_workers:g} of {resources.cpus:g} "
                 f"CPUs for reading and decoding, which needs {READ_CPUS + MIN_DECODE_CPUS:g} a worker, or the run would "
-                f"wait forever; {cure}, or lower distributed.resources_per_worker",
+                f"wait forever; {cure}, or lower {section}.resources_per_worker",
             )
         )
         return MIN_DECODE_CPUS, 1, problems
@@ -162,7 +202,7 @@ def _check_rules(job: Job) -> list[Problem]:
     """Rules between keys."""
     problems = []
     dataset, training = job.dataset, job.training
-    if dataset.base_path is None:
+    if dataset.base_path is None and (not job.split.enabled or dataset.metadata_path is not None):
         problems.append(Problem("dataset.base_path", "required: the folder of the media files"))
     if (dataset.height is None) != (dataset.width is None):
         problems.append(Problem("dataset.height", "height and width go together; give both or none"))
@@ -188,9 +228,10 @@ def _check_rules(job: Job) -> list[Problem]:
         problems.append(Problem("training.trainable_models", "a component is named twice"))
     if training.precision == "fp32" and not training.master_weights:
         problems.append(Problem("training.master_weights", 'false has no meaning with precision = "fp32"; remove it'))
-    for name, amount in (job.distributed.resources_per_worker or {}).items():
-        if amount < 0:
-            problems.append(Problem("distributed.resources_per_worker", f"{name} = {amount:g}; amounts are 0 or more"))
+    for section in ("distributed", "split"):
+        for name, amount in (getattr(job, section).resources_per_worker or {}).items():
+            if amount < 0:
+                problems.append(Problem(f"{section}.resources_per_worker", f"{name} = {amount:g}; amounts are 0 or more"))
     problems += _check_plain_values("training.optimizer_args", training.optimizer_args)
     if isinstance(job.distributed.num_workers, int) and job.distributed.num_workers < 1:
         problems.append(Problem("distributed.num_workers", "must be at least 1"))
@@ -216,7 +257,9 @@ def _check_model(job: Job) -> list[Problem]:
         return problems
     if not job.model.paths:
         problems.append(Problem("model.paths", "required: the weight files (or model.tiny = true)"))
-    if job.model.paths and job.model.tokenizer_path is None:
+    # Training from a cache alone needs no text encoder, whose tokenizer it is.
+    needs_tokenizer = not job.split.enabled or job.dataset.base_path is not None
+    if job.model.paths and needs_tokenizer and job.model.tokenizer_path is None:
         problems.append(Problem("model.tokenizer_path", "required with model.paths: the tokenizer's folder"))
     return problems
 
@@ -235,7 +278,7 @@ def _absolute_paths(job: Job, *, remote: bool) -> tuple[Job, list[Problem]]:
         if (
             remote
             and (relative := [path for path in _flat(value) if not _is_absolute(path)])
-            and dotted != "split.cache_path"
+            and (job.split.enabled or dotted != "split.cache_path")
         ):
             problems.append(
                 Problem(

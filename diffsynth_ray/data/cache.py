@@ -47,7 +47,7 @@ _INDEX_SCHEMA = pa.schema(
         ("shard", pa.string()),
         ("offset", pa.int64()),  # bytes from the shard's beginning
         ("num_bytes", pa.int64()),
-        ("layout", pa.string()),  # JSON: [[tensor, dtype, shape, first byte, end], ...] relative to offset
+        ("layout", pa.string()),  # as `pack_entry` gives it, relative to offset
         ("sha256", pa.string()),
         ("shard_bytes", pa.int64()),
         ("shard_sha256", pa.string()),
@@ -87,6 +87,23 @@ def entry_key(**parts: Any) -> str:
     """32 hexadecimal digits that name everything that an entry follows from; `parts` are JSON values."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def pack_entry(entry: Entry) -> tuple[str, bytes]:
+    """(layout, data): the tensors by name, side by side; the layout is JSON of [[tensor, dtype, shape, begin, end], ...]."""
+    layout, chunks, end = [], [], 0
+    for name, tensor in sorted(entry.items()):
+        begin, end = end, end + len(tensor.data)
+        layout.append([name, tensor.dtype, list(tensor.shape), begin, end])
+        chunks.append(tensor.data)
+    return json.dumps(layout), b"".join(chunks)
+
+
+def unpack_entry(layout: str, data: bytes) -> dict[str, TensorBytes]:
+    """The inverse of `pack_entry`."""
+    return {
+        name: TensorBytes(dtype, tuple(shape), data[begin:end]) for name, dtype, shape, begin, end in json.loads(layout)
+    }
 
 
 class Index:
@@ -221,14 +238,11 @@ class Cache:
                 hint="submit the job again: that entry is noted and encoded anew; "
                 f"`dsray cache verify {self.path}` looks for more damage",
             )
-        return {
-            name: TensorBytes(dtype, tuple(shape), data[begin:end])
-            for name, dtype, shape, begin, end in json.loads(location.layout)
-        }
+        return unpack_entry(location.layout, data)
 
     def damaged(self) -> set[tuple[str, str]]:
         """(key, shard) of the entries that were found damaged."""
-        found = set()
+        found: set[tuple[str, str]] = set()
         for name in self.store.files(DAMAGED):
             if name.endswith(".json"):
                 found.update((key, shard) for key, shard in json.loads(self.store.read(name))["entries"])
@@ -245,32 +259,23 @@ def _build_shard(entries: Mapping[str, Entry]) -> tuple[bytes, list[dict[str, An
     header: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     chunks: list[bytes] = []
-    end = 0
+    start = 0
     for key, entry in entries.items():
-        first, layout = end, []
-        for name, tensor in sorted(entry.items()):
-            begin, end = end, end + len(tensor.data)
-            header[f"{key}.{name}"] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-            layout.append([name, tensor.dtype, list(tensor.shape), begin - first, end - first])
-            chunks.append(tensor.data)
-        text = json.dumps(layout)
-        data = b"".join(tensor.data for _, tensor in sorted(entry.items()))
-        rows.append(
-            {
-                "key": key,
-                "offset": first,
-                "num_bytes": end - first,
-                "layout": text,
-                "sha256": entry_sha256(key, text, data),
-            }
-        )
+        layout, data = pack_entry(entry)
+        for name, dtype, shape, begin, end in json.loads(layout):
+            offsets = [start + begin, start + end]
+            header[f"{key}.{name}"] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        sha256 = entry_sha256(key, layout, data)
+        rows.append({"key": key, "offset": start, "num_bytes": len(data), "layout": layout, "sha256": sha256})
+        chunks.append(data)
+        start += len(data)
     # The format: length of the header (8 bytes), the header padded with spaces to a multiple of 8, then the tensors.
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    start = len(encoded).to_bytes(8, "little") + encoded
+    front = len(encoded).to_bytes(8, "little") + encoded
     for row in rows:
-        row["offset"] += len(start)
-    return b"".join([start, *chunks]), rows
+        row["offset"] += len(front)
+    return b"".join([front, *chunks]), rows
 
 
 def entry_sha256(key: str, layout: str, data: bytes) -> str:

@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.errors import DsrayError, ExitCode
 from diffsynth_ray.launch.board import Board
-from diffsynth_ray.launch.stages import train_stage
+from diffsynth_ray.launch.stages import encode_stage, train_stage
 from diffsynth_ray.plan import build_plan
 from diffsynth_ray.run_dir import Attempt, RunDir, write_whole
 
@@ -84,20 +84,26 @@ def build_plan_lines(resolved: ResolvedJob) -> list[str]:
 def _run_stages(resolved: ResolvedJob, attempt: Attempt, tell: Say) -> dict[str, Any]:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-    stage = train_stage.options(scheduling_strategy=here).remote(
-        resolved.model_dump_json(), attempt.token, f"attempt-{attempt.number}", board
+    resolved_json, name = resolved.model_dump_json(), f"attempt-{attempt.number}"
+    stages = []
+    if resolved.encode is not None:
+        stages.append(encode_stage.options(scheduling_strategy=here).remote(resolved_json, board))
+    # Stage two takes what stage one returns, so that Ray starts it when that is there.
+    stages.append(
+        train_stage.options(scheduling_strategy=here).remote(resolved_json, attempt.token, name, board, *stages)
     )
     while True:
-        done, _ = ray.wait([stage], timeout=_POLL_S)
+        done, _ = ray.wait(stages[-1:], timeout=_POLL_S)
         lines, failure = ray.get(board.take.remote())
         for line in lines:
             tell(line)
         if failure is not None:
             # Ray Train would restart the workers; a user's mistake, or a full device, stays what it is.
-            ray.cancel(stage, recursive=True)
+            for stage in stages:
+                ray.cancel(stage, recursive=True)
             raise failure.error
         if done:
-            return ray.get(stage)
+            return ray.get(stages[-1])
 
 
 def _record_end(

@@ -46,19 +46,10 @@ class EncodedBatch:
 
     def samples(self) -> list[EncodedBatch]:
         """The batch as batches of one, padding taken off: what a cache stores."""
-        singles = []
-        for index in range(self.latents.shape[0]):
-            conditions = {}
-            for name, tensor in self.conditions.items():
-                if name.endswith(MASK_SUFFIX):
-                    continue
-                mask = self.conditions.get(name + MASK_SUFFIX)
-                row = tensor[index : index + 1]
-                conditions[name] = row if mask is None else row[:, mask[index]]
-            singles.append(
-                EncodedBatch(self.latents[index : index + 1], conditions, self.sample_ids[index : index + 1])
-            )
-        return singles
+        return [
+            EncodedBatch(self.latents[index : index + 1], conditions, self.sample_ids[index : index + 1])
+            for index, conditions in enumerate(split_conditions(self.conditions, num_samples=self.latents.shape[0]))
+        ]
 
     @staticmethod
     def stack(batches: Sequence[EncodedBatch]) -> EncodedBatch:
@@ -98,6 +89,21 @@ def stack_conditions(conditions: Sequence[Mapping[str, Tensor]]) -> dict[str, Te
         stacked[name] = torch.cat(padded)
         stacked[name + MASK_SUFFIX] = torch.cat(padded_masks)
     return stacked
+
+
+def split_conditions(conditions: Mapping[str, Tensor], *, num_samples: int) -> list[dict[str, Tensor]]:
+    """The inverse of `stack_conditions`: one [1, n, ...] a sample, padding and masks taken off."""
+    singles = []
+    for index in range(num_samples):
+        single = {}
+        for name, tensor in conditions.items():
+            if name.endswith(MASK_SUFFIX):
+                continue
+            mask = conditions.get(name + MASK_SUFFIX)
+            row = tensor[index : index + 1]
+            single[name] = row if mask is None else row[:, mask[index]]
+        singles.append(single)
+    return singles
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,8 @@ class ModelFamily(ABC):
     """Needed for `encode_image`."""
     predict_components: ClassVar[tuple[str, ...]]
     """Needed for `predict`."""
+    encode_version: ClassVar[int] = 1
+    """Raised whenever `encode_text` or `encode_image` begin to give other numbers: older caches are then not used."""
     size_multiple: ClassVar[int]
     """Pixels; height and width must be multiples of it."""
 

@@ -49,10 +49,25 @@ class SampleBatch:
 
 
 @dataclass(frozen=True)
+class HalfEncodedBatch:
+    """Samples of which one half comes from a cache, and the other goes through an encoder that is trained."""
+
+    images: Tensor | np.ndarray
+    """Latents [b, c, (f,) h, w] from the cache, or uint8 pixels [b, f, h, w, 3] to encode."""
+    texts: dict[str, Tensor] | tuple[str, ...]
+    """Conditions from the cache, or [b] prompts to encode."""
+    rows: tuple[int, ...]
+    """Positions in the metadata."""
+
+
+AnyBatch = SampleBatch | EncodedBatch | HalfEncodedBatch
+
+
+@dataclass(frozen=True)
 class MicroInput:
     """What one worker computes in one micro step."""
 
-    batch: SampleBatch | EncodedBatch
+    batch: AnyBatch
     indices: tuple[int, ...]
     """[b] positions in the global batch: with seed and step they name each sample's noise and timestep."""
     is_dummy: bool = False
@@ -84,18 +99,29 @@ class TrainGraph(nn.Module):
         self.text_is_trained = any(name in trained for name in family.text_components)
         self.image_is_trained = any(name in trained for name in family.image_components)
 
-    def encode(self, batch: SampleBatch) -> EncodedBatch:
-        """Decoded samples -> encoded ones."""
-        pixels = torch.from_numpy(batch.pixels).to(self.family.device, non_blocking=True)
-        with torch.set_grad_enabled(self.image_is_trained):
-            latents = self.family.encode_image(pixels)
-        with torch.set_grad_enabled(self.text_is_trained):
-            conditions = self.family.encode_text(batch.prompts)
+    def encode(self, batch: AnyBatch) -> EncodedBatch:
+        """Decoded samples -> encoded ones; what is encoded already stays as it is."""
+        if isinstance(batch, EncodedBatch):
+            return batch
+        if isinstance(batch, HalfEncodedBatch):
+            latents = self._encode_image(batch.images) if isinstance(batch.images, np.ndarray) else batch.images
+            conditions = self._encode_text(batch.texts) if isinstance(batch.texts, tuple) else batch.texts
+        else:
+            latents, conditions = self._encode_image(batch.pixels), self._encode_text(batch.prompts)
         return EncodedBatch(latents=latents, conditions=conditions, sample_ids=batch.rows)
 
-    def forward(self, batch: SampleBatch | EncodedBatch, noise: Tensor, timestep_ids: Tensor) -> Tensor:
+    def _encode_image(self, pixels: np.ndarray) -> Tensor:
+        moved = torch.from_numpy(pixels).to(self.family.device, non_blocking=True)
+        with torch.set_grad_enabled(self.image_is_trained):
+            return self.family.encode_image(moved)
+
+    def _encode_text(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        with torch.set_grad_enabled(self.text_is_trained):
+            return self.family.encode_text(prompts)
+
+    def forward(self, batch: AnyBatch, noise: Tensor, timestep_ids: Tensor) -> Tensor:
         """Weighted losses [b], float32; noise is shaped like the latents, timestep_ids [b] index the table."""
-        encoded = self.encode(batch) if isinstance(batch, SampleBatch) else batch
+        encoded = self.encode(batch)
         targets = make_targets(encoded.latents, noise, timestep_ids, self.table)
         pred = self.family.predict(
             encoded,
@@ -106,16 +132,18 @@ class TrainGraph(nn.Module):
         return per_sample_loss(pred, targets.target, targets.loss_weight)
 
 
-def load_family(job: Job, *, device: torch.device) -> ModelFamily:
-    """The job's model on `device`: from its files, or at the family's tiny size with random weights."""
+def load_family(job: Job, *, device: torch.device, components: Sequence[str] | None = None) -> ModelFamily:
+    """The job's model on `device`: from its files, or at the family's tiny size with random weights.
+
+    `components` None = all; split training loads in each stage what that stage computes with.
+    """
     dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
     if job.model.tiny:
         assert job.model.family is not None  # resolve has checked it
-        return get_family(job.model.family).build_tiny(job.seed, dtype=dtype, device=device)
+        return get_family(job.model.family).build_tiny(job.seed, components=components, dtype=dtype, device=device)
     name, files = load_components(job.model.paths, family=job.model.family)
-    assert job.model.tokenizer_path is not None  # resolve has checked it
-    tokenizers = {"tokenizer_path": Path(job.model.tokenizer_path)}
-    return get_family(name).load(files, dtype=dtype, device=device, tokenizer_paths=tokenizers)
+    tokenizers = {"tokenizer_path": Path(job.model.tokenizer_path)} if job.model.tokenizer_path else None
+    return get_family(name).load(files, components=components, dtype=dtype, device=device, tokenizer_paths=tokenizers)
 
 
 def load_initial_weights(family: ModelFamily, job: Job) -> None:
@@ -209,6 +237,14 @@ def _add_job_lora(family: ModelFamily, job: Job) -> None:
     )
 
 
+def _latents_shape(family: ModelFamily, images: Tensor | np.ndarray) -> tuple[int, ...]:
+    """Of one sample, from latents or pixels."""
+    if isinstance(images, Tensor):
+        return tuple(images.shape[1:])
+    _, num_frames, height, width, _ = images.shape
+    return family.latents_shape(height, width, num_frames)
+
+
 class Trainer:
     """All state of a run on one worker."""
 
@@ -255,6 +291,8 @@ class Trainer:
         """Noise [b, c, (f,) h, w] float32 and timestep ids [b] int64 of a micro batch, on the CPU."""
         if isinstance(micro.batch, SampleBatch):
             shape = self.family.latents_shape(*micro.batch.size)
+        elif isinstance(micro.batch, HalfEncodedBatch):
+            shape = _latents_shape(self.family, micro.batch.images)
         else:
             shape = tuple(micro.batch.latents.shape[1:])
         draws = [

@@ -19,11 +19,13 @@ import torch.distributed as dist
 from ray.util.metrics import Gauge
 
 from diffsynth_ray.config.resolve import ResolvedJob
+from diffsynth_ray.data.cached import CachedBatch, CachedRows, read_batches
 from diffsynth_ray.data.samples import SampleIndex
 from diffsynth_ray.data.stream import StreamedBatch, build_stream
 from diffsynth_ray.errors import DsrayError, RunError
 from diffsynth_ray.run_dir import Progress, RunDir
 from diffsynth_ray.schedule import build_schedule
+from diffsynth_ray.train.cached_input import CachedInput
 from diffsynth_ray.train.checkpoint import find_restorable, read_checkpoint, save_checkpoint
 from diffsynth_ray.train.export import export_weights
 from diffsynth_ray.train.figures import FigureWriter
@@ -37,20 +39,35 @@ from diffsynth_ray.train.trainer import (
     select_trained,
 )
 
+AnyStreamed = StreamedBatch | CachedBatch
+"""A micro batch as it comes from Ray Data, or from the cache of split training."""
+
 _STOP, _CHECKPOINT = 1, 2
 _SPEED_WINDOW = 20
 """Steps that the shown speed is averaged over."""
 
 
-def train_loop(*, resolved_json: str, token: str, index: ray.ObjectRef, board: Any) -> dict[str, Any]:
+def train_loop(
+    *,
+    resolved_json: str,
+    token: str,
+    index: ray.ObjectRef,
+    cached: ray.ObjectRef,
+    components: tuple[str, ...] | None,
+    board: Any,
+) -> dict[str, Any]:
     """Ray Train's train function on every worker.
 
-    `token` is the attempt's right to commit, `index` holds a SampleIndex, `board` is the handle of the run's Board.
+    `token` is the attempt's right to commit, `index` holds a SampleIndex, `board` is the handle of the run's Board. Under split
+    training `cached` holds the CachedRows (else None), and `components` are what stage two loads (else None: all).
     Returns {"state", "step", "num_steps"} of the run.
     """
     rank = ray.train.get_context().get_world_rank()
     try:
-        return _Worker(ResolvedJob.model_validate_json(resolved_json), token=token, index=index, board=board).run()
+        resolved = ResolvedJob.model_validate_json(resolved_json)
+        cached_rows = ray.get(cached)
+        worker = _Worker(resolved, token=token, index=index, cached=cached_rows, components=components, board=board)
+        return worker.run()
     except DsrayError as error:
         # A user's mistake does not go away by a restart: the driver ends the run when it sees this.
         ray.get(board.fail.remote(rank, error))
@@ -72,13 +89,25 @@ def _out_of_memory(rank: int, error: torch.OutOfMemoryError) -> RunError:
 class _Worker:
     """One worker's side of a run, in the order in which things happen."""
 
-    def __init__(self, resolved: ResolvedJob, *, token: str, index: ray.ObjectRef, board: Any) -> None:
+    def __init__(
+        self,
+        resolved: ResolvedJob,
+        *,
+        token: str,
+        index: ray.ObjectRef,
+        cached: CachedRows | None,
+        components: tuple[str, ...] | None,
+        board: Any,
+    ) -> None:
         context = ray.train.get_context()
         self.resolved, self.job, self.token, self.index_ref = resolved, resolved.job, token, index
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.local_world_size = context.get_local_world_size()
         self.run_dir = RunDir(resolved.output_path)
         self.index: SampleIndex = ray.get(index)
+        self.device = ray.train.torch.get_device()
+        self.cached = CachedInput(self.index, cached, device=self.device) if cached is not None else None
+        self.components = components
         self.schedule = build_schedule(
             self.job, num_samples=self.index.order.num_samples, global_batch_size=self.resolved.global_batch_size
         )
@@ -86,23 +115,22 @@ class _Worker:
 
     def run(self) -> dict[str, Any]:
         """Train from the newest checkpoint to the end, or to a stop."""
-        device = ray.train.torch.get_device()
-        if device.type == "cpu":
+        if self.device.type == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_world_size))
         # Flags from rank 0 travel on the CPU, so that they never wait for the GPU.
         self.control = dist.new_group(backend="gloo") if self.world_size > 1 else None
         start_step = self._choose_start()
         # Ray Data's processes start while the model is loaded.
         stream = Prefetched(self._build_stream(start_step))
-        self.trainer = self._build_trainer(device)
+        self.trainer = self._build_trainer()
         self._restore(start_step)
         result = self._train(stream)
         return {"state": result, "step": self.trainer.step, "num_steps": self.schedule.num_steps}
 
-    def _build_trainer(self, device: torch.device) -> Trainer:
+    def _build_trainer(self) -> Trainer:
         started = time.monotonic()
         self.say("loading the model")
-        family = load_family(self.job, device=device)
+        family = load_family(self.job, device=self.device, components=self.components)
         select_trained(family, self.job)
         load_initial_weights(family, self.job)
         trainer = Trainer(self.job, family, self.schedule)
@@ -112,8 +140,10 @@ class _Worker:
         return trainer
 
     def _probe_input(self) -> MicroInput:
-        """Noise in the shape of the costliest micro batch: no file is read for it."""
+        """Noise in the shape of the costliest micro batch: no media file is read for it."""
         micro = self.index.largest_micro_batch()
+        if self.cached is not None:
+            return self.cached.probe(micro)
         shape = (len(micro.rows), micro.num_frames, micro.height, micro.width, 3)
         pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         prompts = tuple(self.index.prompt(row) for row in micro.rows)
@@ -127,7 +157,18 @@ class _Worker:
             step = found.step if found else 0
         return int(ray.train.collective.broadcast_from_rank_zero(step))
 
-    def _build_stream(self, start_step: int) -> Iterator[list[StreamedBatch]]:
+    def _build_stream(self, start_step: int) -> Iterator[list[AnyStreamed]]:
+        if self.cached is not None and self.cached.rows.has("image"):
+            return _steps(
+                read_batches(
+                    self.index,
+                    self.cached.rows,
+                    start_step=start_step,
+                    num_steps=self.schedule.num_steps,
+                    rank=self.rank,
+                    world_size=self.world_size,
+                )
+            )
         return _steps(
             build_stream(
                 self.index_ref,
@@ -140,6 +181,15 @@ class _Worker:
             )
         )
 
+    def _micro_input(self, batch: AnyStreamed) -> MicroInput:
+        if isinstance(batch, CachedBatch):
+            assert self.cached is not None  # it comes from there
+            return self.cached.from_cache(batch)
+        micro = batch.micro_batch
+        if self.cached is not None:
+            return self.cached.from_pixels(micro, batch.pixels)
+        return MicroInput(SampleBatch(batch.pixels, batch.prompts, micro.rows), micro.indices, micro.is_dummy)
+
     def _restore(self, step: int) -> None:
         if step == 0:
             return
@@ -149,7 +199,7 @@ class _Worker:
         self.trainer.step = step
         self.say(f"continuing after step {step} of {self.schedule.num_steps}")
 
-    def _train(self, steps: Iterator[list[StreamedBatch]]) -> str:
+    def _train(self, steps: Iterator[list[AnyStreamed]]) -> str:
         if self.trainer.step >= self.schedule.num_steps:
             return "SUCCEEDED"
         figures = FigureWriter(self.run_dir, self.job.logging, start_step=self.trainer.step) if self.rank == 0 else None
@@ -162,7 +212,7 @@ class _Worker:
                 streamed = next(steps)
                 data_wait_s = time.monotonic() - started
                 result = self.trainer.train_step(
-                    [_micro_input(batch) for batch in streamed], num_samples=streamed[0].num_samples
+                    [self._micro_input(batch) for batch in streamed], num_samples=streamed[0].num_samples
                 )
                 reporter.after_step(result, streamed, started=started, data_wait_s=data_wait_s)
                 self._export()
@@ -239,7 +289,7 @@ class _Reporter:
             gauge.set_default_tags(tags)
 
     def after_step(
-        self, result: StepResult, streamed: list[StreamedBatch], *, started: float, data_wait_s: float
+        self, result: StepResult, streamed: list[AnyStreamed], *, started: float, data_wait_s: float
     ) -> None:
         """Called after every step; reads the device only where the step is logged, exported or the last."""
         worker, step = self.worker, self.worker.trainer.step
@@ -291,16 +341,16 @@ class _Reporter:
         worker.run_dir.write_progress(progress)
 
 
-class Prefetched(Iterator[list[StreamedBatch]]):
+class Prefetched(Iterator[list[AnyStreamed]]):
     """A stream whose first step is fetched at once, in a thread; an error is raised where the step is asked for."""
 
-    def __init__(self, steps: Iterator[list[StreamedBatch]]) -> None:
+    def __init__(self, steps: Iterator[list[AnyStreamed]]) -> None:
         self._steps = steps
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="first-step")
         # None marks an empty stream: StopIteration does not pass through a future.
-        self._first: Future[list[StreamedBatch] | None] | None = self._pool.submit(next, steps, None)
+        self._first: Future[list[AnyStreamed] | None] | None = self._pool.submit(next, steps, None)
 
-    def __next__(self) -> list[StreamedBatch]:
+    def __next__(self) -> list[AnyStreamed]:
         if self._first is None:
             return next(self._steps)
         first = self._first.result()
@@ -311,19 +361,14 @@ class Prefetched(Iterator[list[StreamedBatch]]):
         return first
 
 
-def _steps(stream: Iterator[StreamedBatch]) -> Iterator[list[StreamedBatch]]:
+def _steps(stream: Iterator[AnyStreamed]) -> Iterator[list[AnyStreamed]]:
     """The micro batches of one step after the other."""
-    group: list[StreamedBatch] = []
+    group: list[AnyStreamed] = []
     for batch in stream:
         group.append(batch)
         if batch.is_last:
             yield group
             group = []
-
-
-def _micro_input(streamed: StreamedBatch) -> MicroInput:
-    micro = streamed.micro_batch
-    return MicroInput(SampleBatch(streamed.pixels, streamed.prompts, micro.rows), micro.indices, micro.is_dummy)
 
 
 def _silent(line: str) -> None:

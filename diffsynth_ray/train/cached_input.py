@@ -1,0 +1,63 @@
+"""Cached samples of stage two as what the trainer computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffsynth_ray.data.batches import MicroBatch
+from diffsynth_ray.data.cache import Entry
+from diffsynth_ray.data.cached import CachedBatch, CachedRows, CacheReader
+from diffsynth_ray.data.samples import SampleIndex
+from diffsynth_ray.models.family import EncodedBatch, stack_conditions
+from diffsynth_ray.train.split import LATENTS, bytes_tensor
+from diffsynth_ray.train.trainer import HalfEncodedBatch, MicroInput
+
+
+class CachedInput:
+    """Makes a micro step's input from what is cached, on the device, and from the pixels or prompts where a half is not."""
+
+    def __init__(self, samples: SampleIndex, rows: CachedRows, *, device: torch.device) -> None:
+        self.samples, self.rows, self.device = samples, rows, device
+        self._reader = CacheReader(rows)
+
+    def from_cache(self, batch: CachedBatch) -> MicroInput:
+        """A micro batch whose images, at least, were read from the cache."""
+        return self._micro_input(batch.micro_batch, self._latents(batch.images), batch.texts)
+
+    def from_pixels(self, micro: MicroBatch, pixels: np.ndarray) -> MicroInput:
+        """A micro batch with decoded images, uint8 [b, f, h, w, 3]; its texts are read here."""
+        return self._micro_input(micro, pixels, self._reader.entries("text", micro.rows))
+
+    def probe(self, micro: MicroBatch) -> MicroInput:
+        """The costliest micro batch; noise in place of images that are not cached."""
+        if self.rows.has("image"):
+            images = self._reader.entries("image", micro.rows)
+            return self._micro_input(micro, self._latents(images), self._reader.entries("text", micro.rows))
+        shape = (len(micro.rows), micro.num_frames, micro.height, micro.width, 3)
+        return self.from_pixels(micro, np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+
+    def _micro_input(self, micro: MicroBatch, images: Tensor | np.ndarray, texts: Sequence[Entry]) -> MicroInput:
+        conditions = self._conditions(texts) if texts else tuple(self.samples.prompt(row) for row in micro.rows)
+        batch: EncodedBatch | HalfEncodedBatch
+        if isinstance(images, Tensor) and isinstance(conditions, dict):
+            batch = EncodedBatch(images, conditions, micro.rows)
+        else:
+            batch = HalfEncodedBatch(images, conditions, micro.rows)
+        return MicroInput(batch, micro.indices, micro.is_dummy)
+
+    def _latents(self, entries: Sequence[Entry]) -> Tensor:
+        return self._move(torch.stack([bytes_tensor(entry[LATENTS]) for entry in entries]))
+
+    def _conditions(self, entries: Sequence[Entry]) -> dict[str, Tensor]:
+        # The same function as in combined mode: the same padding, the same mask.
+        singles = [{name: bytes_tensor(stored)[None] for name, stored in entry.items()} for entry in entries]
+        return {name: self._move(tensor) for name, tensor in stack_conditions(singles).items()}
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
