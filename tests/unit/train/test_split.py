@@ -1,0 +1,346 @@
+"""Split training without Ray: stage one's parts in this process, stage two's input, and the trainer that sees no difference."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffsynth_ray.config.resolve import ResolvedJob, Resources, resolve
+from diffsynth_ray.config.schema import Job
+from diffsynth_ray.data.cache import Cache
+from diffsynth_ray.data.cached import open_cached_samples, read_batches
+from diffsynth_ray.data.manifest import manifest_ids
+from diffsynth_ray.data.samples import build_sample_index
+from diffsynth_ray.errors import DataError, JobFileError, ModelError
+from diffsynth_ray.models.family import ComponentFiles
+from diffsynth_ray.models.qwen_image import QwenImage
+from diffsynth_ray.models.weights import load_components
+from diffsynth_ray.schedule import build_schedule
+from diffsynth_ray.train import caching, encode
+from diffsynth_ray.train.cached_input import CachedInput
+from diffsynth_ray.train.split import SampleEncoder, bytes_tensor, encoder_digests, split_parts, tensor_bytes, text_key
+from diffsynth_ray.train.trainer import MicroInput, SampleBatch, Trainer, load_family, select_trained
+
+torch.set_num_threads(1)
+LORA = {"lora": {"base_model": "dit", "rank": 4}}
+FULL = {"training": {"trainable_models": ["dit"]}}
+TEXT_TRAINED = LORA | {"training": {"trainable_models": ["text_encoder"]}}
+VAE_TRAINED = LORA | {"training": {"trainable_models": ["vae"]}}
+
+
+class Stage:
+    """Stage one in this process, on the functions that Ray Data runs elsewhere."""
+
+    def __init__(self, tmp_path: Path, photos: Path) -> None:
+        self.photos = tmp_path / "photos"
+        shutil.copytree(photos, self.photos)
+        self.cache_path = tmp_path / "cache"
+        self.said: list[str] = []
+
+    def job(self, **sections: Any) -> ResolvedJob:
+        raw: dict[str, Any] = {
+            "name": "job",
+            "dataset": {
+                "base_path": str(self.photos),
+                "metadata_path": str(self.photos / "metadata.csv"),
+                "max_pixels": 1024,
+                "repeat": 2,
+                "global_batch_size": 4,
+            },
+            "model": {"family": "qwen_image", "tiny": True},
+            "training": {"precision": "fp32", "learning_rate": 1e-3},
+            "split": {"enabled": True, "cache_path": str(self.cache_path)},
+        }
+        for name, values in sections.items():
+            raw[name] = raw.get(name, {}) | values if isinstance(values, dict) else values
+        return resolve(Job.model_validate(raw), Resources(cpus=4, gpus=0))
+
+    def run(self, resolved: ResolvedJob, files: dict[str, ComponentFiles] | None = None) -> str:
+        self.said.clear()
+        found = caching.cache_dataset(
+            resolved, QwenImage, files or {}, board=None, say=self.said.append, report=lambda progress: None,
+            should_stop=lambda: False,
+        )  # fmt: skip
+        assert found is not None
+        return found
+
+    @property
+    def counts(self) -> str:
+        return next(line for line in self.said if line.startswith("encoded "))
+
+
+def encode_here(resolved, texts, images, *, components, encoders, board, report, should_stop):
+    worker = encode._EncodeUnit(resolved_json=resolved.model_dump_json(), components=tuple(components), board=board)
+    outcome = encode.EncodeOutcome()
+    for unit in [*encode._text_units(texts), *encode._image_units(images)]:
+        decoded = encode._decode_unit(encode.pa.table({"unit": [encode.json.dumps(unit)]}))
+        written = encode._write_shard(worker(decoded), cache_path=resolved.job.split.cache_path, encoders=encoders)
+        outcome.num_written += sum(written["count"].to_pylist())
+        outcome.errors += [error for errors in written["errors"].to_pylist() for error in errors]
+    return outcome
+
+
+@pytest.fixture
+def stage(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    monkeypatch.setattr(caching, "encode_missing", encode_here)
+    monkeypatch.setattr(encode.os, "cpu_count", lambda: 1)  # one thread, as this process has elsewhere
+    return Stage(tmp_path, photos)
+
+
+def losses_and_weights(resolved: ResolvedJob, manifest_id: str | None, steps: int = 3):
+    """A run in this process: combined without a manifest, stage two with one."""
+    device = torch.device("cpu")
+    if manifest_id is None:
+        index, rows, components = build_sample_index(resolved, lambda line: None), None, None
+    else:
+        parts = split_parts(QwenImage, resolved.job)
+        index, rows = open_cached_samples(resolved, manifest_id, kinds=parts.kinds, say=lambda line: None)
+        components = parts.train
+    family = load_family(resolved.job, device=device, components=components)
+    assert components is None or tuple(family.components) == components
+    select_trained(family, resolved.job)
+    schedule = build_schedule(
+        resolved.job, num_samples=index.order.num_samples, global_batch_size=resolved.global_batch_size
+    )
+    trainer = Trainer(resolved.job, family, schedule)
+    bounds = {"start_step": 0, "num_steps": steps, "rank": 0, "world_size": 1}
+    inputs: dict[int, list[MicroInput]] = {}
+    cached = CachedInput(index, rows, device=device) if rows is not None else None
+    if cached is not None and cached.rows.has("image"):
+        for batch in read_batches(index, cached.rows, **bounds):
+            inputs.setdefault(batch.step, []).append(cached.from_cache(batch))
+    else:
+        for step, _, _, micro in index.micro_batches(**bounds):
+            pixels = index.decode(micro)
+            prompts = tuple(index.prompt(row) for row in micro.rows)
+            whole = MicroInput(SampleBatch(pixels, prompts, micro.rows), micro.indices)
+            inputs.setdefault(step, []).append(cached.from_pixels(micro, pixels) if cached else whole)
+    trainer.start(cached.probe(index.largest_micro_batch()) if cached else inputs[0][0])
+    losses = [trainer.train_step(inputs[step], num_samples=4).loss_sum.item() for step in range(steps - 1)]
+    return losses, {name: tensor.clone() for name, tensor in trainer.masters().items()}
+
+
+@pytest.mark.parametrize(
+    ("trained", "batch_size"),
+    [(LORA, 1), (FULL, 2), (TEXT_TRAINED, 2), (VAE_TRAINED, 1)],
+    ids=["lora", "full", "text_encoder", "vae"],
+)
+def test_split_and_combined_are_bit_identical(stage: Stage, trained: dict[str, Any], batch_size: int) -> None:
+    size = {"height": 32, "width": 32} if batch_size == 2 else {}  # one bucket: texts of different lengths are padded
+    trained = {name: dict(values) for name, values in trained.items()}
+    trained["training"] = {"precision": "fp32", "learning_rate": 1e-3} | trained.get("training", {})
+    resolved = stage.job(**trained, dataset=stage.job(**LORA).job.dataset.model_dump() | size | {"batch_size": batch_size})
+    combined = losses_and_weights(resolved, None)
+    split = losses_and_weights(resolved, stage.run(resolved))
+    assert split[0] == combined[0]
+    assert all(torch.equal(split[1][name], combined[1][name]) for name in combined[1])
+
+
+def test_what_each_stage_loads_follows_from_what_is_trained(stage: Stage) -> None:
+    def parts(**trained: Any):
+        return split_parts(QwenImage, stage.job(**trained).job)
+
+    assert (parts(**LORA).components(["text", "image"]), parts(**LORA).train) == (("text_encoder", "vae"), ("dit",))
+    text = parts(**TEXT_TRAINED)
+    assert (text.kinds, text.components(["image"]), text.train) == (("image",), ("vae",), ("dit", "text_encoder"))
+    vae = parts(**VAE_TRAINED)
+    assert (vae.kinds, vae.components(["text"]), vae.train) == (("text",), ("text_encoder",), ("dit", "vae"))
+    with pytest.raises(JobFileError, match="every encoder is trained"):
+        parts(training={"trainable_models": ["text_encoder", "vae"]})
+
+
+def test_each_text_and_image_is_encoded_once(stage: Stage) -> None:
+    lines = (stage.photos / "metadata.csv").read_text().splitlines()
+    again = [lines[1], lines[2].split(",")[0] + "," + lines[1].split(",", 1)[1]]  # a repeated row; photo 2 with caption 1
+    (stage.photos / "metadata.csv").write_text("\n".join([*lines, *again]) + "\n")
+    shutil.copy(stage.photos / lines[3].split(",")[0], stage.photos / "copy.jpg")
+    with (stage.photos / "metadata.csv").open("a") as file:
+        file.write("copy.jpg,another caption\n")
+    stage.run(stage.job(**LORA))
+    assert stage.counts == "encoded 6 texts and 5 images, reused 0 texts and 0 images"
+    assert len(Cache(str(stage.cache_path)).index()) == 11
+
+
+def test_a_changed_caption_encodes_that_text_alone(stage: Stage) -> None:
+    first = stage.run(stage.job(**LORA))
+    stage.run(stage.job(**LORA))
+    assert stage.counts == "encoded 0 texts and 0 images, reused 5 texts and 5 images"
+    assert len(manifest_ids(Cache(str(stage.cache_path)))) == 1
+    text = (stage.photos / "metadata.csv").read_text()
+    (stage.photos / "metadata.csv").write_text(text.replace("cat.jpg,", "cat.jpg,New: "))
+    assert stage.run(stage.job(**LORA)) != first
+    assert stage.counts == "encoded 1 texts and 0 images, reused 4 texts and 5 images"
+
+
+def test_other_pictures_sizes_and_seeds_encode_what_they_change(stage: Stage) -> None:
+    stage.run(stage.job(**LORA))
+    shutil.copy(stage.photos / "coffee.jpg", stage.photos / "cat.jpg")  # same name, other content
+    stage.run(stage.job(**LORA))
+    assert stage.counts == "encoded 0 texts and 0 images, reused 5 texts and 4 images"
+    dataset = stage.job(**LORA).job.dataset.model_dump()
+    stage.run(stage.job(**LORA, dataset=dataset | {"height": 32, "width": 16}))
+    assert stage.counts == "encoded 0 texts and 4 images, reused 5 texts and 0 images"
+    stage.run(stage.job(**LORA, seed=1))  # tiny weights follow from the seed
+    assert stage.counts == "encoded 5 texts and 4 images, reused 0 texts and 0 images"
+    stage.run(stage.job(**LORA, training={"precision": "bf16"}))
+    assert stage.counts == "encoded 5 texts and 4 images, reused 0 texts and 0 images"
+
+
+def test_other_weights_of_one_encoder_encode_its_half_alone(stage: Stage, tmp_path: Path, repository: Path) -> None:
+    tiny = tmp_path / "model"
+    shutil.copytree(repository / "tests/assets/qwen_image_tiny", tiny)
+    vae = tiny / "vae/diffusion_pytorch_model.safetensors"
+    entries = [
+        [str(path) for path in sorted((tiny / "transformer").glob("*.safetensors"))],
+        [str(path) for path in sorted((tiny / "text_encoder").glob("*.safetensors"))],
+        str(vae),
+    ]
+    model = {"tiny": False, "paths": entries, "tokenizer_path": str(tiny / "tokenizer")}
+    resolved = stage.job(**LORA, model=model)
+
+    def run() -> str:
+        stage.run(resolved, load_components(entries)[1])
+        return stage.counts
+
+    assert run() == "encoded 5 texts and 5 images, reused 0 texts and 0 images"
+    assert run() == "encoded 0 texts and 0 images, reused 5 texts and 5 images"
+    content = bytearray(vae.read_bytes())
+    content[-1] ^= 1  # one bit of one weight
+    vae.write_bytes(content)
+    assert run() == "encoded 0 texts and 5 images, reused 5 texts and 0 images"
+    (tiny / "tokenizer" / "added_tokens.json").open("a").write("\n")
+    assert run() == "encoded 5 texts and 0 images, reused 0 texts and 5 images"
+    dit = Path(entries[0][0])
+    content = bytearray(dit.read_bytes())
+    content[-1] ^= 1
+    dit.write_bytes(content)
+    assert run() == "encoded 0 texts and 0 images, reused 5 texts and 5 images"
+
+
+def test_training_where_the_media_are_not(stage: Stage) -> None:
+    resolved = stage.job(**LORA)
+    combined = losses_and_weights(resolved, None)
+    stage.run(resolved)
+    shutil.rmtree(stage.photos)
+    alone = stage.job(**LORA, dataset=resolved.job.dataset.model_dump() | {"base_path": None, "metadata_path": None})
+    split = losses_and_weights(alone, stage.run(alone))
+    assert split[0] == combined[0]
+    with pytest.raises(DataError, match="other encoder weights") as caught:
+        stage.run(alone.model_copy(update={"job": alone.job.model_copy(update={"seed": 1})}))
+    assert "texts and images" in caught.value.message
+    bf16 = alone.job.model_copy(update={"training": alone.job.training.model_copy(update={"precision": "bf16"})})
+    with pytest.raises(DataError, match="in fp32, the job trains qwen_image in bf16"):
+        stage.run(alone.model_copy(update={"job": bf16}))
+    for shard in (stage.cache_path / "shards").iterdir():
+        shard.unlink()
+    with pytest.raises(DataError, match="10 of 10 entries .* are missing"):
+        stage.run(alone)
+
+
+def test_damage_is_told_with_row_and_cure_and_encoded_anew(stage: Stage) -> None:
+    resolved = stage.job(**LORA)
+    manifest_id = stage.run(resolved)
+    combined = losses_and_weights(resolved, manifest_id)
+    for shard in (stage.cache_path / "shards").iterdir():
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"row \d: .*shards/\w+\.safetensors: the shard is damaged") as caught:
+        losses_and_weights(resolved, manifest_id)
+    assert "submit the job again" in str(caught.value.hint)
+    while True:  # a run finds one at a time, `dsray cache verify` all
+        stage.run(resolved)
+        assert not stage.counts.startswith("encoded 0 texts and 0 images")
+        try:
+            again = losses_and_weights(resolved, manifest_id)
+            break
+        except DataError:
+            continue
+    assert again[0] == combined[0]
+
+
+def test_files_that_cannot_be_read_are_all_told_and_the_others_are_kept(stage: Stage) -> None:
+    for name in ("cat.jpg", "rocket.jpg"):
+        content = (stage.photos / name).read_bytes()
+        (stage.photos / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match="2 files cannot be encoded") as caught:
+        stage.run(stage.job(**LORA))
+    assert "cat.jpg" in caught.value.message
+    assert "rocket.jpg" in caught.value.message
+    assert len(Cache(str(stage.cache_path)).index()) == 8
+    assert manifest_ids(Cache(str(stage.cache_path))) == []
+
+
+def test_a_file_that_changes_under_stage_one_is_not_encoded_under_its_old_name(stage: Stage, monkeypatch) -> None:
+    decode = encode.decode
+
+    def decode_and_change(path, **size):
+        frames = decode(path, **size)
+        if path.endswith("cat.jpg"):
+            shutil.copy(stage.photos / "coffee.jpg", path)
+        return frames
+
+    monkeypatch.setattr(encode, "decode", decode_and_change)
+    with pytest.raises(DataError, match=r"cat\.jpg: the file changed while"):
+        stage.run(stage.job(**LORA))
+
+
+def test_missing_encoders_are_told_before_anything_starts(stage: Stage, repository: Path) -> None:
+    tiny = repository / "tests/assets/qwen_image_tiny"
+    vae = str(tiny / "vae/diffusion_pytorch_model.safetensors")
+    resolved = stage.job(**LORA, model={"tiny": False, "paths": [vae], "tokenizer_path": str(tiny / "tokenizer")})
+    with pytest.raises(DataError, match="stage encode needs text_encoder, and model.paths has none"):
+        stage.run(resolved, load_components([vae])[1])
+
+
+def test_keys_tell_apart_what_encodes(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Cache(str(stage.cache_path)).store
+
+    def digests(resolved: ResolvedJob):
+        parts = split_parts(QwenImage, resolved.job)
+        return encoder_digests(QwenImage, resolved.job, {}, parts=parts, store=store, say=lambda line: None)
+
+    first = digests(stage.job(**LORA))
+    assert first == digests(stage.job(**FULL | {"training": {"precision": "fp32", "trainable_models": ["dit"]}}))
+    assert set(digests(stage.job(**TEXT_TRAINED))) == {"image"}
+    monkeypatch.setattr(QwenImage, "encode_version", 2)
+    second = digests(stage.job(**LORA))
+    assert all(first[kind] != second[kind] for kind in ("text", "image"))
+    assert text_key("a", "x") != text_key("b", "x") != text_key("b", "y")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64, torch.bool])
+def test_tensors_keep_their_bits(dtype: torch.dtype) -> None:
+    tensor = (torch.randn(3, 5) * 100).to(dtype)
+    if dtype.is_floating_point:
+        tensor[0, 0], tensor[0, 1] = float("nan"), float("-inf")
+    back = bytes_tensor(tensor_bytes(tensor.T))
+    assert back.dtype == dtype
+    assert tensor_bytes(back) == tensor_bytes(tensor.T)
+
+
+def test_a_batch_too_large_for_the_device_is_halved() -> None:
+    class Small(QwenImage):
+        def encode_image(self, pixels):
+            if len(pixels) > self.limit:
+                raise torch.OutOfMemoryError("full")
+            return super().encode_image(pixels)
+
+    family = QwenImage.build_tiny(0, components=["vae"])
+    family.__class__ = Small
+    pixels = torch.randint(0, 256, (5, 1, 32, 32, 3), dtype=torch.uint8).numpy()
+    family.limit = 8
+    whole = SampleEncoder(family).encode_images(pixels)
+    family.limit = 2
+    assert SampleEncoder(family).encode_images(pixels) == whole
+    family.limit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        SampleEncoder(family).encode_images(pixels)
+
+
+def test_a_component_that_is_not_loaded_is_not_computed_with() -> None:
+    family = QwenImage.build_tiny(0, components=["dit"])
+    with pytest.raises(ModelError, match="'vae' is needed but not loaded"):
+        SampleEncoder(family).encode_images(torch.zeros(1, 1, 32, 32, 3, dtype=torch.uint8).numpy())
