@@ -31,8 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch": {"plan", "train", "data", "models", "memory", "run_dir", "schedule", "config", "errors"},
     "cli": {"launch", "plan", "train", "data", "models", "memory", "run_dir", "schedule", "config", "errors"},
 }
-# plan promises to need no torch; of data it reads the metadata only.
-PLAN_READS = {"diffsynth_ray.data.metadata"}
+# plan promises to need no torch; of data it reads the metadata, or the manifest of a cache, only.
+PLAN_READS = {"diffsynth_ray.data.metadata", "diffsynth_ray.data.cache", "diffsynth_ray.data.manifest"}
 
 LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     "ray": ("launch.", "data.stream", "train.worker", "train.encode"),

@@ -235,7 +235,7 @@ def test_training_where_the_media_are_not(stage: Stage) -> None:
         stage.run(alone.model_copy(update={"job": bf16}))
     for shard in (stage.cache_path / "shards").iterdir():
         shard.unlink()
-    with pytest.raises(DataError, match="10 of 10 entries .* are missing"):
+    with pytest.raises(DataError, match=r"10 of 10 entries .* are missing"):
         stage.run(alone)
 
 
@@ -291,7 +291,7 @@ def test_missing_encoders_are_told_before_anything_starts(stage: Stage, reposito
     tiny = repository / "tests/assets/qwen_image_tiny"
     vae = str(tiny / "vae/diffusion_pytorch_model.safetensors")
     resolved = stage.job(**LORA, model={"tiny": False, "paths": [vae], "tokenizer_path": str(tiny / "tokenizer")})
-    with pytest.raises(DataError, match="stage encode needs text_encoder, and model.paths has none"):
+    with pytest.raises(DataError, match=r"stage encode needs text_encoder, and model\.paths has none"):
         stage.run(resolved, load_components([vae])[1])
 
 
