@@ -12,7 +12,7 @@ import typer
 
 from diffsynth_ray import __version__
 from diffsynth_ray.cli import control, foreground, inspect, render, submit
-from diffsynth_ray.cli.cache import cache_app
+from diffsynth_ray.cli.cache import cache_app, import_cache
 from diffsynth_ray.errors import DsrayError, ExitCode
 
 app = typer.Typer(
@@ -50,6 +50,7 @@ app.command("logs")(inspect.logs)
 app.command("stop")(control.stop)
 app.command("list")(inspect.list_runs)
 app.add_typer(cache_app, name="cache")
+app.command("import-cache")(import_cache)
 
 
 def main(arguments: list[str] | None = None) -> int:

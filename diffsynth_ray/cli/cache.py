@@ -113,6 +113,33 @@ def gc(
     return ExitCode.DONE
 
 
+def import_cache(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --output_path of its sft:data_process.")],
+    output: Annotated[str, typer.Option("-o", "--output", metavar="CACHE", help="Cache to write to (split.cache_path).")],
+    trust_pickles: Annotated[
+        bool, typer.Option("--trust-pickles", help="Also unpickle PIL images. No other code of a file is ever run.")
+    ] = False,
+    family: Annotated[str, typer.Option("--family", help="Model family that the files were made for.")] = "qwen_image",
+    as_json: Json = False,
+) -> int:
+    """Import a split cache of DiffSynth-Studio ({rank}/{i}.pth).
+
+    A job with split.enabled and without [dataset] trains from it. Files that cannot be taken are told with the reason.
+    """
+    from diffsynth_ray.data.cache import Cache
+    from diffsynth_ray.train.foreign_cache import import_cache as take
+
+    done = take(folder, Cache(output), family=family, trust_pickles=trust_pickles, say=render.say)
+    for reason in done.refused:
+        render.say(f"not taken: {reason}")
+    if as_json:
+        render.result_json(asdict(done))
+    else:
+        render.result(f"{done.manifest_id}: {done.num_rows} rows imported into {output}, {len(done.refused)} not taken")
+        render.say("train from it: [split] enabled = true, this cache_path, and no [dataset] base_path")
+    return ExitCode.DONE
+
+
 def _open(cache_path: str) -> Cache:
     from diffsynth_ray.data.cache import Cache
 
