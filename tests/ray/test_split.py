@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -119,13 +120,9 @@ def kill_with_ray(process):
     """SIGKILL a `dsray run` and the Ray that it started, as a machine that goes down would."""
     family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
     for pid in family:
-        with_suppressed_kill(pid)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
-
-
-def with_suppressed_kill(pid):
-    if psutil.pid_exists(pid):
-        os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +161,14 @@ def many(tmp_path_factory):
         lines.append(f"{number}.png,picture number {number}")
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
     return folder
+
+
+@pytest.fixture(scope="module")
+def many_combined(many, module_folder, local_ray):
+    """The job on them in combined mode, undisturbed."""
+    run = Run(module_folder, many, "many")
+    assert run.start(split=False) == ExitCode.DONE, run.said
+    return run
 
 
 def test_two_stages_are_one_run(split):
@@ -210,9 +215,7 @@ def test_two_training_workers_and_two_encoders(split, tmp_path, photos):
 
 
 @pytest.mark.slow
-def test_killed_in_stage_one_and_between_the_stages(tmp_path, many):
-    undisturbed = Run(tmp_path, many, "combined")
-    assert undisturbed.start(split=False) == ExitCode.DONE, undisturbed.said
+def test_killed_in_stage_one_and_between_the_stages(tmp_path, many, many_combined):
     run = Run(tmp_path, many)
     process = run.start_apart()
     run.wait_for("encode ")
@@ -230,11 +233,11 @@ def test_killed_in_stage_one_and_between_the_stages(tmp_path, many):
     run.said.clear()
     assert run.start() == ExitCode.DONE, run.said
     assert run.counts() == ["encoded 0 texts and 0 images, reused 100 texts and 100 images"]
-    assert_same(run, undisturbed)
+    assert_same(run, many_combined)
 
 
 @pytest.mark.slow
-def test_a_killed_encoder_is_replaced(tmp_path, many):
+def test_a_killed_encoder_is_replaced(tmp_path, many, many_combined):
     run = Run(tmp_path, many)
     killed = []
 
@@ -250,9 +253,7 @@ def test_a_killed_encoder_is_replaced(tmp_path, many):
     thread.join()
     assert killed, run.said
     assert run.counts() == ["encoded 100 texts and 100 images, reused 0 texts and 0 images"]
-    undisturbed = Run(tmp_path, many, "combined")
-    assert undisturbed.start(split=False) == ExitCode.DONE, undisturbed.said
-    assert_same(run, undisturbed)
+    assert_same(run, many_combined)
 
 
 @pytest.mark.slow
