@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -53,6 +54,7 @@ save_steps = 3
 [logging]
 tensorboard = false
 """
+ENCODING = "encode [0-9]+/200 samples"
 FULL = ("lora.base_model=", 'training.trainable_models=["dit"]')
 
 
@@ -84,9 +86,10 @@ class Run:
         threading.Thread(target=lambda: self.said.extend(process.stderr), daemon=True).start()
         return process
 
-    def wait_for(self, text, seconds=200):
+    def wait_for(self, pattern, seconds=200):
+        """Wait for a line that begins like this."""
         end = time.monotonic() + seconds
-        while not any(text in line for line in list(self.said)):
+        while not any(re.match(pattern, line) for line in list(self.said)):
             assert time.monotonic() < end, self.said
             time.sleep(0.02)
 
@@ -218,13 +221,13 @@ def test_two_training_workers_and_two_encoders(split, tmp_path, photos):
 def test_killed_in_stage_one_and_between_the_stages(tmp_path, many, many_combined):
     run = Run(tmp_path, many)
     process = run.start_apart()
-    run.wait_for("encode ")
+    run.wait_for(ENCODING)
     kill_with_ray(process)
     written = len(run.cache.index())
     assert 0 < written < 200, run.said
     run.said.clear()
     process = run.start_apart()
-    run.wait_for("encoded ")
+    run.wait_for("encoded [0-9]")
     kill_with_ray(process)
     (first,) = run.counts()
     numbers = [int(word) for word in first.replace(",", "").split() if word.isdigit()]
@@ -242,7 +245,7 @@ def test_a_killed_encoder_is_replaced(tmp_path, many, many_combined):
     killed = []
 
     def kill():
-        run.wait_for("encode ")
+        run.wait_for(ENCODING)
         for encoder in processes("_EncodeUnit"):
             encoder.kill()
             killed.append(encoder.pid)
@@ -261,7 +264,7 @@ def test_stopped_in_stage_one_and_continued(tmp_path, many):
     run = Run(tmp_path, many)
 
     def stop():
-        run.wait_for("encode ")
+        run.wait_for(ENCODING)
         run.dir.request_stop(reason="the test asks for it")
 
     thread = threading.Thread(target=stop)
