@@ -10,8 +10,8 @@ An *entry* is one encoded text or image: named tensors under a key, the hash of 
     damaged/{id}.json          entries that were found damaged: they are looked for elsewhere, or encoded anew
 
 Every name is new, so that any number of writers may share a cache; readers merge the indices. An entry is read alone, by
-its offset, and checked against its SHA-256 at every read: hashing costs about a thousandth of the step that trains on it
-(tests/bench/results/split.json).
+its offset, and checked against its SHA-256 at every read: that takes 2 ms for a picture and its text (2.4 MB), in a thread
+beside steps of hundreds of ms (tests/bench/split.py measures both).
 """
 
 from __future__ import annotations

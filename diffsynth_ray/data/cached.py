@@ -1,7 +1,7 @@
 """Stage two's way to its samples: from the cache, by random access, in the order of every other run.
 
 Threads read ahead of the training; a sample is one read of one or two MB and its check, some milliseconds, against hundreds
-that the step takes (tests/bench/results/split.json). So neither Ray Data nor the object store stands between.
+that the step takes (tests/bench/split.py measures both). So neither Ray Data nor the object store stands between.
 """
 
 from __future__ import annotations
