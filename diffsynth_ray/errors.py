@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -101,3 +102,13 @@ class RunStopped(DsrayError):
     """The run was stopped on request; its checkpoint is on disk."""
 
     exit_code = ExitCode.STOPPED
+
+
+_LOST_CONNECTION = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|timed out waiting|socket timeout|gloo|nccl", re.IGNORECASE
+)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error of a collective operation says no more than that another worker is gone."""
+    return isinstance(error, RuntimeError) and bool(_LOST_CONNECTION.search(str(error)))

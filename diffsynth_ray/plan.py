@@ -22,6 +22,7 @@ class Plan:
     run: str
     stages: list[str]
     num_workers: int
+    min_workers: int
     device: str
     resources_per_worker: dict[str, float]
     decode_tasks: int
@@ -61,11 +62,12 @@ class Plan:
         epochs = self.num_steps / self.steps_per_epoch
         shown = ", ".join(self.files[:_SHOWN_FILES])
         more = f" ... {self.files[-1]}" if len(self.files) > _SHOWN_FILES else ""
+        count = f"{self.min_workers} to {self.num_workers}" if self.min_workers < self.num_workers else str(self.num_workers)
         return [
             f"run       {self.run}",
             f"stages    {' -> '.join(self.stages)} on {self.device}, training {', '.join(self.trained)}",
             *self._encode_lines(),
-            f"workers   {self.num_workers} x ({resources}), {self.decode_tasks} decoding task(s) of "
+            f"workers   {count} x ({resources}), {self.decode_tasks} decoding task(s) of "
             f"{self.decode_cpus:g} CPU each",
             f"samples   {self.num_rows} rows x repeat {self.repeat} = {self.num_samples} an epoch",
             f"batch     {batch} samples a step",
@@ -108,6 +110,7 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
         run=resolved.run,
         stages=list(resolved.stages),
         num_workers=resolved.num_workers,
+        min_workers=resolved.min_workers,
         device=resolved.device,
         resources_per_worker=resolved.resources_per_worker,
         decode_tasks=resolved.decode_tasks,
@@ -152,12 +155,14 @@ def _check_model_files(resolved: ResolvedJob) -> None:
     named = [("model.paths", path) for entry in model.paths for path in ([entry] if isinstance(entry, str) else entry)]
     named += [
         (key, path)
-        for key, path in (
+        for key, value in (
             ("model.tokenizer_path", model.tokenizer_path),
             ("training.resume_from_checkpoint", resolved.job.training.resume_from_checkpoint),
             ("lora.checkpoint", resolved.job.lora.checkpoint),
+            ("lora.preset_path", resolved.job.lora.preset_path),
         )
-        if path is not None
+        if value is not None
+        for path in ([value] if isinstance(value, str) else value)
     ]
     missing = [Problem(key, f"{path} does not exist") for key, path in named if not Path(path).exists()]
     if missing:

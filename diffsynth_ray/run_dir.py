@@ -106,14 +106,17 @@ class RunDir:
         self.path = path
         self.job_path = path / "job.json"
         self.attempt_path = path / "attempt.json"
+        self.writer_path = path / "writer.json"
         self.attempts_path = path / "attempts.jsonl"
         self.error_path = path / "error.json"
         self.progress_path = path / "progress.json"
         self.encode_path = path / "encode.json"
         self.stop_path = path / "stop.json"
+        self.checkpoint_request_path = path / "checkpoint.json"
         self.loss_path = path / "loss.csv"
         self.tensorboard_dir = path / "tensorboard"
         self.checkpoints_dir = path / "checkpoints"
+        self.checkpoint_location_path = path / "checkpoint_location.json"
         self.ray_dir = path / ".ray"
 
     def owner(self) -> ResolvedJob | None:
@@ -139,9 +142,7 @@ class RunDir:
         differing = [key for key in keys if owner.given.get(key) != resolved.given.get(key)]
         lines = [f"  {key}: {owner.given.get(key)!r} there, {resolved.given.get(key)!r} here" for key in differing]
         raise OutputError(
-            "\n".join(
-                [f"{self.path} belongs to the run {owner.run}, this job is {resolved.run}; they differ in", *lines]
-            ),
+            "\n".join([f"{self.path} belongs to the run {owner.run}, this job is {resolved.run}; they differ in", *lines]),
             hint="use another output.path, or --new to move the old content to "
             f"{self.path / 'previous' / owner.run} and start afresh",
         )
@@ -184,11 +185,13 @@ class RunDir:
         """Claim the directory for a new attempt; the one before loses its right to commit."""
         self.check_writable()
         self.check_owner(resolved)
+        self.checkpoint_location(resolved)
         number = max((entry["attempt"] for entry in self.attempts()), default=0) + 1
         attempt = Attempt(number=number, token=secrets.token_hex(8), submission_id=submission_id)
         write_whole(self.job_path, resolved.model_dump_json(indent=2))
         write_whole(self.attempt_path, json.dumps(asdict(attempt)))
         self.stop_path.unlink(missing_ok=True)
+        self.checkpoint_request_path.unlink(missing_ok=True)
         self.error_path.unlink(missing_ok=True)
         self.encode_path.unlink(missing_ok=True)
         self.note_attempt(attempt, "started", num_workers=resolved.num_workers, device=resolved.device)
@@ -200,6 +203,41 @@ class RunDir:
             return json.loads(self.attempt_path.read_text())["token"] == token
         except (FileNotFoundError, NotADirectoryError):
             return False
+
+    def checkpoint_location(self, resolved: ResolvedJob) -> str:
+        """Folder or URL of the run's checkpoints. Under output.checkpoint_path each run has a folder of its own, which goes out
+        of use together with this directory's content (--new)."""
+        base = resolved.job.output.checkpoint_path
+        try:
+            known = json.loads(self.checkpoint_location_path.read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            known = {"base": None, "location": str(self.checkpoints_dir)}
+            if base is not None and not self.checkpoints_dir.exists():
+                known = {"base": base, "location": f"{base.rstrip('/')}/{resolved.run}-{secrets.token_hex(4)}"}
+                write_whole(self.checkpoint_location_path, json.dumps(known))
+        if known["base"] != base:
+            cure = f"set it to {known['base']!r}" if known["base"] else "remove the key"
+            raise OutputError(
+                f"output.checkpoint_path: got {base!r}, but the checkpoints of this run are at {known['location']}",
+                hint=f"{cure}, or --new to start afresh",
+            )
+        return str(known["location"])
+
+    def claim_writer(self, token: str) -> str | None:
+        """A fresh name for the group of workers that writes from now on; None where the attempt has no right to commit."""
+        if not self.holds_token(token):
+            return None
+        writer = secrets.token_hex(4)
+        write_whole(self.writer_path, json.dumps({"token": token, "writer": writer}))
+        return writer
+
+    def may_commit(self, token: str, writer: str) -> bool:
+        """Whether neither a newer attempt nor a restarted group of workers has taken over."""
+        try:
+            newest = json.loads(self.writer_path.read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return self.holds_token(token) and newest == {"token": token, "writer": writer}
 
     def note_attempt(self, attempt: Attempt, event: str, **details: Any) -> None:
         """Append one line to attempts.jsonl."""
@@ -220,6 +258,18 @@ class RunDir:
             return str(json.loads(self.stop_path.read_text())["reason"])
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    def request_checkpoint(self) -> None:
+        """Ask the running attempt for a checkpoint; rank 0 reads it after each step."""
+        write_whole(self.checkpoint_request_path, json.dumps({"time": time.time()}))
+
+    def is_checkpoint_requested(self) -> bool:
+        """Whether a checkpoint was asked for and is not yet committed."""
+        return self.checkpoint_request_path.exists()
+
+    def checkpoint_is_done(self) -> None:
+        """Take the request for a checkpoint back: it is committed."""
+        self.checkpoint_request_path.unlink(missing_ok=True)
 
     def write_progress(self, progress: Progress) -> None:
         """Keep the newest progress for `dsray status`."""

@@ -156,10 +156,6 @@ def _check_not_built(job: Job) -> list[Problem]:
             feature = values.get(value) if isinstance(value, (str, int, bool)) else None
         if feature:
             problems.append(Problem(dotted, f"got {_short(value)}; {feature}: not in this version; remove the key"))
-    if isinstance(job.distributed.num_workers, list):
-        problems.append(
-            Problem("distributed.num_workers", "[min, max] (elastic) is not in this version; give a number")
-        )
     return problems
 
 

@@ -57,6 +57,9 @@ class ResolvedJob(BaseModel):
     """The keys that change what a step computes, as the user gave them."""
     stages: list[Literal["encode", "train"]]
     num_workers: int
+    """Training workers; the most of an elastic run."""
+    min_workers: int
+    """The fewest that an elastic run goes on with; else the same number."""
     device: Literal["cuda", "cpu"]
     resources_per_worker: dict[str, float]
     decode_cpus: float
@@ -69,6 +72,11 @@ class ResolvedJob(BaseModel):
     """Samples of an optimizer step."""
     encode: EncodeResources | None = None
     """Of stage one; None without split training."""
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers follows the cluster."""
+        return self.min_workers < self.num_workers
 
     @property
     def output_path(self) -> Path:
@@ -92,12 +100,14 @@ def resolve(job: Job, resources: Resources, *, source: str = "job", remote: bool
     `remote`: the files are on a cluster, so that relative paths mean nothing there and are errors.
     """
     problems = _check_rules(job)
-    num_workers, device = _workers(job, resources)
+    min_workers, num_workers, device = _workers(job, resources)
     per_worker = job.distributed.resources_per_worker or (
         {"GPU": 1.0, "CPU": 1.0} if device == "cuda" else {"CPU": 0.5}
     )
-    decode_cpus, decode_tasks, starved = _data_cpus(job, resources, num_workers=num_workers, per_worker=per_worker)
-    encode, encode_problems = _encode_resources(job, resources, num_workers=num_workers, device=device)
+    # An elastic run starts with what fits now, and needs room for its fewest workers only.
+    now = max(min_workers, min(num_workers, _most_workers(resources, per_worker)))
+    decode_cpus, decode_tasks, starved = _data_cpus(job, resources, num_workers=now, per_worker=per_worker)
+    encode, encode_problems = _encode_resources(job, resources, num_workers=now, device=device)
     global_batch = job.dataset.global_batch_size or (
         job.dataset.batch_size * num_workers * job.gradient.accumulation_steps
     )
@@ -113,6 +123,7 @@ def resolve(job: Job, resources: Resources, *, source: str = "job", remote: bool
         given=given,
         stages=["encode", "train"] if encode else ["train"],
         num_workers=num_workers,
+        min_workers=min_workers,
         device=device,
         resources_per_worker=per_worker,
         decode_cpus=decode_cpus,
@@ -130,15 +141,22 @@ def identity(job: Job, global_batch_size: int) -> dict[str, Any]:
     return given
 
 
-def _workers(job: Job, resources: Resources) -> tuple[int, Literal["cuda", "cpu"]]:
+def _workers(job: Job, resources: Resources) -> tuple[int, int, Literal["cuda", "cpu"]]:
+    """Fewest and most workers, and what they compute on."""
     asked = job.distributed.num_workers
     gpus = (job.distributed.resources_per_worker or {"GPU": 1.0}).get("GPU", 0.0)
     device: Literal["cuda", "cpu"] = "cuda" if resources.gpus >= 1 and gpus > 0 else "cpu"
-    if isinstance(asked, int):
-        return max(asked, 1), device
     if isinstance(asked, list):
-        return max(asked), device
-    return (max(1, int(resources.gpus / gpus)) if device == "cuda" else 1), device
+        return max(min(asked), 1), max(*asked, 1), device
+    most = asked if asked is not None else (int(resources.gpus / gpus) if device == "cuda" else 1)
+    return max(most, 1), max(most, 1), device
+
+
+def _most_workers(resources: Resources, per_worker: dict[str, float]) -> int:
+    """How many workers fit beside their reading and decoding."""
+    cpus = per_worker.get("CPU", 0.0) + READ_CPUS + MIN_DECODE_CPUS
+    gpus = per_worker.get("GPU", 0.0)
+    return min(int(resources.cpus / cpus), int(resources.gpus / gpus) if gpus else 1 << 30)
 
 
 def _encode_resources(
@@ -179,9 +197,12 @@ def _data_cpus(
             )
         )
     worker_cpus = per_worker.get("CPU", 0.0)
-    share = round((resources.cpus - num_workers * worker_cpus) / num_workers, 4)
-    if share < READ_CPUS + MIN_DECODE_CPUS:
-        most = int(resources.cpus / (worker_cpus + READ_CPUS + MIN_DECODE_CPUS))
+    found = data_share(
+        resources.cpus, num_workers=num_workers, worker_cpus=worker_cpus, most_tasks=job.dataset.num_workers
+    )
+    if found is None:
+        share = resources.cpus / num_workers - worker_cpus
+        most = _most_workers(resources, {"CPU": worker_cpus})
         cure = f"at most {most} workers of that size fit" if most else "use a larger machine"
         problems.append(
             Problem(
@@ -192,10 +213,20 @@ def _data_cpus(
             )
         )
         return MIN_DECODE_CPUS, 1, problems
-    free = round(share - READ_CPUS, 4)
+    return *found, problems
+
+
+def data_share(cpus: float, *, num_workers: int, worker_cpus: float, most_tasks: int) -> tuple[float, int] | None:
+    """CPUs and number of the decoding tasks of a worker, from what the workers leave free; None where that is too little.
+
+    `most_tasks`: dataset.num_workers, 0 = no bound.
+    """
+    free = round((cpus - num_workers * worker_cpus) / num_workers - READ_CPUS, 4)
+    if free < MIN_DECODE_CPUS:
+        return None
     decode_cpus = min(1.0, free)
     tasks = max(1, int(free / decode_cpus))
-    return decode_cpus, min(tasks, job.dataset.num_workers or tasks), problems
+    return decode_cpus, min(tasks, most_tasks or tasks)
 
 
 def _check_rules(job: Job) -> list[Problem]:
@@ -204,6 +235,9 @@ def _check_rules(job: Job) -> list[Problem]:
     dataset, training = job.dataset, job.training
     if dataset.base_path is None and (not job.split.enabled or dataset.metadata_path is not None):
         problems.append(Problem("dataset.base_path", "required: the folder of the media files"))
+    if "://" in job.output.path:
+        message = f"got {job.output.path!r}; a folder that all nodes see; only checkpoints can be at a URL (checkpoint_path)"
+        problems.append(Problem("output.path", message))
     if (dataset.height is None) != (dataset.width is None):
         problems.append(Problem("dataset.height", "height and width go together; give both or none"))
     if training.min_timestep_boundary >= training.max_timestep_boundary:
@@ -224,6 +258,7 @@ def _check_rules(job: Job) -> list[Problem]:
         )
     if job.lora.base_model is None and job.lora.checkpoint is not None:
         problems.append(Problem("lora.checkpoint", "needs lora.base_model"))
+    problems += _check_presets(job)
     if len(set(training.trainable_models)) != len(training.trainable_models):
         problems.append(Problem("training.trainable_models", "a component is named twice"))
     if training.precision == "fp32" and not training.master_weights:
@@ -232,10 +267,44 @@ def _check_rules(job: Job) -> list[Problem]:
         for name, amount in (getattr(job, section).resources_per_worker or {}).items():
             if amount < 0:
                 problems.append(Problem(f"{section}.resources_per_worker", f"{name} = {amount:g}; amounts are 0 or more"))
+    problems += _check_offload(job)
     problems += _check_plain_values("training.optimizer_args", training.optimizer_args)
-    if isinstance(job.distributed.num_workers, int) and job.distributed.num_workers < 1:
+    asked = job.distributed.num_workers
+    if isinstance(asked, int) and asked < 1:
         problems.append(Problem("distributed.num_workers", "must be at least 1"))
+    if isinstance(asked, list) and not 1 <= asked[0] <= asked[1]:
+        message = f"got {asked}; [min, max] of an elastic run, with 1 <= min <= max, as in [1, 4]"
+        problems.append(Problem("distributed.num_workers", message))
     return problems + _check_model(job)
+
+
+def _check_offload(job: Job) -> list[Problem]:
+    """What of the memory keys cannot be combined."""
+    problems = []
+    offload = job.offload
+    if not offload.cpu_offload:
+        problems += [
+            Problem(f"offload.{name}", "needs offload.cpu_offload = true")
+            for name in ("param_size_threshold", "vram_budget_gib")
+            if getattr(offload, name) is not None
+        ]
+    elif job.gradient.checkpointing is False:
+        message = "false keeps every block's weights on the device until its backward, which offload.cpu_offload is to avoid"
+        problems.append(Problem("gradient.checkpointing", f"{message}"))
+    if job.gradient.checkpointing_offload and job.gradient.checkpointing is False:
+        problems.append(Problem("gradient.checkpointing_offload", "needs gradient.checkpointing = true"))
+    return problems
+
+
+def _check_presets(job: Job) -> list[Problem]:
+    paths, models = job.lora.preset_path, job.lora.preset_model
+    if models is not None and not paths:
+        return [Problem("lora.preset_model", "needs lora.preset_path: the LoRA to merge")]
+    num_paths = len(paths) if isinstance(paths, list) else 1
+    if isinstance(models, list) and len(models) not in (1, num_paths):
+        message = f"names {len(models)} components for {num_paths} files of lora.preset_path; give one, or one for each"
+        return [Problem("lora.preset_model", message)]
+    return []
 
 
 def _check_plain_values(key: str, values: dict[str, Any]) -> list[Problem]:

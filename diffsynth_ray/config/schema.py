@@ -84,7 +84,7 @@ class ModelSection(Section):
     """Folder of the image processor of edit families."""
     extra_inputs: list[str] = _key([], identity=True, not_built="families with extra inputs")
     """Further columns that the model is conditioned on ("edit_image", "input_image", ...)."""
-    fp8_models: list[str] = _key([], identity=True, not_built="FP8 storage")
+    fp8_models: list[str] = _key([], identity=True)
     """Frozen components kept in scaled FP8."""
     source: Literal["modelscope", "huggingface"] | None = _key(not_built="downloads from ModelScope and Hugging Face")
     """Where ids are downloaded from; default DIFFSYNTH_DOWNLOAD_SOURCE, else ModelScope."""
@@ -131,13 +131,13 @@ class TrainingSection(Section):
     """Under bf16, keep float32 copies of the trained weights, so that small updates are not rounded away."""
     ema_decay: float | None = _key(identity=True, gt=0, lt=1, not_built="EMA weights")
     """Decay of the moving average of the weights."""
-    resume_from_checkpoint: str | None = _key(identity=True, path=True)
-    """Weights (.safetensors) that the trained components start from: an initialisation, not a resume."""
+    resume_from_checkpoint: str | list[str] | None = _key(identity=True, path=True)
+    """Exported weights, one file or several, that the components trained in full start from: no resume."""
     min_timestep_boundary: float = _key(0.0, identity=True, ge=0, le=1)
     """First trained timestep, as a fraction of the timestep ids (0 = most noise)."""
     max_timestep_boundary: float = _key(1.0, identity=True, ge=0, le=1)
     """Last trained timestep, as a fraction of the timestep ids (1 = least noise)."""
-    compile: bool | Literal["auto"] = _key("auto", not_built="compiled blocks")
+    compile: bool | Literal["auto"] = _key("auto")
     """Compile the repeated blocks."""
 
 
@@ -152,6 +152,8 @@ class OutputSection(Section):
     """Export weights every so many optimizer steps and at the end; unset = after every epoch."""
     formats: list[Literal["diffsynth", "diffusers", "comfyui", "kohya"]] = _key(["diffsynth"])
     """Key names of the exports; formats other than diffsynth go to {path}/{format}/."""
+    checkpoint_path: str | None = _key(path=True)
+    """Folder or URL (s3://, gs://, hdfs://, any file system of pyarrow) of the checkpoints; default {path}/checkpoints."""
     checkpoint_minutes: float | None = _key(15.0, gt=0)
     """Minutes between two checkpoints (resume state)."""
     checkpoint_steps: int | None = _key(ge=1)
@@ -173,10 +175,10 @@ class LoraSection(Section):
     """Scale alpha / rank; default alpha = rank."""
     checkpoint: str | None = _key(identity=True, path=True)
     """LoRA weights to start from."""
-    preset_path: str | None = _key(identity=True, path=True, not_built="preset LoRA")
-    """LoRA merged into the base before training (differential LoRA)."""
-    preset_model: str | None = _key(identity=True, not_built="preset LoRA")
-    """Component that the preset LoRA is merged into."""
+    preset_path: str | list[str] | None = _key(identity=True, path=True)
+    """LoRA (or several) merged into the base before training (differential LoRA)."""
+    preset_model: str | list[str] | None = _key(identity=True)
+    """Component that the preset LoRA is merged into, or one for each; default: the one that is trained first."""
 
 
 class GradientSection(Section):
@@ -184,7 +186,7 @@ class GradientSection(Section):
 
     checkpointing: bool | Literal["auto"] = _key(True)
     """Recompute the blocks' activations in the backward pass: much less memory, about a third more time."""
-    checkpointing_offload: bool = _key(False, not_built="activation offload")
+    checkpointing_offload: bool = _key(False)
     """Keep the blocks' inputs in host memory."""
     accumulation_steps: int = _key(1, ge=1)
     """Micro steps of one optimizer step, where global_batch_size is unset."""
@@ -193,13 +195,13 @@ class GradientSection(Section):
 class OffloadSection(Section):
     """Layerwise CPU offload."""
 
-    cpu_offload: bool = _key(False, not_built="layerwise CPU offload")
+    cpu_offload: bool = _key(False)
     """Keep every component's weights in host memory and load block by block."""
     optimize_on_cpu: bool = _key(False, not_built="layerwise CPU offload")
     """Optimizer and float32 masters on the host."""
-    param_size_threshold: float | None = _key(gt=0, not_built="layerwise CPU offload")
+    param_size_threshold: float | None = _key(gt=0)
     """Largest unit that is loaded at once, in MB."""
-    vram_budget_gib: float | None = _key(gt=0, not_built="layerwise CPU offload")
+    vram_budget_gib: float | None = _key(gt=0)
     """Device memory to use for weights that stay, in GiB."""
 
 
@@ -207,7 +209,7 @@ class DistributedSection(Section):
     """Workers and strategy."""
 
     num_workers: int | Annotated[list[int], Field(min_length=2, max_length=2)] | None = _key()
-    """Training workers; unset = all GPUs, else 1; [min, max] = elastic (a later version)."""
+    """Training workers; unset = all GPUs, else 1; [min, max] = elastic: what there is room for, whenever nodes go or come."""
     strategy: Literal["ddp", "deepspeed"] = _key("ddp")
     """How gradients and optimizer state are shared."""
     zero_stage: Literal[1, 2, 3] = _key(2, not_built="DeepSpeed")

@@ -126,8 +126,10 @@ def build_stream(
 ) -> Iterator[StreamedBatch]:
     """The micro batches of worker `rank` from `start_step` on, in order. `index` holds a SampleIndex.
 
-    Raises DataError, when its turn comes, for a file that cannot be decoded.
+    `decode_cpus` 0: no CPU is free, and nothing waits for one. Raises DataError, when its turn comes, for a file that cannot
+    be decoded.
     """
+    read_cpus = READ_CPUS if decode_cpus else 0.0
     context = DataContext.get_current()
     saved = context.target_max_block_size, context.execution_options, context.enable_progress_bars
     try:
@@ -137,11 +139,11 @@ def build_stream(
         context.execution_options = type(context.execution_options)(
             preserve_order=True,
             resource_limits=type(context.execution_options.resource_limits).for_limits(
-                cpu=round(READ_CPUS + decode_cpus * decode_tasks, 4)
+                cpu=round(read_cpus + decode_cpus * decode_tasks, 4)
             ),
         )
         source = PositionSource(index, start_step=start_step, num_steps=num_steps, rank=rank, world_size=world_size)
-        dataset = ray.data.read_datasource(source, override_num_blocks=1, num_cpus=READ_CPUS).map_batches(
+        dataset = ray.data.read_datasource(source, override_num_blocks=1, num_cpus=read_cpus).map_batches(
             _decode_block,
             batch_size=None,
             batch_format="pyarrow",

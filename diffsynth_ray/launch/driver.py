@@ -14,16 +14,18 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import ray
+from ray.train import WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.errors import DsrayError, ExitCode
-from diffsynth_ray.launch.board import Board
+from diffsynth_ray.launch.board import Board, Failure, Loss, News
+from diffsynth_ray.launch.failures import WorkerPlace, describe, with_hint
 from diffsynth_ray.launch.stages import encode_stage, train_stage
 from diffsynth_ray.plan import build_plan
 from diffsynth_ray.run_dir import Attempt, RunDir, write_whole
@@ -32,8 +34,9 @@ WORKER_ENV = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # Its actor only calls back code that we do not have yet (checkpoint before a node is taken away).
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    # Start-ups that time out do not count as failures: the sooner one is given up, the sooner one that fits is tried.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
 }
@@ -41,6 +44,8 @@ WORKER_ENV = {
 
 _STATE_OF_EXIT = {ExitCode.DONE: "SUCCEEDED", ExitCode.STOPPED: "STOPPED", ExitCode.RUN_FAILED: "FAILED"}
 _POLL_S = 0.2
+_IDLE_S = 5.0
+"""Seconds without workers after which a wish to stop is not left to them."""
 
 Say = Callable[[str], None]
 
@@ -51,7 +56,7 @@ def run_job(resolved: ResolvedJob, *, submission_id: str, say: Say) -> ExitCode:
     try:
         attempt = run_dir.begin_attempt(resolved, submission_id)
     except DsrayError as error:
-        say(f"error: {_with_hint(error)}")
+        say(f"error: {with_hint(error)}")
         return error.exit_code
     with (run_dir.path / "log.txt").open("a") as log:
         tell = _tee(say, log)
@@ -59,15 +64,16 @@ def run_job(resolved: ResolvedJob, *, submission_id: str, say: Say) -> ExitCode:
         for line in build_plan_lines(resolved):
             tell(line)
         outcome: dict[str, Any] = {"step": 0, "num_steps": 0}
-        cause = details = None
+        watcher = _Watcher(resolved, attempt, tell)
+        failed: dict[str, Any] | None = None
         try:
-            outcome = _run_stages(resolved, attempt, tell)
+            outcome = _run_stages(resolved, attempt, watcher)
             code = ExitCode.STOPPED if outcome["state"] == "STOPPED" else ExitCode.DONE
-        except Exception as error:  # noqa: BLE001  the process boundary: however the run ends, it is recorded
-            code, cause, details = ExitCode.RUN_FAILED, _cause(error), traceback.format_exc()
-        _record_end(run_dir, attempt, code=code, outcome=outcome, cause=cause, details=details)
-        if cause is not None:
-            tell(f"error: {cause}")
+        except Exception as raised:  # noqa: BLE001  the process boundary: however the run ends, it is recorded
+            code, failed = ExitCode.RUN_FAILED, watcher.explain(raised)
+        _record_end(run_dir, attempt, code=code, outcome=outcome, error=failed, tell=tell)
+        if failed is not None:
+            tell(f"error: {failed['cause']}")
             tell(f"the whole error is in {run_dir.error_path}")
         tell(f"run {resolved.run} {_STATE_OF_EXIT[code]}")
     return code
@@ -81,7 +87,7 @@ def build_plan_lines(resolved: ResolvedJob) -> list[str]:
         return []
 
 
-def _run_stages(resolved: ResolvedJob, attempt: Attempt, tell: Say) -> dict[str, Any]:
+def _run_stages(resolved: ResolvedJob, attempt: Attempt, watcher: _Watcher) -> dict[str, Any]:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     resolved_json, name = resolved.model_dump_json(), f"attempt-{attempt.number}"
@@ -94,63 +100,119 @@ def _run_stages(resolved: ResolvedJob, attempt: Attempt, tell: Say) -> dict[str,
     )
     while True:
         done, _ = ray.wait(stages[-1:], timeout=_POLL_S)
-        lines, failure = ray.get(board.take.remote())
-        for line in lines:
-            tell(line)
-        if failure is not None:
+        news: News = ray.get(board.take.remote(resolved.job.distributed.timeout_s))
+        watcher.tell_news(news)
+        if news.failure is not None:
             # Ray Train would restart the workers; a user's mistake, or a full device, stays what it is.
-            for stage in stages:
-                ray.cancel(stage, recursive=True)
-            raise failure.error
+            _cancel(stages)
+            raise news.failure.error
         if done:
             return ray.get(stages[-1])
+        if news.hung is not None:
+            for handle in news.hung.handles:
+                ray.kill(handle)
+        if news.idle_s > _IDLE_S and (reason := watcher.run_dir.stop_reason()) is not None:
+            watcher.tell(f"stopping while no worker runs: {reason}")
+            _cancel(stages)
+            return {"state": "STOPPED", "step": 0, "num_steps": 0}
+
+
+def _cancel(stages: list[ray.ObjectRef]) -> None:
+    """The last one first: stage two must not begin with the end of stage one."""
+    for stage in reversed(stages):
+        ray.cancel(stage, recursive=True)
+
+
+class _Watcher:
+    """Tells what happens to the workers, keeps it in attempts.jsonl and remembers it for error.json."""
+
+    def __init__(self, resolved: ResolvedJob, attempt: Attempt, tell: Say) -> None:
+        self.resolved, self.attempt, self.tell = resolved, attempt, tell
+        self.run_dir = RunDir(resolved.output_path)
+        self.losses: list[Loss] = []
+        self.failure: Failure | None = None
+
+    def tell_news(self, news: News) -> None:
+        """Pass the board's news on."""
+        for line in news.lines:
+            self.tell(line)
+        self.failure = news.failure or self.failure
+        if news.hung is not None:
+            self.tell(f"ending what hangs: {news.hung.text}")
+        for loss in news.losses:
+            if news.failure is None:
+                self._note(loss)
+
+    def _note(self, loss: Loss) -> None:
+        self.losses.append(loss)
+        details = {"cause": loss.cause, **_where(loss.worker), "step": loss.step, "is_preemption": loss.is_preemption}
+        with _tolerating_full_disk(self.tell):
+            if self.run_dir.holds_token(self.attempt.token):
+                self.run_dir.note_attempt(self.attempt, "workers lost", **details)
+        count = sum(not each.is_preemption for each in self.losses)
+        most = self.resolved.job.distributed.max_failures
+        what = "taken away with its node" if loss.is_preemption else f"loss {count}, max_failures = {most}"
+        self.tell(f"lost {loss.worker} at step {loss.step}: {loss.cause} ({what})")
+
+    def explain(self, error: Exception) -> dict[str, Any]:
+        """What error.json says: cause, rank, step and log of the worker that failed, and the losses before."""
+        found: dict[str, Any] = {"attempt": self.attempt.number, "time": time.time()}
+        last = self.losses[-1] if self.losses else None
+        place = self.failure.worker if self.failure is not None else None
+        if self.failure is not None:
+            cause = with_hint(self.failure.error)
+        elif last is not None and isinstance(error, WorkerGroupError | ray.exceptions.RayTaskError):
+            place = last.worker
+            cause = f"{place} failed at step {last.step}: {last.cause}\n  " + (
+                f"it was loss {len(self.losses)} of this attempt, more than distributed.max_failures = "
+                f"{self.resolved.job.distributed.max_failures} allows; submitting it again continues from the last checkpoint"
+            )
+        else:
+            cause = describe(error)[0]
+        found["cause"] = cause
+        if place is not None:
+            progress = self.run_dir.progress()
+            step = last.step if last is not None and self.failure is None else (progress.step if progress else 0)
+            found |= _where(place) | {"step": step}
+        found["losses"] = [{"cause": loss.cause, **_where(loss.worker), "step": loss.step} for loss in self.losses]
+        return found | {"details": "".join(traceback.format_exception(error))}
+
+
+def _where(place: WorkerPlace) -> dict[str, Any]:
+    return {"rank": place.rank, "node": place.node, "pid": place.pid, "log": place.log}
+
+
+@contextmanager
+def _tolerating_full_disk(tell: Say) -> Iterator[None]:
+    """What the driver keeps about a run is not worth the run."""
+    try:
+        yield
+    except OSError as error:
+        tell(f"warning: could not be written: {error}")
 
 
 def _record_end(
-    run_dir: RunDir,
-    attempt: Attempt,
-    *,
-    code: ExitCode,
-    outcome: dict[str, Any],
-    cause: str | None,
-    details: str | None,
+    run_dir: RunDir, attempt: Attempt, *, code: ExitCode, outcome: dict[str, Any], error: dict[str, Any] | None, tell: Say
 ) -> None:
     if not run_dir.holds_token(attempt.token):
         return  # a newer attempt owns the directory now
     progress = run_dir.progress()
     step = outcome["step"] or (progress.step if progress else 0)
     num_steps = outcome["num_steps"] or (progress.num_steps if progress else 0)
-    state = _STATE_OF_EXIT[code]
-    run_dir.note_attempt(attempt, "ended", state=state, step=step, num_steps=num_steps, cause=cause)
-    run_dir.stop_path.unlink(missing_ok=True)
-    if cause is not None:
-        error = {"attempt": attempt.number, "time": time.time(), "cause": cause, "details": details}
-        write_whole(run_dir.error_path, json.dumps(error, indent=2))
-
-
-def _with_hint(error: DsrayError) -> str:
-    return f"{error.message}\n  {error.hint}" if error.hint else error.message
-
-
-def _cause(error: BaseException) -> str:
-    """One sentence from Ray's nested errors: a worker's own error where there is one."""
-    if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
-        error = error.cause
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        rank, inner = min(failures.items())
-        return f"rank {rank}: {_cause(inner)}"
-    if isinstance(error, DsrayError):
-        return _with_hint(error)
-    last_line = (str(error).strip().splitlines() or [""])[-1]
-    return f"{type(error).__name__}: {last_line}"
+    cause = error["cause"] if error is not None else None
+    with _tolerating_full_disk(tell):
+        run_dir.note_attempt(attempt, "ended", state=_STATE_OF_EXIT[code], step=step, num_steps=num_steps, cause=cause)
+        run_dir.stop_path.unlink(missing_ok=True)
+        if error is not None:
+            write_whole(run_dir.error_path, json.dumps(error, indent=2))
 
 
 def _tee(say: Say, log: IO[str]) -> Say:
     def tell(line: str) -> None:
         say(line)
-        log.write(f"{line}\n")
-        log.flush()
+        with suppress(OSError):  # a full disk: the job server keeps the lines too
+            log.write(f"{line}\n")
+            log.flush()
 
     return tell
 

@@ -14,6 +14,10 @@ from diffsynth_ray.data.cached import open_cached_samples
 from diffsynth_ray.data.samples import build_sample_index
 from diffsynth_ray.run_dir import EncodeProgress, RunDir
 
+_TORCH_TIMEOUT_MARGIN_S = 60
+_RESIZE_INTERVAL_S = 15.0
+"""How often an elastic run looks for room for more workers."""
+
 
 def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     from diffsynth_ray.train.worker import train_loop
@@ -22,10 +26,10 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def encode_stage(resolved_json: str, board: Any) -> str | None:
-    """Stage one of split training; returns the id of the data set in the cache, or None where the run was asked to stop.
+def encode_stage(resolved_json: str, board: Any) -> str:
+    """Stage one of split training; returns the id of the data set in the cache.
 
-    Its encoders end with it: their GPUs are free for stage two.
+    Its encoders end with it: their GPUs are free for stage two. What it has written stays, however it ends.
     """
     from diffsynth_ray.models.family import get_family
     from diffsynth_ray.models.weights import load_components
@@ -46,15 +50,7 @@ def encode_stage(resolved_json: str, board: Any) -> str | None:
         say(progress.line())
         run_dir.write_encode_progress(progress)
 
-    return cache_dataset(
-        resolved,
-        family,
-        files,
-        board=board,
-        say=say,
-        report=report,
-        should_stop=lambda: run_dir.stop_reason() is not None,
-    )
+    return cache_dataset(resolved, family, files, board=board, say=say, report=report)
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -69,14 +65,13 @@ def train_stage(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from diffsynth_ray.launch.watch import Watch
     from diffsynth_ray.models.family import get_family
     from diffsynth_ray.models.weights import load_components
     from diffsynth_ray.train.split import split_parts
     from diffsynth_ray.train.trainer import check_components
 
     resolved = ResolvedJob.model_validate_json(resolved_json)
-    if resolved.encode is not None and manifest_id is None:
-        return {"state": "STOPPED", "step": 0, "num_steps": 0}
 
     def say(line: str) -> None:
         board.say.remote(line)
@@ -91,7 +86,8 @@ def train_stage(
     else:
         index, cached = open_cached_samples(resolved, manifest_id, kinds=parts.kinds, say=say)
         say(f"stage train loads {', '.join(parts.train)}")
-    say(f"starting {resolved.num_workers} training worker(s)")
+    count = f"{resolved.min_workers} to {resolved.num_workers}" if resolved.is_elastic else f"{resolved.num_workers}"
+    say(f"starting {count} training worker(s)")
     trainer = TorchTrainer(
         _train_loop,
         # Ray's dashboard shows it: JSON and handles, no secrets.
@@ -103,9 +99,11 @@ def train_stage(
             "components": parts.train if parts is not None else None,
             "board": board,
         },
-        torch_config=TorchConfig(timeout_s=int(resolved.job.distributed.timeout_s)),
+        # The driver ends what hangs after timeout_s, and names it; torch's own time-out is for what it does not see.
+        torch_config=TorchConfig(timeout_s=int(resolved.job.distributed.timeout_s) + _TORCH_TIMEOUT_MARGIN_S),
         scaling_config=ScalingConfig(
-            num_workers=resolved.num_workers,
+            num_workers=(resolved.min_workers, resolved.num_workers) if resolved.is_elastic else resolved.num_workers,
+            elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
             use_gpu=resolved.device == "cuda",
             resources_per_worker=resolved.resources_per_worker,
         ),
@@ -113,6 +111,7 @@ def train_stage(
             name=attempt_name,
             storage_path=str(RunDir(resolved.output_path).ray_dir),
             failure_config=FailureConfig(max_failures=resolved.job.distributed.max_failures),
+            callbacks=[Watch(board, resolved.output_path)],
         ),
     )
     result = trainer.fit()

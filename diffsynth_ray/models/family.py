@@ -206,9 +206,7 @@ class ModelFamily(ABC):
         """Shape of one sample's latents, without the batch, for a size in pixels and frames."""
 
     @abstractmethod
-    def predict(
-        self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor, *, gradient_checkpointing: bool
-    ) -> Tensor:
+    def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """The DiT's prediction, shaped like `noisy_latents`; `timesteps` [b] in 0..1000, float32."""
 
     @abstractmethod

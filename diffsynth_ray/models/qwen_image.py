@@ -25,6 +25,7 @@ from diffsynth_ray.models.family import (
     register_family,
     stack_conditions,
 )
+from diffsynth_ray.models.rotary import JointAttention, RealRope
 from diffsynth_ray.models.weights import assign_weights, meta_parameters, randomize_weights
 
 log = logging.getLogger(__name__)
@@ -223,12 +224,9 @@ class QwenImage(ModelFamily):
             )
         return (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
 
-    def predict(
-        self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor, *, gradient_checkpointing: bool
-    ) -> Tensor:
+    def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """[b, 16, h, w] -> the predicted velocity, noise - x_0, of the same shape."""
         dit = self.component("dit")
-        dit.gradient_checkpointing = gradient_checkpointing
         _, _, height, width = noisy_latents.shape
         output = dit(
             hidden_states=pack_latents(noisy_latents.to(self.dtype)),
@@ -293,7 +291,9 @@ def build_component(component: str, config: Mapping[str, Any]) -> nn.Module:
             from diffusers import QwenImageTransformer2DModel
 
             dit = QwenImageTransformer2DModel.from_config(dict(config))
-            dit.enable_gradient_checkpointing()
+            dit.pos_embed = RealRope(dit.pos_embed)
+            for block in dit.transformer_blocks:
+                block.attn.set_processor(JointAttention())
             return dit
         if component == "vae":
             from diffusers import AutoencoderKLQwenImage

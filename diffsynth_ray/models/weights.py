@@ -7,12 +7,10 @@ and placed as it is read, so that peak memory is one copy of the weights.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,6 +23,13 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models.family import ComponentFiles, detect_component, get_family, shard_candidates
+from diffsynth_ray.models.weight_source import (
+    SCALE_SUFFIXES,
+    UNUSED_FP8_KEYS,
+    FileWeights,
+    RandomWeights,
+    WeightSource,
+)
 
 TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 
@@ -184,24 +189,70 @@ def assign_weights(
 ) -> None:
     """Fill a module built under `meta_parameters` from its files, frozen and in eval mode.
 
-    `memory_key` maps a file's key to the module's, None = not loaded. Floating tensors become `dtype`.
+    `memory_key` maps a file's key to the module's, None = not loaded. Floating tensors become `dtype`. With the device "meta"
+    nothing is read: the module's attribute `weight_source` reads its parameters later, one by one.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     shapes = files.tensors or read_shapes(files.paths)
-    names = {key: name for key in shapes if (name := memory_key(key)) is not None}
+    names, scales = _split_scales(shapes, memory_key)
     _check_fit(
         wanted, {name: shapes[key] for key, name in names.items()}, source=f"{component} ({_names(files.paths)})"
     )
-    state: dict[str, Tensor] = {}
-    for path in files.paths:
-        for key, _, read in _read_file(path):
+    source = _open_files(files.paths, names, scales, dtype=dtype)
+    _give_source(module, source, names=wanted, dtype=dtype, device=device)
+
+
+def _split_scales(
+    shapes: Mapping[str, tuple[int, ...]], memory_key: Callable[[str], str | None]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """In-memory names of a component's file keys, and of the scales that FP8 files keep beside them."""
+    names: dict[str, str] = {}
+    scales: dict[str, str] = {}
+    for key in shapes:
+        suffix = next((ending for ending in SCALE_SUFFIXES if key.endswith(ending)), None)
+        weight = f"{key.removesuffix(suffix)}.weight" if suffix else key
+        if key.endswith(UNUSED_FP8_KEYS) or (suffix and weight not in shapes):
+            continue
+        name = memory_key(weight)
+        if name is not None:
+            (scales if suffix else names)[key] = name
+    return names, scales
+
+
+def _open_files(
+    paths: Sequence[Path], names: Mapping[str, str], scales: Mapping[str, str], *, dtype: torch.dtype
+) -> FileWeights:
+    keys: dict[str, tuple[Path, str]] = {}
+    scale_keys: dict[str, tuple[Path, str]] = {}
+    torch_files = {path: _read_torch_file(path) for path in paths if path.suffix in TORCH_SUFFIXES}
+    for path in paths:
+        for key in torch_files[path] if path in torch_files else (key for key, _, _ in _read_file(path)):
             if key in names:
-                tensor = read()
-                target = dtype if tensor.is_floating_point() else tensor.dtype
-                # A copy even where nothing changes: a trained parameter must not live in a file's pages.
-                state[names[key]] = tensor.to(device=device, dtype=target, copy=True)
+                keys[names[key]] = (path, key)
+            elif key in scales:
+                scale_keys[scales[key]] = (path, key)
+    source = FileWeights(keys, scale_keys, dtype=dtype)
+    for path, state in torch_files.items():
+        source.add_torch_file(path, state)
+    return source
+
+
+def _give_source(
+    module: nn.Module, source: WeightSource, *, names: Collection[str], dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """Read the tensors in `names` to `device`; on the meta device remember in `weight_source` where they are instead."""
+    is_later = torch.device(device).type == "meta"
+    state = module.state_dict()
+    for name in names:
+        if not (is_later and state[name].is_meta):
+            state[name] = source.read(name).to("cpu" if is_later else device)
+        elif state[name].is_floating_point():
+            state[name] = state[name].to(dtype)
     module.load_state_dict(state, assign=True, strict=True)
-    module.to(device)  # what is left is buffers outside of the state dict
+    if is_later:
+        module.weight_source = source  # type: ignore[assignment]  # a module takes any attribute
+    else:
+        module.to(device)  # what is left is buffers outside of the state dict
     module.requires_grad_(False).eval()
 
 
@@ -225,56 +276,15 @@ def _check_fit(wanted: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[in
         raise ModelError(f"{source}: " + "; ".join(problems))
 
 
-def copy_weights(
-    module: nn.Module, paths: Sequence[Path], *, memory_key: Callable[[str], str | None], prefix: str = ""
-) -> int:
-    """Copy exported weights (`resume_from_checkpoint`) into a loaded module, in place; returns the number of tensors.
-
-    An export holds the trained parameters only, so keys may be missing; unknown ones are an error. `prefix` is cut off.
-    """
-    own = module.state_dict(keep_vars=True)
-    count = 0
-    for path in paths:
-        for key, shape, read in _read_file(path):
-            name = memory_key(key.removeprefix(prefix))
-            if name is None:
-                continue
-            if name not in own or tuple(own[name].shape) != shape:
-                have = f"has shape {list(own[name].shape)} in the model" if name in own else "is not part of the model"
-                raise ModelError(f"{path}: {key!r} {list(shape)} {have}")
-            with torch.no_grad():
-                own[name].copy_(read())
-            count += 1
-    if not count:
-        raise ModelError(f"{_names(paths)}: no weights of this component inside")
-    return count
-
-
-def seeded_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator for one parameter: depends on (seed, name), not on the order in which parameters are made."""
-    digest = hashlib.blake2b(f"parameter {seed} {name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def randomize_weights(
     module: nn.Module, *, seed: int, component: str, dtype: torch.dtype, device: torch.device | str
 ) -> None:
-    """Random weights for a module built under `meta_parameters`, frozen and in eval mode.
+    """Random weights (`RandomWeights`) for a module built under `meta_parameters`, frozen and in eval mode.
 
-    Norms are 1, biases N(0, 0.02^2), everything else N(0, 1 / fan_in), which keeps activations at one scale.
+    On the meta device they are made later, as in `assign_weights`.
     """
-    state: dict[str, Tensor] = {}
-    for name, tensor in module.state_dict().items():
-        if not tensor.is_meta:
-            state[name] = tensor
-            continue
-        shape = tuple(tensor.shape)
-        if name.endswith("gamma") or (len(shape) == 1 and name.endswith("weight")):
-            value = torch.ones(shape)
-        else:
-            std = 0.02 if len(shape) == 1 else 1 / math.sqrt(math.prod(shape[1:]))
-            value = torch.randn(shape, generator=seeded_generator(seed, f"{component}.{name}")) * std
-        state[name] = value.to(device=device, dtype=dtype)
-    module.load_state_dict(state, assign=True, strict=True)
-    module.to(device)
-    module.requires_grad_(False).eval()
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if tensor.is_meta}
+    source = RandomWeights(shapes, seed=seed, component=component, dtype=dtype)
+    _give_source(module, source, names=shapes, dtype=dtype, device=device)

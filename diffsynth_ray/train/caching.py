@@ -31,9 +31,8 @@ def cache_dataset(
     board: Any,
     say: Say,
     report: Callable[[EncodeProgress], None],
-    should_stop: Callable[[], bool],
-) -> str | None:
-    """Make the cache hold the job's data set; returns the manifest's id, or None where the run was asked to stop.
+) -> str:
+    """Make the cache hold the job's data set; returns the manifest's id.
 
     Without [dataset] it is the one that the cache holds. Raises DataError with every file that cannot be read.
     """
@@ -64,7 +63,7 @@ def cache_dataset(
         components = parts.components([kind for kind in parts.kinds if (new_texts if kind == "text" else new_images)])
         assert resolved.encode is not None  # resolve has made it
         say(f"starting {resolved.encode.num_workers} encoder(s) that load {', '.join(components)}")
-        outcome = encode_missing(
+        errors = encode_missing(
             resolved,
             new_texts,
             new_images,
@@ -72,12 +71,9 @@ def cache_dataset(
             encoders=encoders,
             board=board,
             report=report,
-            should_stop=should_stop,
         )
-        if outcome.errors:
-            raise DataError(_summary(outcome.errors, "files cannot be encoded; all others are in the cache"))
-        if outcome.is_stopped:
-            return None
+        if errors:
+            raise DataError(_summary(errors, "files cannot be encoded; all others are in the cache"))
     say(
         f"encoded {len(new_texts)} texts and {len(new_images)} images, "
         f"reused {len(texts) - len(new_texts)} texts and {len(images) - len(new_images)} images"

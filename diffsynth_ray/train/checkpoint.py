@@ -1,32 +1,28 @@
 """Checkpoints: the resume state of a run, and the only truth about where it is.
 
-`checkpoints/step-{n}/` holds `state.safetensors` (float32 masters and optimizer state by full parameter name, the same for
-every strategy and number of workers) and `manifest.json`, written last: step, sizes, checksums and the token of the attempt.
-A directory without a manifest, or whose files do not match it, is not a checkpoint. Noise, timesteps and order are pure
-functions of seed and step, so that no random state is kept.
+`checkpoints/step-{n}/` holds the shards of all workers, `state-{rank}-of-{workers}-{writer}.safetensors` (see `shards`), and
+`manifest.json`, written last: step, sizes, checksums, the token of the attempt. A folder without a manifest, or whose files do
+not match it, is not a checkpoint. Noise, timesteps, order and learning rate are pure functions of seed and step, so that no
+random state and no scheduler state is kept; frozen weights are not kept either.
+
+The writer's name in the file names keeps two attempts that are alive at once from touching each other's files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from safetensors.torch import load_file
-from torch import Tensor
-
 from diffsynth_ray.errors import ModelError
-from diffsynth_ray.run_dir import RunDir, write_whole
-from diffsynth_ray.train.export import write_tensors
+from diffsynth_ray.train.shards import Shard, ShardedState
+from diffsynth_ray.train.storage import Storage
 
-_STATE_FILE = "state.safetensors"
-_MANIFEST_FILE = "manifest.json"
+_MANIFEST = "manifest.json"
+_CHUNK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -34,90 +30,125 @@ class Checkpoint:
     """A committed checkpoint."""
 
     step: int
-    path: Path
-    manifest: dict[str, Any]
+    token: str
+    """Of the attempt that wrote it."""
+    shards: tuple[Shard, ...]
+
+    @property
+    def folder(self) -> str:
+        """Relative to the storage."""
+        return folder_of(self.step)
 
 
-def save_checkpoint(run_dir: RunDir, *, step: int, tensors: Mapping[str, Tensor], token: str, keep: int) -> Path | None:
-    """Write the checkpoint of optimizer step `step`, then drop all but the newest `keep`.
+def folder_of(step: int) -> str:
+    """Folder of the checkpoint of optimizer step `step`."""
+    return f"step-{step}"
 
-    Returns its path, or None where the attempt no longer holds the token and may commit nothing.
+
+def shard_name(step: int, *, rank: int, world_size: int, writer: str) -> str:
+    """Name of a worker's shard. `writer` is drawn anew whenever a group of workers starts."""
+    return f"{folder_of(step)}/state-{rank:05d}-of-{world_size:05d}-{writer}.safetensors"
+
+
+def commit_checkpoint(
+    storage: Storage, *, step: int, shards: Sequence[Shard], token: str, may_commit: Callable[[], bool], keep: int
+) -> bool:
+    """Make the written shards a checkpoint, then drop all but the newest `keep`; False where `may_commit` forbids it."""
+    if not may_commit():
+        return False
+    manifest = {"step": step, "token": token, "shards": [asdict(shard) for shard in shards]}
+    storage.write_text(f"{folder_of(step)}/{_MANIFEST}", json.dumps(manifest))
+    drop_checkpoints(storage, step=step, keep=keep)
+    return True
+
+
+def drop_checkpoints(storage: Storage, *, step: int, keep: int) -> None:
+    """Keep the checkpoint of `step` and the newest before it, `keep` in all, and delete whatever else is there.
+
+    A checkpoint of a later step was damaged and passed over; a folder without manifest is what a dead attempt has left.
     """
-    path = run_dir.checkpoints_dir / f"step-{step}"
-    if not run_dir.holds_token(token):
-        return None
-    shutil.rmtree(path, ignore_errors=True)  # what an attempt that died here has left
-    path.mkdir(parents=True)
-    state_path = write_tensors(
-        path / _STATE_FILE, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    )
-    files = {_STATE_FILE: {"bytes": state_path.stat().st_size, "sha256": _sha256(state_path)}}
-    if not run_dir.holds_token(token):
-        return None
-    write_whole(path / _MANIFEST_FILE, json.dumps({"step": step, "token": token, "files": files}))
-    # A checkpoint of a later step than this one was damaged and passed over: it does not count as kept.
-    others = [found for found in find_checkpoints(run_dir) if found.step != step]
-    kept = [found for found in others if found.step < step][: keep - 1]
-    for old in (found for found in others if found not in kept):
-        # The manifest goes first: a half-deleted directory must not look whole.
-        (old.path / _MANIFEST_FILE).unlink(missing_ok=True)
-        shutil.rmtree(old.path, ignore_errors=True)
-    return path
-
-
-def find_checkpoints(run_dir: RunDir) -> list[Checkpoint]:
-    """All checkpoints with a manifest, newest first; their files are checked when they are read."""
-    found = []
-    if not run_dir.checkpoints_dir.is_dir():
-        return []
-    for path in run_dir.checkpoints_dir.iterdir():
-        match = re.fullmatch(r"step-(\d+)", path.name)
-        try:
-            manifest = json.loads((path / _MANIFEST_FILE).read_text())
-        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+    found = find_checkpoints(storage)
+    kept = {checkpoint.folder: checkpoint for checkpoint in [c for c in found if c.step <= step][:keep]}
+    for name in storage.list():
+        if not re.fullmatch(r"step-\d+", name):
             continue
-        if match and manifest.get("step") == int(match[1]):
-            found.append(Checkpoint(step=int(match[1]), path=path, manifest=manifest))
+        if name not in kept:
+            # The manifest goes first: a half-deleted folder must not look whole.
+            storage.delete(f"{name}/{_MANIFEST}")
+            storage.delete_folder(name)
+        elif name == folder_of(step):
+            listed = {shard.name for shard in kept[name].shards} | {f"{name}/{_MANIFEST}"}
+            for file in storage.list(name):
+                if f"{name}/{file}" not in listed:
+                    storage.delete(f"{name}/{file}")
+
+
+def find_checkpoints(storage: Storage) -> list[Checkpoint]:
+    """All checkpoints with a manifest, newest first; their files are checked by `damage_of`."""
+    found = []
+    for name in storage.list():
+        match = re.fullmatch(r"step-(\d+)", name)
+        if match is None:
+            continue
+        try:
+            manifest = json.loads(storage.read_text(f"{name}/{_MANIFEST}"))
+            shards = tuple(Shard(**entry) for entry in manifest["shards"])
+            checkpoint = Checkpoint(step=int(manifest["step"]), token=manifest["token"], shards=shards)
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+            continue
+        if checkpoint.step == int(match[1]):
+            found.append(checkpoint)
     return sorted(found, key=lambda checkpoint: -checkpoint.step)
 
 
-def find_restorable(run_dir: RunDir, say: Callable[[str], object]) -> Checkpoint | None:
-    """The newest checkpoint whose files match their manifest; damaged ones are named and passed over."""
-    for checkpoint in find_checkpoints(run_dir):
-        damage = _damage(checkpoint)
+def find_restorable(
+    checkpoints: Iterable[Checkpoint],
+    damage_of: Callable[[Checkpoint], str | None],
+    *,
+    say: Callable[[str], object],
+) -> Checkpoint | None:
+    """The newest checkpoint without damage; damaged ones are named and passed over."""
+    for checkpoint in checkpoints:
+        damage = damage_of(checkpoint)
         if damage is None:
             return checkpoint
-        say(f"checkpoint {checkpoint.path} is damaged ({damage}); the one before is used")
+        say(f"checkpoint {checkpoint.folder} is damaged ({damage}); the one before is used")
     return None
 
 
-def read_checkpoint(run_dir: RunDir, step: int, *, expected_masters: set[str]) -> dict[str, Tensor]:
-    """The tensors of the checkpoint of `step`; raises ModelError where it is of another model."""
-    path = run_dir.checkpoints_dir / f"step-{step}"
-    tensors = load_file(path / _STATE_FILE)
-    names = {name.partition("/")[2] for name in tensors if name.startswith("master/")}
+def damage_of(storage: Storage, shards: Iterable[Shard]) -> str | None:
+    """What is wrong with the files of a checkpoint, or None. Reads them once."""
+    for shard in shards:
+        size = storage.size(shard.name)
+        if size is None:
+            return f"{shard.name} is missing"
+        if size != shard.num_bytes:
+            return f"{shard.name} has {size} bytes instead of {shard.num_bytes}"
+        if _sha256(storage, shard.name) != shard.sha256:
+            return f"{shard.name} has another checksum"
+    return None
+
+
+def read_checkpoint(storage: Storage, checkpoint: Checkpoint, *, expected_masters: set[str]) -> ShardedState:
+    """The state of a checkpoint, read in parts on demand; raises ModelError where it is of another model."""
+    state = ShardedState(storage, [shard.name for shard in checkpoint.shards])
+    names = {name.partition("/")[2] for name in state.names() if name.startswith("master/")}
     if names != expected_masters:
         missing, extra = sorted(expected_masters - names), sorted(names - expected_masters)
         raise ModelError(
-            f"checkpoint {path} does not fit the trained parameters: {len(missing)} are missing there "
-            f"(first: {missing[:2]}), {len(extra)} are not trained now (first: {extra[:2]})"
+            f"checkpoint {storage.path(checkpoint.folder)} does not fit the trained parameters: {len(missing)} are missing "
+            f"there (first: {missing[:2]}), {len(extra)} are not trained now (first: {extra[:2]})"
         )
-    return tensors
+    return state
 
 
-def _damage(checkpoint: Checkpoint) -> str | None:
-    for name, entry in checkpoint.manifest["files"].items():
-        path = checkpoint.path / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if _sha256(path) != entry["sha256"]:
-            return f"{name} has another checksum"
-    return None
+def _sha256(storage: Storage, name: str) -> str:
+    digest = hashlib.sha256()
+    with storage.open(name) as file:
+        while block := _next_block(file):
+            digest.update(block)
+    return digest.hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _next_block(file: Any) -> Any:
+    return file.read_buffer(_CHUNK_BYTES)

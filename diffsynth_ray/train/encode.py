@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,7 @@ from diffsynth_ray.data.digests import file_digest
 from diffsynth_ray.data.media import decode
 from diffsynth_ray.errors import DataError, DsrayError, RunError
 from diffsynth_ray.run_dir import EncodeProgress
-from diffsynth_ray.train.split import SampleEncoder
-from diffsynth_ray.train.trainer import load_family
+from diffsynth_ray.train.split import SampleEncoder, load_encoders
 
 WRITE_CPUS = 0.1
 """CPUs of a task that writes a shard."""
@@ -69,16 +68,6 @@ class ImageItem:
     num_frames: int
 
 
-@dataclass
-class EncodeOutcome:
-    """What stage one did."""
-
-    num_written: int = 0
-    errors: list[str] = field(default_factory=list)
-    """One a file that could not be read."""
-    is_stopped: bool = False
-
-
 def encode_missing(
     resolved: ResolvedJob,
     texts: Sequence[TextItem],
@@ -88,17 +77,17 @@ def encode_missing(
     encoders: dict[Kind, str],
     board: Any,
     report: Callable[[EncodeProgress], None],
-    should_stop: Callable[[], bool],
-) -> EncodeOutcome:
+) -> list[str]:
     """Encode these items into the job's cache with `components`; `encoders` are their digests, for the index.
 
-    A DsrayError in an encoder goes to the board, which ends the run.
+    Returns an error for every file that could not be read. A DsrayError in an encoder goes to the board, which ends the run.
     """
     assert resolved.encode is not None  # resolve has made it
     cache = Cache(str(resolved.job.split.cache_path))
     total = len(texts) + len(images)
-    outcome = EncodeOutcome()
     index_files: list[str] = []
+    errors: list[str] = []
+    done = 0
     progress = _Progress(total, report)
     dataset = _build_dataset(
         resolved,
@@ -109,17 +98,13 @@ def encode_missing(
         board=board,
     )
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for name, count, errors in zip(*(block[column].to_pylist() for column in _WRITTEN.names), strict=True):
+        for name, count, found in zip(*(block[column].to_pylist() for column in _WRITTEN.names), strict=True):
             index_files += [name] if name else []
-            outcome.num_written += count
-            outcome.errors += errors
-        done = outcome.num_written + len(outcome.errors)
+            errors += found
+            done += count + len(found)
         progress.show(done)
-        if should_stop() and done < total:
-            outcome.is_stopped = True
-            break
     cache.merge_index_files(index_files)
-    return outcome
+    return errors
 
 
 class _Progress:
@@ -299,11 +284,10 @@ class _EncodeUnit:
         if device.type == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // resolved.encode.num_workers))
         try:
-            family = load_family(resolved.job, device=device, components=components)
+            self.encoder = SampleEncoder(*load_encoders(resolved.job, device=device, components=components))
         except DsrayError as error:
             ray.get(board.fail.remote(None, error))
             raise
-        self.encoder = SampleEncoder(family)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         rows: list[dict[str, Any]] = []

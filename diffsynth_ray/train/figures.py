@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ class FigureWriter:
 
     def __init__(self, run_dir: RunDir, logging: LoggingSection, *, start_step: int) -> None:
         self._csv_path = run_dir.loss_path if logging.csv else None
+        self._pending: list[str] = []
         self._tensorboard: SummaryWriter | None = None
         if self._csv_path is not None:
             write_whole(self._csv_path, _HEADER + "".join(_rows_up_to(self._csv_path, start_step)))
@@ -29,13 +31,26 @@ class FigureWriter:
             self._tensorboard = SummaryWriter(str(run_dir.tensorboard_dir), purge_step=start_step + 1, flush_secs=10)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """Append the figures of optimizer step `step` (from 1)."""
+        """Append the figures of optimizer step `step` (from 1). What finds no room on the disk waits for the next time."""
         if self._csv_path is not None:
-            with self._csv_path.open("a") as file:
-                file.writelines(f"{step},{key},{value:.9g}\n" for key, value in figures.items())
+            self._pending += [f"{step},{key},{value:.9g}\n" for key, value in figures.items()]
+            self._append_pending(self._csv_path)
         if self._tensorboard is not None:
-            for key, value in figures.items():
-                self._tensorboard.add_scalar(f"train/{key}", value, step)
+            try:
+                for key, value in figures.items():
+                    self._tensorboard.add_scalar(f"train/{key}", value, step)
+            except OSError:
+                self._tensorboard = None  # its writer is broken for good once a write has failed
+
+    def _append_pending(self, path: Path) -> None:
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a") as file:
+                file.writelines(self._pending)
+        except OSError:
+            os.truncate(path, size)  # half a row would be taken for a whole one
+        else:
+            self._pending.clear()
 
     def close(self) -> None:
         """Flush everything."""

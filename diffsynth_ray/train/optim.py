@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffsynth_ray.config.schema import TrainingSection
 from diffsynth_ray.errors import JobFileError, Problem
+from diffsynth_ray.train.strategy.base import StateReader
 
 
 def lr_factor(name: str, *, step: int, warmup_steps: int, num_steps: int) -> float:
@@ -50,10 +52,12 @@ def load_optimizer_class(name: str) -> type[torch.optim.Optimizer]:
             [Problem("training.optimizer", f"got {name!r}; cannot be imported here: {error}; as in torch.optim.AdamW")],
         ) from error
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-        raise JobFileError(
-            "job", [Problem("training.optimizer", f"{name!r} is not a subclass of torch.optim.Optimizer")]
-        )
+        raise JobFileError("job", [Problem("training.optimizer", f"{name!r} is not a subclass of torch.optim.Optimizer")])
     return found
+
+
+_HAVE_FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+"""Their updates are one kernel for many parameters on the GPU, where asked for."""
 
 
 class MasterOptimizer:
@@ -67,7 +71,10 @@ class MasterOptimizer:
         self.keeps_masters = keep_masters
         self.max_grad_norm = training.max_grad_norm
         optimizer_class = load_optimizer_class(training.optimizer)
-        arguments = {"lr": training.learning_rate, "weight_decay": training.weight_decay} | training.optimizer_args
+        arguments: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+        if optimizer_class in _HAVE_FUSED and all(master.is_cuda for master in self.masters):
+            arguments["fused"] = True
+        arguments |= training.optimizer_args
         try:
             self.optimizer = optimizer_class(self.masters, **arguments)
         except (TypeError, ValueError) as error:
@@ -114,31 +121,60 @@ class MasterOptimizer:
         if self.keeps_masters:
             torch._foreach_copy_([*self.params], [*self.masters])
 
+    def named_masters(self) -> dict[str, Tensor]:
+        """Float32 (or only) copies of the trained weights by name."""
+        return {name: master.detach() for name, master in zip(self.names, self.masters, strict=True)}
+
     def state_tensors(self) -> dict[str, Tensor]:
-        """Masters ("master/NAME") and the optimizer's tensors ("KEY/NAME") by parameter name."""
-        tensors = {f"master/{name}": master.detach() for name, master in zip(self.names, self.masters, strict=True)}
+        """Masters ("master/NAME") and the optimizer's state ("KEY/NAME") by parameter name.
+
+        Python numbers of the state travel as 0-d tensors, "KEY#int/NAME" or "KEY#float/NAME"; numbers of the parameter group
+        that the optimizer has changed as "group.KEY#int/" or "group.KEY#float/".
+        """
+        tensors = {f"master/{name}": master for name, master in self.named_masters().items()}
         for name, master in zip(self.names, self.masters, strict=True):
             for key, value in self.optimizer.state.get(master, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[f"{key}/{name}"] = value.detach()
+                tensors |= _as_tensor(key, name, value)
+        for key, value in self.optimizer.param_groups[0].items():
+            # The learning rate is a function of the step.
+            if type(value) in (int, float) and key != "lr" and value != self.optimizer.defaults.get(key):
+                tensors |= _as_tensor(f"group.{key}", "", value)
         return tensors
 
     @torch.no_grad()
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_state(self, state: StateReader) -> None:
         """Restore what `state_tensors` gave; the caller has checked that the names agree."""
         by_name = dict(zip(self.names, self.masters, strict=True))
         for master in self.masters:
             self.optimizer.state[master] = {}
-        for full_name, tensor in tensors.items():
+        for full_name, shape in state.names().items():
             key, _, name = full_name.partition("/")
-            master = by_name[name]
-            if key == "master":
-                master.copy_(tensor)
-            elif tensor.ndim == 0:  # AdamW keeps its step count on the CPU
-                self.optimizer.state[master][key] = tensor.clone()
-            else:
-                self.optimizer.state[master][key] = tensor.to(master.device)
+            key, _, number = key.partition("#")
+            tensor = state.read(full_name).reshape(shape)
+            if key.startswith("group."):
+                self.optimizer.param_groups[0][key.removeprefix("group.")] = _NUMBERS[number](tensor.item())
+            elif key == "master":
+                by_name[name].copy_(tensor)
+            elif number:
+                self.optimizer.state[by_name[name]][key] = _NUMBERS[number](tensor.item())
+            else:  # AdamW keeps its step count on the CPU
+                device = by_name[name].device if tensor.ndim else tensor.device
+                self.optimizer.state[by_name[name]][key] = tensor.to(device)
         for master in self.masters:
             if not self.optimizer.state[master]:
                 del self.optimizer.state[master]  # a parameter that never had a gradient has no state
         self.write_back()
+
+
+_NUMBERS: dict[str, Callable[[float], float]] = {"int": int, "float": float}
+
+
+def _as_tensor(key: str, name: str, value: object) -> dict[str, Tensor]:
+    """A value of an optimizer's state as an entry of the resume state; what is no tensor and no number has no entry."""
+    if isinstance(value, Tensor):
+        return {f"{key}/{name}": value.detach()}
+    if type(value) is int:
+        return {f"{key}#int/{name}": torch.tensor(value, dtype=torch.int64)}
+    if type(value) is float:
+        return {f"{key}#float/{name}": torch.tensor(value, dtype=torch.float64)}
+    return {}

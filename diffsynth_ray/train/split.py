@@ -21,6 +21,9 @@ from diffsynth_ray.data.store import Store
 from diffsynth_ray.errors import DataError, JobFileError, Problem
 from diffsynth_ray.models.family import ComponentFiles, ModelFamily, split_conditions
 from diffsynth_ray.schedule import trained_components
+from diffsynth_ray.train.initial import merge_presets, preset_loras
+from diffsynth_ray.train.residency import Residency, settle
+from diffsynth_ray.train.trainer import fastest_attention, load_family
 
 DECODE_VERSION = 1
 """Raised whenever a file begins to be decoded, resized or cut to other pixels."""
@@ -67,9 +70,16 @@ def split_parts(family: type[ModelFamily], job: Job) -> SplitParts:
     trained = trained_components(job)
     text = () if set(trained) & set(family.text_components) else family.text_components
     image = () if set(trained) & set(family.image_components) else family.image_components
+    problems = [
+        Problem("model.fp8_models", f"the family {family.name} has no component {name!r}")
+        for name in job.model.fp8_models
+        if name not in family.component_names
+    ]
     if not text and not image:
         message = f"every encoder is trained ({', '.join(trained)}): nothing can be encoded beforehand; set it to false"
-        raise JobFileError(f"job {job.name}", [Problem("split.enabled", message)])
+        problems.append(Problem("split.enabled", message))
+    if problems:
+        raise JobFileError(f"job {job.name}", problems)
     train = {
         *family.predict_components,
         *trained,
@@ -77,6 +87,16 @@ def split_parts(family: type[ModelFamily], job: Job) -> SplitParts:
         *(() if image else family.image_components),
     }
     return SplitParts(text, image, tuple(name for name in family.component_names if name in train))
+
+
+def job_of_stage(job: Job, components: Sequence[str]) -> Job:
+    """The job as a stage loads it: what it says of components that the stage does not load is left out."""
+    fp8 = [name for name in job.model.fp8_models if name in components]
+    presets = [(path, name) for path, name in preset_loras(job) if name in components]
+    lora = job.lora.model_copy(
+        update={"preset_path": [path for path, _ in presets], "preset_model": [name for _, name in presets]}
+    )
+    return job.model_copy(update={"model": job.model.model_copy(update={"fp8_models": fp8}), "lora": lora})
 
 
 def encoder_digests(
@@ -111,14 +131,18 @@ def encoder_digests(
 def _component_identity(
     job: Job, name: str, files: Mapping[str, ComponentFiles], *, store: Store, say: Callable[[str], object]
 ) -> dict[str, object]:
+    presets = [path for path, component in preset_loras(job) if component == name]
+    shared: dict[str, object] = {
+        "fp8": name in job.model.fp8_models,
+        "presets": _raise_first(file_digests(presets, store, say)),
+    }
     if job.model.tiny:
-        return {"tiny": True, "seed": job.seed}
+        return shared | {"tiny": True, "seed": job.seed}
     paths = [str(path) for path in files[name].paths]
     total = sum(Path(path).stat().st_size for path in paths)
     if total > 1 << 30:
         say(f"hashing {name} ({total / 1e9:.1f} GB), where that was not done before")
-    fp8 = name in job.model.fp8_models or bool(set(paths) & set(job.model.fp8_models))
-    return {"files": sorted(_raise_first(file_digests(paths, store, say))), "config": files[name].config, "fp8": fp8}
+    return shared | {"files": sorted(_raise_first(file_digests(paths, store, say))), "config": files[name].config}
 
 
 def _tokenizer_identity(job: Job, *, store: Store, say: Callable[[str], object]) -> dict[str, str]:
@@ -159,23 +183,38 @@ def bytes_tensor(stored: TensorBytes) -> Tensor:
     return flat.reshape(stored.shape)
 
 
+def load_encoders(job: Job, *, device: torch.device, components: Sequence[str]) -> tuple[ModelFamily, Residency]:
+    """These components with their weights, where the job wants them: in FP8, or block by block from host memory."""
+    job = job_of_stage(job, components)
+    family = load_family(job, device=device, components=components)
+    merge_presets(family, job, lambda line: None)
+    for module in family.components.values():
+        module.requires_grad_(False).eval()
+    return family, settle(family, job, say=lambda line: None)
+
+
 class SampleEncoder:
     """Encodes texts and images into entries, with what of a family is loaded."""
 
-    def __init__(self, family: ModelFamily) -> None:
-        self.family = family
+    def __init__(self, family: ModelFamily, residency: Residency | None = None) -> None:
+        self.family, self.residency = family, residency or Residency()
 
     @torch.no_grad()
     def encode_texts(self, prompts: Sequence[str]) -> list[Entry]:
         """An entry a prompt: the conditions without the batch, `prompt_embeds` [n, d]."""
-        singles = split_conditions(self.family.encode_text(prompts), num_samples=len(prompts))
+        self.residency.begin()
+        with fastest_attention():
+            conditions = self.family.encode_text(prompts)
+        singles = split_conditions(conditions, num_samples=len(prompts))
         return [{name: tensor_bytes(tensor[0]) for name, tensor in single.items()} for single in singles]
 
     @torch.no_grad()
     def encode_images(self, pixels: np.ndarray) -> list[Entry]:
         """An entry a sample: `latents` [c, (f,) h, w] of uint8 [b, f, h, w, 3]. A batch too large for the device is halved."""
+        self.residency.begin()
         try:
-            latents = self.family.encode_image(torch.from_numpy(pixels))
+            with fastest_attention():
+                latents = self.family.encode_image(torch.from_numpy(pixels))
         except torch.OutOfMemoryError:
             if len(pixels) == 1:
                 raise

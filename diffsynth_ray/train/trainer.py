@@ -6,12 +6,14 @@ b batch of a micro step, c latent channels, f frames, h/w height and width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import JobFileError, ModelError, Problem
@@ -23,10 +25,12 @@ from diffsynth_ray.models.flow_matching import (
     per_sample_loss,
     timestep_id_range,
 )
-from diffsynth_ray.models.lora import add_lora, load_lora
-from diffsynth_ray.models.weights import load_components, load_state_dict
+from diffsynth_ray.models.lora import add_lora
+from diffsynth_ray.models.weights import load_components
 from diffsynth_ray.schedule import Schedule, trained_components
+from diffsynth_ray.train.initial import as_list
 from diffsynth_ray.train.optim import MasterOptimizer, lr_factor
+from diffsynth_ray.train.residency import Residency
 from diffsynth_ray.train.strategy.base import Strategy
 from diffsynth_ray.train.strategy.ddp import DDPStrategy
 
@@ -84,17 +88,27 @@ class StepResult:
     lr: float
 
 
+def fastest_attention() -> AbstractContextManager[None]:
+    """cuDNN's attention first where there is one (on an H100 half as fast again as flash attention), then torch's own order."""
+    backends = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    return sdpa_kernel(backends, set_priority=True) if torch.cuda.is_available() else nullcontext()
+
+
 class TrainGraph(nn.Module):
     """The way from encoded or decoded samples to their losses, as one module for DDP and its like.
 
     Frozen encoders run without recording gradients; a trained one is part of the graph.
     """
 
-    def __init__(self, family: ModelFamily, *, trained: Sequence[str], gradient_checkpointing: bool) -> None:
+    def __init__(self, family: ModelFamily, *, trained: Sequence[str]) -> None:
         super().__init__()
         self.components = nn.ModuleDict(family.components)
         self.family = family
-        self.gradient_checkpointing = gradient_checkpointing
         self.table = flow_matching_table(family.scheduler_table)
         self.text_is_trained = any(name in trained for name in family.text_components)
         self.image_is_trained = any(name in trained for name in family.image_components)
@@ -123,72 +137,29 @@ class TrainGraph(nn.Module):
         """Weighted losses [b], float32; noise is shaped like the latents, timestep_ids [b] index the table."""
         encoded = self.encode(batch)
         targets = make_targets(encoded.latents, noise, timestep_ids, self.table)
-        pred = self.family.predict(
-            encoded,
-            targets.noisy_latents.to(self.family.dtype),
-            targets.timesteps,
-            gradient_checkpointing=self.gradient_checkpointing,
-        )
+        pred = self.family.predict(encoded, targets.noisy_latents.to(self.family.dtype), targets.timesteps)
         return per_sample_loss(pred, targets.target, targets.loss_weight)
 
 
 def load_family(job: Job, *, device: torch.device, components: Sequence[str] | None = None) -> ModelFamily:
-    """The job's model on `device`: from its files, or at the family's tiny size with random weights.
+    """The job's model for `device`: from its files, or at the family's tiny size with random weights.
 
-    `components` None = all; split training loads in each stage what that stage computes with.
+    Its weights are still on the meta device; `residency.settle` reads them to where they belong. `components` None = all;
+    split training loads in each stage what that stage computes with.
     """
+    family = _build_family(job, components)
+    family.device = device
+    return family
+
+
+def _build_family(job: Job, components: Sequence[str] | None) -> ModelFamily:
     dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
     if job.model.tiny:
         assert job.model.family is not None  # resolve has checked it
-        return get_family(job.model.family).build_tiny(job.seed, components=components, dtype=dtype, device=device)
+        return get_family(job.model.family).build_tiny(job.seed, components=components, dtype=dtype, device="meta")
     name, files = load_components(job.model.paths, family=job.model.family)
     tokenizers = {"tokenizer_path": Path(job.model.tokenizer_path)} if job.model.tokenizer_path else None
-    return get_family(name).load(files, components=components, dtype=dtype, device=device, tokenizer_paths=tokenizers)
-
-
-def load_initial_weights(family: ModelFamily, job: Job) -> None:
-    """Start from given weights: an initialisation, not a resume."""
-    if job.lora.checkpoint is not None:
-        assert job.lora.base_model is not None  # resolve has checked it
-        load_lora(family.component(job.lora.base_model), Path(job.lora.checkpoint))
-    if job.training.resume_from_checkpoint is not None:
-        component = next((name for name in trained_components(job) if name != job.lora.base_model), None)
-        if component is None:
-            raise JobFileError(
-                "job",
-                [
-                    Problem(
-                        "training.resume_from_checkpoint",
-                        "needs training.trainable_models; a LoRA starts from lora.checkpoint",
-                    )
-                ],
-            )
-        load_exported(family, component, Path(job.training.resume_from_checkpoint))
-
-
-def load_exported(family: ModelFamily, component: str, path: Path) -> None:
-    """Load a component's exported weights in place; raises ModelError for keys or shapes that do not fit."""
-    module = family.component(component)
-    own = dict(module.named_parameters())
-    state = {}
-    unknown = []
-    for key, tensor in load_state_dict([path]).items():
-        name = family.memory_key(component, key.removeprefix(f"pipe.{component}."))
-        if name is None:
-            continue
-        if name not in own or own[name].shape != tensor.shape:
-            unknown.append(key)
-        else:
-            state[name] = tensor
-    missing = sorted(own.keys() - state.keys())
-    if unknown or missing:
-        raise ModelError(
-            f"training.resume_from_checkpoint: {path} does not fit {component}: {len(unknown)} keys are unknown there or "
-            f"of another shape (first: {unknown[:3]}), {len(missing)} of its parameters are missing (first: {missing[:3]})"
-        )
-    with torch.no_grad():
-        for name, tensor in state.items():
-            own[name].copy_(tensor)
+    return get_family(name).load(files, components=components, dtype=dtype, device="meta", tokenizer_paths=tokenizers)
 
 
 def check_components(family: ModelFamily | type[ModelFamily], job: Job) -> None:
@@ -199,6 +170,7 @@ def check_components(family: ModelFamily | type[ModelFamily], job: Job) -> None:
         for key, names in (
             ("training.trainable_models", job.training.trainable_models),
             ("lora.base_model", [job.lora.base_model] if job.lora.base_model else []),
+            ("lora.preset_model", as_list(job.lora.preset_model)),
         )
         for name in names
         if name not in known
@@ -234,6 +206,7 @@ def _add_job_lora(family: ModelFamily, job: Job) -> None:
         alpha=job.lora.alpha,
         seed=job.seed,
         dtype=family.dtype,
+        device=family.device,
     )
 
 
@@ -248,12 +221,14 @@ def _latents_shape(family: ModelFamily, images: Tensor | np.ndarray) -> tuple[in
 class Trainer:
     """All state of a run on one worker."""
 
-    def __init__(self, job: Job, family: ModelFamily, schedule: Schedule) -> None:
+    def __init__(
+        self, job: Job, family: ModelFamily, schedule: Schedule, *, residency: Residency | None = None
+    ) -> None:
         self.job = job
         self.family = family
         self.schedule = schedule
-        checkpointing = job.gradient.checkpointing is True
-        self.graph = TrainGraph(family, trained=trained_components(job), gradient_checkpointing=checkpointing)
+        self.residency = residency or Residency()
+        self.graph = TrainGraph(family, trained=trained_components(job))
         self.trained = {
             name.removeprefix("components."): param
             for name, param in self.graph.named_parameters()
@@ -279,7 +254,9 @@ class Trainer:
     def _probe(self, probe: MicroInput) -> bool:
         """Run a micro batch and forget it; whether some trained parameter got no gradient."""
         noise, timestep_ids = self._draw(probe, step=0)
-        self.graph(probe.batch, noise, timestep_ids).sum().backward()
+        self.residency.begin()
+        with fastest_attention():
+            self.graph(probe.batch, noise, timestep_ids).sum().backward()
         num_unused = sum(param.grad is None for param in self.trained.values())
         for param in self.trained.values():
             param.grad = None
@@ -304,12 +281,6 @@ class Trainer:
             noise = noise.pin_memory().to(self.family.device, non_blocking=True)
         return noise, torch.tensor([timestep_id for _, timestep_id in draws])
 
-    def masters(self) -> dict[str, Tensor]:
-        """Float32 (or only) copies of the trained weights by "component.parameter"."""
-        return {
-            name: master.detach() for name, master in zip(self.optimizer.names, self.optimizer.masters, strict=True)
-        }
-
     def lr(self, step: int) -> float:
         """Learning rate of a step (from 0)."""
         training = self.job.training
@@ -323,11 +294,16 @@ class Trainer:
 
         `num_samples` counts the real samples of all workers; the step's loss is the mean over them, however they are dealt.
         """
+        with fastest_attention():
+            return self._train_step(micro_inputs, num_samples=num_samples)
+
+    def _train_step(self, micro_inputs: Sequence[MicroInput], *, num_samples: int) -> StepResult:
         assert self.strategy is not None, "start() comes first"
         loss_sum = torch.zeros((), device=self.family.device)
         for number, micro in enumerate(micro_inputs, start=1):
             last = number == len(micro_inputs)
             noise, timestep_ids = self._draw(micro, step=self.step)
+            self.residency.begin()
             losses = self.strategy.forward(micro.batch, noise, timestep_ids, last=last)
             micro_loss = losses.sum() * (0.0 if micro.is_dummy else 1.0)
             self.strategy.backward(micro_loss / num_samples, last=last)

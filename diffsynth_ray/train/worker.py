@@ -2,47 +2,61 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
 import ray
 import ray.train
-import ray.train.collective
 import ray.train.torch
 import torch
-import torch.distributed as dist
 from ray.util.metrics import Gauge
 
-from diffsynth_ray.config.resolve import ResolvedJob
+from diffsynth_ray.config.resolve import ResolvedJob, data_share
 from diffsynth_ray.data.cached import CachedBatch, CachedRows, read_batches
 from diffsynth_ray.data.samples import SampleIndex
 from diffsynth_ray.data.stream import StreamedBatch, build_stream
-from diffsynth_ray.errors import DsrayError, RunError
+from diffsynth_ray.errors import DsrayError, RunError, is_lost_connection
+from diffsynth_ray.models.family import EncodedBatch
 from diffsynth_ray.run_dir import Progress, RunDir
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.cached_input import CachedInput
-from diffsynth_ray.train.checkpoint import find_restorable, read_checkpoint, save_checkpoint
+from diffsynth_ray.train.checkpoint import Checkpoint, damage_of, find_checkpoints, find_restorable, read_checkpoint
 from diffsynth_ray.train.export import export_weights
 from diffsynth_ray.train.figures import FigureWriter
+from diffsynth_ray.train.group import Group
+from diffsynth_ray.train.heartbeat import Heartbeat
+from diffsynth_ray.train.initial import load_initial_weights, merge_presets
+from diffsynth_ray.train.memory_report import measure, out_of_memory
+from diffsynth_ray.train.residency import settle
+from diffsynth_ray.train.saver import CheckpointSaver, WriterIdentity
+from diffsynth_ray.train.split import job_of_stage
+from diffsynth_ray.train.storage import Storage
 from diffsynth_ray.train.trainer import (
+    HalfEncodedBatch,
     MicroInput,
     SampleBatch,
     StepResult,
     Trainer,
     load_family,
-    load_initial_weights,
     select_trained,
 )
 
 AnyStreamed = StreamedBatch | CachedBatch
 """A micro batch as it comes from Ray Data, or from the cache of split training."""
 
-_STOP, _CHECKPOINT = 1, 2
+_STOP, _CHECKPOINT, _LOOK_FOR_PREEMPTION = 1, 2, 4
+_LOOK_EVERY_S = 2.0
+"""Asking Ray Train whether a node will be taken away is a meeting of all workers."""
+_FOLLOWER_WAIT_S = 20.0
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SPEED_WINDOW = 20
 """Steps that the shown speed is averaged over."""
 
@@ -63,26 +77,48 @@ def train_loop(
     Returns {"state", "step", "num_steps"} of the run.
     """
     rank = ray.train.get_context().get_world_rank()
+    resolved = ResolvedJob.model_validate_json(resolved_json)
+    board.enter.remote(rank, _log_path())
+    heartbeat = Heartbeat(partial(board.beat.remote, rank), every_s=min(5.0, resolved.job.distributed.timeout_s / 4))
+    worker = _Worker(
+        resolved, token=token, index=index, cached=ray.get(cached), components=components, board=board, heartbeat=heartbeat
+    )
     try:
-        resolved = ResolvedJob.model_validate_json(resolved_json)
-        cached_rows = ray.get(cached)
-        worker = _Worker(resolved, token=token, index=index, cached=cached_rows, components=components, board=board)
         return worker.run()
     except DsrayError as error:
         # A user's mistake does not go away by a restart: the driver ends the run when it sees this.
         ray.get(board.fail.remote(rank, error))
         raise
     except torch.OutOfMemoryError as error:
-        ray.get(board.fail.remote(rank, _out_of_memory(rank, error)))
+        ray.get(board.fail.remote(rank, worker.out_of_memory(error)))
         raise
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        ray.get(board.fail.remote(rank, _disk_full(resolved, error)))
+        raise
+    except RuntimeError as error:
+        if is_lost_connection(error):
+            # The worker at the other end is the cause; Ray Train hears of its death a little later than we do.
+            heartbeat.enter("waiting to be ended: another worker is gone", 0)
+            time.sleep(_FOLLOWER_WAIT_S)
+        raise
+    finally:
+        heartbeat.end()
 
 
-def _out_of_memory(rank: int, error: torch.OutOfMemoryError) -> RunError:
-    peak = torch.cuda.max_memory_allocated() / 2**30
+def _log_path() -> str:
+    """The file that this worker's output goes to."""
+    try:
+        return os.readlink("/proc/self/fd/2")
+    except OSError:
+        return ""
+
+
+def _disk_full(resolved: ResolvedJob, error: OSError) -> RunError:
     return RunError(
-        f"rank {rank}: the GPU's memory is full (peak {peak:.1f} GiB): {str(error).splitlines()[0]}",
-        hint="lower dataset.batch_size (with global_batch_size kept) or dataset.max_pixels, "
-        "set gradient.checkpointing = true, or train a LoRA instead of all weights",
+        f"{error.filename or resolved.output_path}: {error.strerror}",
+        hint="make room and submit the job again: it continues from its last checkpoint, which is whole",
     )
 
 
@@ -98,12 +134,14 @@ class _Worker:
         cached: CachedRows | None,
         components: tuple[str, ...] | None,
         board: Any,
+        heartbeat: Heartbeat,
     ) -> None:
         context = ray.train.get_context()
         self.resolved, self.job, self.token, self.index_ref = resolved, resolved.job, token, index
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.local_world_size = context.get_local_world_size()
         self.run_dir = RunDir(resolved.output_path)
+        self.storage = Storage.at(self.run_dir.checkpoint_location(resolved))
         self.index: SampleIndex = ray.get(index)
         self.device = ray.train.torch.get_device()
         self.cached = CachedInput(self.index, cached, device=self.device) if cached is not None else None
@@ -111,33 +149,57 @@ class _Worker:
         self.schedule = build_schedule(
             self.job, num_samples=self.index.order.num_samples, global_batch_size=self.resolved.global_batch_size
         )
+        self.heartbeat = heartbeat
+        self.computed = "the weights"
+        """What an out-of-memory error names."""
         self.say: Callable[[str], object] = board.say.remote if self.rank == 0 else _silent
 
     def run(self) -> dict[str, Any]:
         """Train from the newest checkpoint to the end, or to a stop."""
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_world_size))
-        # Flags from rank 0 travel on the CPU, so that they never wait for the GPU.
-        self.control = dist.new_group(backend="gloo") if self.world_size > 1 else None
-        start_step = self._choose_start()
+        # Flags from rank 0 travel on the CPU, so that they never wait for the GPU; checkpoints are written by a thread.
+        self.control = Group(self.world_size)
+        self.writers = Group(self.world_size)
+        self.writer = self._claim_writer()
+        checkpoint = self._choose_start()
         # Ray Data's processes start while the model is loaded.
-        stream = Prefetched(self._build_stream(start_step))
-        self.trainer = self._build_trainer()
-        self._restore(start_step)
+        stream = Prefetched(self._build_stream(checkpoint.step if checkpoint else 0))
+        self._build_trainer()
+        self._restore(checkpoint)
         result = self._train(stream)
         return {"state": result, "step": self.trainer.step, "num_steps": self.schedule.num_steps}
 
-    def _build_trainer(self) -> Trainer:
+    def _build_trainer(self) -> None:
         started = time.monotonic()
         self.say("loading the model")
-        family = load_family(self.job, device=self.device, components=self.components)
+        self.heartbeat.enter("loading the model", 0)
+        job = self.job if self.components is None else job_of_stage(self.job, self.components)
+        family = load_family(job, device=self.device, components=self.components)
+        merge_presets(family, job, self.say)
         select_trained(family, self.job)
-        load_initial_weights(family, self.job)
-        trainer = Trainer(self.job, family, self.schedule)
-        count = sum(param.numel() for param in trainer.trained.values())
+        residency = settle(family, job, say=self.say)
+        load_initial_weights(family, self.job, self.say)
+        self.trainer = Trainer(self.job, family, self.schedule, residency=residency)
+        count = sum(param.numel() for param in self.trainer.trained.values())
         self.say(f"model loaded in {time.monotonic() - started:.1f} s, {count:,} trained parameters")
-        trainer.start(self._probe_input())
-        return trainer
+        probe = self._probe_input()
+        self.computed = f"the costliest micro batch, tried before the first step ({_describe(probe)})"
+        self.trainer.start(probe)
+
+    def out_of_memory(self, error: torch.OutOfMemoryError) -> RunError:
+        """What the user is told of a full device."""
+        cause = str(error).splitlines()[0]
+        if not hasattr(self, "trainer"):
+            return RunError(f"rank {self.rank}: the weights do not fit the device's memory. {cause}")
+        return out_of_memory(
+            self.job,
+            measure(self.trainer, self.device),
+            rank=self.rank,
+            world_size=self.world_size,
+            computed=self.computed,
+            cause=cause,
+        )
 
     def _probe_input(self) -> MicroInput:
         """Noise in the shape of the costliest micro batch: no media file is read for it."""
@@ -149,13 +211,36 @@ class _Worker:
         prompts = tuple(self.index.prompt(row) for row in micro.rows)
         return MicroInput(SampleBatch(pixels, prompts, micro.rows), micro.indices)
 
-    def _choose_start(self) -> int:
-        """The step to go on from, chosen by rank 0 for all: that of the newest whole checkpoint, or 0."""
-        step = 0
-        if self.rank == 0:
-            found = find_restorable(self.run_dir, self.say)
-            step = found.step if found else 0
-        return int(ray.train.collective.broadcast_from_rank_zero(step))
+    def _claim_writer(self) -> str:
+        """The name of this group of workers, given by rank 0; from here on no earlier group commits anything."""
+        writer = self.control.from_rank_zero(self.run_dir.claim_writer(self.token) if self.rank == 0 else None)
+        if writer is None:
+            raise superseded()
+        return str(writer)
+
+    def _choose_start(self) -> Checkpoint | None:
+        """The newest whole checkpoint, the same for all ranks, or None. Each rank checks its share of the files."""
+        self.heartbeat.enter("checking the checkpoint", 0)
+        found = self.control.from_rank_zero(find_checkpoints(self.storage) if self.rank == 0 else None)
+
+        def damage(checkpoint: Checkpoint) -> str | None:
+            shards = checkpoint.shards[self.rank :: self.world_size]
+            return next((each for each in self.control.gather(damage_of(self.storage, shards)) if each), None)
+
+        return find_restorable(found, damage, say=self.say)
+
+    def _data_share(self) -> tuple[float, int]:
+        """CPUs and number of the decoding tasks; for an elastic run from what the cluster has now."""
+        if not self.resolved.is_elastic:
+            return self.resolved.decode_cpus, self.resolved.decode_tasks
+        found = data_share(
+            ray.cluster_resources().get("CPU", 0.0),
+            num_workers=self.world_size,
+            worker_cpus=self.resolved.resources_per_worker.get("CPU", 0.0),
+            most_tasks=self.job.dataset.num_workers,
+        )
+        # Ray Train counts on whole nodes for workers. Without a free CPU, decoding takes none rather than wait forever.
+        return found or (0.0, 1)
 
     def _build_stream(self, start_step: int) -> Iterator[list[AnyStreamed]]:
         if self.cached is not None and self.cached.rows.has("image"):
@@ -169,6 +254,7 @@ class _Worker:
                     world_size=self.world_size,
                 )
             )
+        decode_cpus, decode_tasks = self._data_share()
         return _steps(
             build_stream(
                 self.index_ref,
@@ -176,8 +262,8 @@ class _Worker:
                 num_steps=self.schedule.num_steps,
                 rank=self.rank,
                 world_size=self.world_size,
-                decode_cpus=self.resolved.decode_cpus,
-                decode_tasks=self.resolved.decode_tasks,
+                decode_cpus=decode_cpus,
+                decode_tasks=decode_tasks,
             )
         )
 
@@ -190,89 +276,122 @@ class _Worker:
             return self.cached.from_pixels(micro, batch.pixels)
         return MicroInput(SampleBatch(batch.pixels, batch.prompts, micro.rows), micro.indices, micro.is_dummy)
 
-    def _restore(self, step: int) -> None:
-        if step == 0:
+    def _restore(self, checkpoint: Checkpoint | None) -> None:
+        if checkpoint is None:
             return
-        tensors = read_checkpoint(self.run_dir, step, expected_masters=set(self.trainer.trained))
+        self.heartbeat.enter("restoring the checkpoint", checkpoint.step)
+        state = read_checkpoint(self.storage, checkpoint, expected_masters=set(self.trainer.trained))
         assert self.trainer.strategy is not None  # built by start()
-        self.trainer.strategy.load_state_tensors(tensors)
-        self.trainer.step = step
-        self.say(f"continuing after step {step} of {self.schedule.num_steps}")
+        self.trainer.strategy.load_state(state)
+        state.close()
+        self.trainer.step = checkpoint.step
+        self.say(f"continuing after step {checkpoint.step} of {self.schedule.num_steps}")
 
     def _train(self, steps: Iterator[list[AnyStreamed]]) -> str:
         if self.trainer.step >= self.schedule.num_steps:
             return "SUCCEEDED"
         figures = FigureWriter(self.run_dir, self.job.logging, start_step=self.trainer.step) if self.rank == 0 else None
         reporter = _Reporter(self, figures)
+        self.saver = self._build_saver()
+        self.last_checkpoint = self.last_look = time.monotonic()
+        self.preempted_nodes: set[str] = set()
         self.say("waiting for the first samples")
-        last_checkpoint = time.monotonic()
         try:
-            while self.trainer.step < self.schedule.num_steps:
+            while (step := self.trainer.step) < self.schedule.num_steps:
                 started = time.monotonic()
+                self.heartbeat.enter("waiting for samples", step)
                 streamed = next(steps)
                 data_wait_s = time.monotonic() - started
-                result = self.trainer.train_step(
-                    [self._micro_input(batch) for batch in streamed], num_samples=streamed[0].num_samples
-                )
+                self.heartbeat.enter("training", step + 1)
+                inputs = [self._micro_input(batch) for batch in streamed]
+                self.computed = f"step {step + 1} ({'; '.join(map(_describe, inputs))})"
+                result = self.trainer.train_step(inputs, num_samples=streamed[0].num_samples)
                 reporter.after_step(result, streamed, started=started, data_wait_s=data_wait_s)
                 self._export()
-                flags = self._flags(last_checkpoint)
+                flags = self._flags()
                 if flags & _CHECKPOINT:
                     self._checkpoint()
-                    last_checkpoint = time.monotonic()
+                self.saver.check()
                 if flags & _STOP:
-                    return "STOPPED"
+                    break
+            self.heartbeat.enter("writing a checkpoint", self.trainer.step)
+            self.saver.finish()
         finally:
             if figures is not None:
                 figures.close()
-        return "SUCCEEDED"
+        return "SUCCEEDED" if self.trainer.step == self.schedule.num_steps else "STOPPED"
 
-    def _flags(self, last_checkpoint: float) -> int:
+    def _flags(self) -> int:
         """What rank 0 wants after this step, the same on all ranks."""
-        flags = 0
-        if self.rank == 0:
-            step, output = self.trainer.step, self.job.output
-            stop_reason = self.run_dir.stop_reason()
-            minutes = (time.monotonic() - last_checkpoint) / 60
-            if stop_reason is not None:
-                self.say(f"stopping after step {step}: {stop_reason}")
-                flags |= _STOP | _CHECKPOINT
-            due = output.checkpoint_minutes is not None and minutes >= output.checkpoint_minutes
-            due |= output.checkpoint_steps is not None and step % output.checkpoint_steps == 0
-            if due or step == self.schedule.num_steps:
-                flags |= _CHECKPOINT
-        if self.control is not None:
-            message = torch.tensor([flags])
-            dist.broadcast(message, src=0, group=self.control)
-            flags = int(message)
+        flags = self.control.number_from_rank_zero(self._wishes() if self.rank == 0 else 0)
+        if flags & _LOOK_FOR_PREEMPTION and self._is_new_preemption():
+            flags |= _CHECKPOINT
         return flags
+
+    def _wishes(self) -> int:
+        flags = 0
+        step, output = self.trainer.step, self.job.output
+        now = time.monotonic()
+        stop_reason = self.run_dir.stop_reason()
+        if stop_reason is not None and step < self.schedule.num_steps:
+            self.say(f"stopping after step {step}: {stop_reason}")
+            flags |= _STOP | _CHECKPOINT
+        # By time or on request, a checkpoint can wait for the one that is still being written; by steps, training waits.
+        due = output.checkpoint_minutes is not None and (now - self.last_checkpoint) / 60 >= output.checkpoint_minutes
+        due = (due or self.run_dir.is_checkpoint_requested()) and not self.saver.in_flight
+        due |= output.checkpoint_steps is not None and step % output.checkpoint_steps == 0
+        if due or step == self.schedule.num_steps:
+            flags |= _CHECKPOINT
+        if now - self.last_look >= _LOOK_EVERY_S:
+            self.last_look = now
+            flags |= _LOOK_FOR_PREEMPTION
+        return flags
+
+    def _is_new_preemption(self) -> bool:
+        """Whether a worker's node will be taken away that was not known of; the same on all ranks."""
+        info = ray.train.get_preemption_info()
+        nodes = set(info.preempted_node_ids) - self.preempted_nodes if info is not None else set()
+        if nodes:
+            self.preempted_nodes |= nodes
+            self.say(f"the nodes of ranks {info.preempted_ranks} will go: checkpoint after step {self.trainer.step}")
+        return bool(nodes)
+
+    def _build_saver(self) -> CheckpointSaver:
+        return CheckpointSaver(
+            self.storage,
+            WriterIdentity(rank=self.rank, world_size=self.world_size, token=self.token, writer=self.writer),
+            keep=self.job.output.keep_checkpoints,
+            may_commit=self.may_commit,
+            gather=self.writers.gather,
+            on_commit=self.run_dir.checkpoint_is_done,
+            say=self.say,
+        )
+
+    def may_commit(self) -> bool:
+        return self.run_dir.may_commit(self.token, self.writer)
 
     def _checkpoint(self) -> None:
         assert self.trainer.strategy is not None  # built by start()
-        if self.rank != 0:
-            return  # under DDP rank 0 has everything
-        started = time.monotonic()
-        path = save_checkpoint(
-            self.run_dir,
-            step=self.trainer.step,
-            tensors=self.trainer.strategy.state_tensors(),
-            token=self.token,
-            keep=self.job.output.keep_checkpoints,
-        )
-        if path is None:
-            raise RunError("a newer attempt of this run has taken over; this one commits nothing and ends")
-        self.say(f"checkpoint after step {self.trainer.step} in {time.monotonic() - started:.1f} s")
+        self.saver.start(self.trainer.step, self.trainer.strategy.state_slices())
+        self.last_checkpoint = time.monotonic()
 
     def _export(self) -> None:
         stem = self.schedule.export_stem(self.trainer.step)
-        if stem is None or self.rank != 0:
+        if stem is None:
             return
-        if not self.run_dir.holds_token(self.token):
-            raise RunError("a newer attempt of this run has taken over; this one writes nothing and ends")
-        paths = export_weights(
-            self.trainer.family, self.job, masters=self.trainer.masters(), output_dir=self.run_dir.path, stem=stem
-        )
+        assert self.trainer.strategy is not None  # built by start()
+        self.heartbeat.enter("exporting", self.trainer.step)
+        masters = self.trainer.strategy.full_masters()
+        if self.rank != 0:
+            return
+        if not self.may_commit():
+            raise superseded()
+        paths = export_weights(self.trainer.family, self.job, masters=masters, output_dir=self.run_dir.path, stem=stem)
         self.say(f"wrote {', '.join(str(path.relative_to(self.run_dir.path)) for path in paths)}")
+
+
+def superseded() -> RunError:
+    return RunError("a newer attempt of this run has taken over; this one writes nothing and ends")
 
 
 class _Reporter:
@@ -288,9 +407,7 @@ class _Reporter:
         for gauge in self.gauges.values():
             gauge.set_default_tags(tags)
 
-    def after_step(
-        self, result: StepResult, streamed: list[AnyStreamed], *, started: float, data_wait_s: float
-    ) -> None:
+    def after_step(self, result: StepResult, streamed: list[AnyStreamed], *, started: float, data_wait_s: float) -> None:
         """Called after every step; reads the device only where the step is logged, exported or the last."""
         worker, step = self.worker, self.worker.trainer.step
         logged = step % worker.job.logging.every_steps == 0 or worker.schedule.export_stem(step) is not None
@@ -330,6 +447,8 @@ class _Reporter:
             self.gauges["gpu_memory_gib"].set(torch.cuda.max_memory_allocated() / 2**30)
         if self.figures is None:
             return
+        if not worker.may_commit():
+            raise superseded()
         self.figures.write(step, figures)
         progress = Progress(
             step=step,
@@ -338,7 +457,8 @@ class _Reporter:
             **figures,
         )
         worker.say(progress.line())
-        worker.run_dir.write_progress(progress)
+        with suppress(OSError):  # a full disk: the log has the line too
+            worker.run_dir.write_progress(progress)
 
 
 class Prefetched(Iterator[list[AnyStreamed]]):
@@ -369,6 +489,21 @@ def _steps(stream: Iterator[AnyStreamed]) -> Iterator[list[AnyStreamed]]:
         if batch.is_last:
             yield group
             group = []
+
+
+def _describe(micro: MicroInput) -> str:
+    """The samples of a micro batch, for an error."""
+    batch = micro.batch
+    if isinstance(batch, EncodedBatch):
+        shape = "x".join(str(side) for side in batch.latents.shape[1:])
+        rows = f"metadata rows {[int(row) + 1 for row in batch.sample_ids]}"
+        return f"{len(batch.sample_ids)} x latents {shape} from the cache, {rows}"
+    rows = f"metadata rows {[row + 1 for row in batch.rows]}"
+    if isinstance(batch, HalfEncodedBatch):
+        return f"{len(batch.rows)} samples, half of each from the cache, {rows}"
+    height, width, num_frames = batch.size
+    size = f"{height}x{width}" + (f", {num_frames} frames" if num_frames > 1 else "")
+    return f"{len(batch.rows)} x {size}, {rows}"
 
 
 def _silent(line: str) -> None:

@@ -3,12 +3,13 @@
 Weights are random (shapes, number formats and work per step are the real ones); latents and prompt embeddings are given, as in
 stage two of split training. Prints one JSON line; run it beside another trainer's step in one call and quote the ratio.
 
-usage: python tests/bench/gpu_step.py [--full] [--no-checkpointing] [--layers N] [--size PIXELS] [--batch N] [--steps N]
+usage: python tests/bench/gpu_step.py --help
 """
 
 import argparse
 import json
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -16,50 +17,92 @@ from diffsynth_ray.config.schema import Job
 from diffsynth_ray.models.family import EncodedBatch
 from diffsynth_ray.models.qwen_image import QwenImage, build_component
 from diffsynth_ray.schedule import build_schedule
+from diffsynth_ray.train.residency import Residency, settle
 from diffsynth_ray.train.trainer import MicroInput, Trainer, select_trained
 
 TEXT_TOKENS = 256
 
 
+class RandomWeights:
+    """Weights of std 0.02 made on the device: the shapes are the real ones, the values cost no disk."""
+
+    def __init__(self, component: torch.nn.Module) -> None:
+        self.shapes = {name: param.shape for name, param in component.named_parameters()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """See placement.WeightSource."""
+        return torch.empty(self.shapes[name], dtype=torch.bfloat16, device="cuda").normal_(0, 0.02)
+
+
 def build_job(options: argparse.Namespace) -> Job:
+    auto = {"true": True, "false": False, "auto": "auto"}
     return Job.model_validate(
         {
             "name": "bench",
-            "training": {"trainable_models": ["dit"] if options.full else [], "optimizer_args": {"fused": True}},
+            "model": {"fp8_models": ["dit"] if options.fp8 else []},
+            "training": {
+                "trainable_models": ["dit"] if options.full else [],
+                "optimizer_args": {} if options.optimize_on_cpu else {"fused": True},
+                "compile": auto[options.compile],
+                "max_grad_norm": 0.0 if options.no_clipping else 1.0,
+            },
             "lora": {} if options.full else {"base_model": "dit", "rank": 32},
-            "gradient": {"checkpointing": not options.no_checkpointing},
+            "gradient": {
+                "checkpointing": auto[options.checkpointing],
+                "checkpointing_offload": options.checkpointing_offload,
+            },
+            "offload": {
+                "cpu_offload": options.offload,
+                "optimize_on_cpu": options.optimize_on_cpu,
+                "vram_budget_gib": options.vram_budget_gib,
+                "param_size_threshold": options.param_size_threshold,
+            },
         }
     )
 
 
 def build_family(num_layers: int) -> QwenImage:
     dit = build_component("dit", {"num_layers": num_layers})  # the classes' defaults are the real size
-    for module in dit.modules():
-        for name, param in list(module.named_parameters(recurse=False)):
-            real = torch.empty(param.shape, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02)
-            setattr(module, name, torch.nn.Parameter(real, requires_grad=False))
-    return QwenImage({"dit": dit}, dtype=torch.bfloat16, device="cuda")
+    dit.requires_grad_(False).eval().to(torch.bfloat16)
+    dit.weight_source = RandomWeights(dit)
+    family = QwenImage({"dit": dit}, dtype=torch.bfloat16, device="cuda")
+    return family
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true")
-    parser.add_argument("--no-checkpointing", action="store_true")
+    parser.add_argument("--fp8", action="store_true")
+    parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--optimize-on-cpu", action="store_true")
+    parser.add_argument("--no-clipping", action="store_true")
+    parser.add_argument("--vram-budget-gib", type=float)
+    parser.add_argument("--param-size-threshold", type=float)
+    parser.add_argument("--checkpointing", default="true", choices=["true", "false", "auto"])
+    parser.add_argument("--checkpointing-offload", action="store_true")
+    parser.add_argument("--compile", default="auto", choices=["true", "false", "auto"])
     parser.add_argument("--layers", type=int, default=60)
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--profile", action="store_true", help="print the kernels of one step that take longest")
     options = parser.parse_args()
 
     torch.manual_seed(0)
     job = build_job(options)
     family = build_family(options.layers)
     select_trained(family, job)
-    trainer = Trainer(job, family, build_schedule(job, num_samples=1000, global_batch_size=options.batch))
+    residency = settle(family, job, say=lambda line: print(line, flush=True))
+    schedule = build_schedule(job, num_samples=1000, global_batch_size=options.batch)
+    trainer = Trainer(job, family, schedule, residency=residency)
     latents = torch.randn(options.batch, *family.latents_shape(options.size, options.size), device="cuda")
     embeds = torch.randn(options.batch, TEXT_TOKENS, 3584, device="cuda", dtype=torch.bfloat16)
     micro = MicroInput(EncodedBatch(latents, {"prompt_embeds": embeds}), tuple(range(options.batch)))
+    started = time.perf_counter()
     trainer.start(micro)
+    torch.cuda.synchronize()
+    start_s = time.perf_counter() - started
+    loading_peak_gib = torch.cuda.max_memory_allocated() / 2**30
     torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(options.steps):
@@ -68,6 +111,9 @@ def main() -> None:
         result = trainer.train_step([micro], num_samples=options.batch)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
+    peak_gib = torch.cuda.max_memory_allocated() / 2**30
+    if options.profile:
+        print_profile(lambda: trainer.train_step([micro], num_samples=options.batch))
     settled = sorted(times[2:])
     record = {
         "what": "diffsynth_ray Trainer",
@@ -75,12 +121,27 @@ def main() -> None:
         "trained_parameters": sum(param.numel() for param in trainer.trained.values()),
         "s_per_step": round(settled[len(settled) // 2], 3),
         "min_s": round(settled[0], 3),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "first_s": round(start_s, 1),
+        "peak_gib": round(peak_gib, 2),
+        "loading_peak_gib": round(loading_peak_gib, 2),
+        "moved_gib_per_step": round(moved_gib(residency) / (options.steps + 1), 2),
         "loss": round(result.loss_sum.item() / options.batch, 4),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
     }
     print(json.dumps(record), flush=True)
+
+
+def moved_gib(residency: Residency) -> float:
+    """Weights brought to the device since the start."""
+    return residency.offload.moved_bytes / 2**30 if residency.offload else 0.0
+
+
+def print_profile(step: Callable[[], object]) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from diffsynth_ray.models import qwen_image_configs
 from diffsynth_ray.models.qwen_image import TINY_TOKENIZER, QwenImage, build_component
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.cached_input import CachedInput
+from diffsynth_ray.train.residency import settle
 from diffsynth_ray.train.split import SampleEncoder
 from diffsynth_ray.train.trainer import MicroInput, SampleBatch, Trainer, select_trained
 
@@ -51,18 +52,30 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+class RandomWeights:
+    """Weights of std 0.02 made on the device: the shapes are the real ones, the values cost no disk."""
+
+    def __init__(self, component: torch.nn.Module) -> None:
+        self.shapes = {name: param.shape for name, param in component.named_parameters()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """See placement.WeightSource."""
+        return torch.empty(self.shapes[name], dtype=torch.bfloat16, device="cuda").normal_(0, 0.02)
+
+
 def build_family(options: argparse.Namespace, components: list[str], device: str) -> QwenImage:
+    """The family with its weights still to be read by `settle`."""
     if options.tiny:
-        return QwenImage.build_tiny(0, components=components, dtype=torch.bfloat16, device=device)
+        family = QwenImage.build_tiny(0, components=components, dtype=torch.bfloat16, device="meta")
+        family.device = torch.device(device)
+        return family
     configs = {"dit": {"num_layers": options.layers}, "vae": {}, "text_encoder": qwen_image_configs._TEXT_ENCODER_7B}
     modules = {}
     for name in components:
         module = build_component(name, configs[name])
-        for part in module.modules():
-            for key, param in list(part.named_parameters(recurse=False)):
-                real = torch.empty(param.shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
-                setattr(part, key, torch.nn.Parameter(real, requires_grad=False))
-        modules[name] = module.to(device).eval()
+        module.requires_grad_(False).eval().to(torch.bfloat16)
+        module.weight_source = RandomWeights(module)
+        modules[name] = module
     return QwenImage(modules, dtype=torch.bfloat16, device=device, tokenizer_path=TINY_TOKENIZER)
 
 
@@ -105,7 +118,7 @@ def prompts_of(family: QwenImage, count: int, tokens: int) -> list[str]:
 def bench_encode(options: argparse.Namespace, device: str, cache: Cache, limit: float) -> tuple[dict, Manifest]:
     size, count = options.size, options.samples
     family = build_family(options, ["text_encoder", "vae"], device)
-    encoder = SampleEncoder(family)
+    encoder = SampleEncoder(family, settle(family, bench_job(), say=lambda line: None))
     prompts = prompts_of(family, count, options.tokens)
     pixels = np.random.default_rng(0).integers(0, 256, (count, 1, size, size, 3), dtype=np.uint8)
     figures: dict = {"weights_gib": weights_gib(family)}
@@ -172,14 +185,14 @@ def bench_read(index: SampleIndex, cache: Cache, manifest: Manifest, device: str
 
 
 def bench_training(options: argparse.Namespace, device: str, components: list[str], inputs) -> dict:
-    """Steps of a LoRA of rank 32; `inputs(family)` yields micro inputs."""
+    """Steps of a LoRA of rank 32, compiled where that works; `inputs(family)` yields micro inputs."""
     gc.collect()
     reset_peak()
-    family = build_family(options, components, device)
-    loaded_gib = weights_gib(family)
-    job = Job.model_validate({"name": "bench", "lora": {"base_model": "dit", "rank": 32}, "gradient": {"checkpointing": True}})
+    family, job = build_family(options, components, device), bench_job()
     select_trained(family, job)
-    trainer = Trainer(job, family, build_schedule(job, num_samples=1000, global_batch_size=1))
+    residency = settle(family, job, say=lambda line: None)
+    loaded_gib = weights_gib(family)
+    trainer = Trainer(job, family, build_schedule(job, num_samples=1000, global_batch_size=1), residency=residency)
     found = iter(inputs(family))
     trainer.start(next(found))
     times, waits = [], []
@@ -198,6 +211,10 @@ def bench_training(options: argparse.Namespace, device: str, components: list[st
         "min_s": settled[0],
         "data_wait_s": sorted(waits)[len(waits) // 2],
     }
+
+
+def bench_job() -> Job:
+    return Job.model_validate({"name": "bench", "lora": {"base_model": "dit", "rank": 32}})
 
 
 def gib(num_bytes: float) -> float:

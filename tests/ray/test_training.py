@@ -1,6 +1,5 @@
 """Whole runs on real Ray processes, from a job to the files on disk, without a job server."""
 
-import csv
 import json
 import shutil
 import threading
@@ -10,73 +9,13 @@ from pathlib import Path
 import psutil
 import pytest
 from safetensors.torch import load_file
+from training_runs import Run, distance
 
-from diffsynth_ray.config.load import load_job
-from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.errors import ExitCode
-from diffsynth_ray.launch.driver import run_job
-from diffsynth_ray.run_dir import RunDir
 from diffsynth_ray.train.checkpoint import find_checkpoints
+from diffsynth_ray.train.storage import Storage
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("local_ray")]
-
-JOB = """
-[dataset]
-base_path = "{photos}"
-metadata_path = "{photos}/metadata.csv"
-repeat = 8
-max_pixels = 4096
-global_batch_size = 4
-[model]
-family = "qwen_image"
-tiny = true
-[lora]
-base_model = "dit"
-rank = 4
-[training]
-learning_rate = 1e-3
-precision = "fp32"
-[output]
-path = "{output}"
-save_steps = 4
-[logging]
-tensorboard = false
-"""
-
-
-class Run:
-    """One job in its own folder, and what it said."""
-
-    def __init__(self, tmp_path, photos, name="run"):
-        self.output = tmp_path / name
-        self.job_path = tmp_path / f"{name}.toml"
-        self.job_path.write_text(JOB.format(photos=photos, output=self.output))
-        self.dir = RunDir(self.output)
-        self.said = []
-
-    def start(self, *overrides):
-        resolved = resolve(load_job(str(self.job_path), list(overrides)), Resources(cpus=2, gpus=0))
-        return run_job(resolved, submission_id="test", say=self.said.append)
-
-    def losses(self):
-        with self.dir.loss_path.open() as file:
-            return {int(row["step"]): float(row["value"]) for row in csv.DictReader(file) if row["key"] == "loss"}
-
-    def weights(self):
-        return load_file(self.output / "step-10.safetensors")
-
-    def wait_for(self, text, seconds=120):
-        end = time.monotonic() + seconds
-        while not any(text in line for line in list(self.said)):
-            assert time.monotonic() < end, self.said
-            time.sleep(0.05)
-
-
-def distance(first, second):
-    """Norm of the difference of two exports, relative to the first's."""
-    difference = sum(float((first[key] - second[key]).norm() ** 2) for key in first) ** 0.5
-    return difference / sum(float(tensor.norm() ** 2) for tensor in first.values()) ** 0.5
-
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, local_ray):
@@ -95,7 +34,7 @@ def test_files_of_a_run(reference):
     key = "transformer_blocks.0.attn.to_q.lora_A.default.weight"
     assert reference.weights()[key].shape == (4, 64)
     assert reference.dir.attempts()[-1]["state"] == "SUCCEEDED"
-    assert find_checkpoints(reference.dir)[0].step == 10
+    assert find_checkpoints(Storage.at(reference.dir.checkpoints_dir))[0].step == 10
 
 
 def test_two_workers_train_the_same(reference, tmp_path, photos):

@@ -221,6 +221,47 @@ def test_a_file_is_never_seen_half_written(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
 
 
+# Where the checkpoints are
+
+
+def with_checkpoint_path(resolved: ResolvedJob, base: str | None) -> ResolvedJob:
+    output = resolved.job.output.model_copy(update={"checkpoint_path": base})
+    return resolved.model_copy(update={"job": resolved.job.model_copy(update={"output": output})})
+
+
+def test_checkpoints_are_in_the_folder_unless_another_place_is_named(tmp_path: Path) -> None:
+    run_dir, resolved = RunDir(tmp_path), build(tmp_path)
+    assert run_dir.checkpoint_location(resolved) == str(tmp_path / "checkpoints")
+    elsewhere = with_checkpoint_path(resolved, "s3://bucket/here/")
+    location = run_dir.checkpoint_location(elsewhere)
+    assert location.startswith(f"s3://bucket/here/{resolved.run}-")
+    assert run_dir.checkpoint_location(elsewhere) == location, "every attempt has the same"
+    run_dir.begin_attempt(elsewhere, "a1")
+    run_dir.move_aside()
+    assert run_dir.checkpoint_location(elsewhere) != location, "--new does not go on from the old ones"
+
+
+def test_checkpoints_that_are_elsewhere_are_not_lost_from_sight(tmp_path: Path) -> None:
+    run_dir, resolved = RunDir(tmp_path), build(tmp_path)
+    run_dir.checkpoint_location(with_checkpoint_path(resolved, "s3://bucket"))
+    with pytest.raises(OutputError, match="are at s3://bucket"):
+        run_dir.begin_attempt(resolved, "a1")
+    local = RunDir(tmp_path / "local")
+    local.checkpoints_dir.mkdir(parents=True)
+    with pytest.raises(OutputError, match=f"are at {local.checkpoints_dir}"):
+        local.checkpoint_location(with_checkpoint_path(resolved, "s3://bucket"))
+
+
+def test_a_request_for_a_checkpoint_is_taken_back_when_it_is_committed(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    assert not run_dir.is_checkpoint_requested()
+    run_dir.request_checkpoint()
+    assert run_dir.is_checkpoint_requested()
+    run_dir.checkpoint_is_done()
+    run_dir.checkpoint_is_done()
+    assert not run_dir.is_checkpoint_requested()
+
+
 def test_the_progress_of_stage_one_is_read_back(tmp_path: Path) -> None:
     progress = EncodeProgress(done=120, total=400, per_s=12.3, left_s=23)
     assert progress.line() == "encode 120/400 samples | 12.30 samples/s | 23 s left"

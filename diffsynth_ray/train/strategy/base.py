@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StateSlice:
+    """A contiguous part of one tensor of the resume state."""
+
+    values: Tensor
+    """1-d part of the flattened tensor, on any device; the training may go on to change it."""
+    start: int
+    """Offset of the part in the flattened whole, in elements."""
+    shape: tuple[int, ...]
+    """Of the whole tensor; () for a number."""
+
+
+class StateReader(Protocol):
+    """The resume state of a checkpoint, whoever wrote it: "master/NAME" and the optimizer's "KEY/NAME" ("exp_avg/NAME",
+    "exp_avg_sq/NAME", "step/NAME") by full parameter name."""
+
+    def names(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors by name."""
+        ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements [start, stop) of the flattened tensor, as a new 1-d tensor on the CPU; nothing else is read."""
+        ...
 
 
 class Strategy(Protocol):
@@ -30,10 +55,14 @@ class Strategy(Protocol):
         """The sum of a tensor over all workers, on every worker."""
         ...
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Float32 masters ("master/NAME") and optimizer state ("KEY/NAME") by full parameter name."""
+    def full_masters(self) -> dict[str, Tensor]:
+        """Float32 masters by full parameter name. Called on all ranks; whole on rank 0, whatever on the others."""
         ...
 
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `state_tensors` gave."""
+    def state_slices(self) -> dict[str, StateSlice]:
+        """This rank's part of the resume state; the parts of all ranks hold every element exactly once."""
+        ...
+
+    def load_state(self, state: StateReader) -> None:
+        """Take from the resume state what this rank needs; the caller has checked that the trained parameters agree."""
         ...

@@ -7,7 +7,6 @@ workers and added to the float32 masters' gradients, because DDP cannot accumula
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diffsynth_ray.train.optim import MasterOptimizer
+from diffsynth_ray.train.shards import balanced_slices
+from diffsynth_ray.train.strategy.base import StateReader, StateSlice
 
 
 class DDPStrategy:
@@ -69,10 +70,14 @@ class DDPStrategy:
             dist.all_reduce(value)
         return value
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """See Strategy."""
-        return self.optimizer.state_tensors()
+    def full_masters(self) -> dict[str, Tensor]:
+        """See Strategy. Every rank has them."""
+        return self.optimizer.named_masters()
 
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+    def state_slices(self) -> dict[str, StateSlice]:
+        """See Strategy. Every rank has the whole state and writes an even share of it."""
+        return balanced_slices(self.optimizer.state_tensors(), rank=self.rank, world_size=self.world_size)
+
+    def load_state(self, state: StateReader) -> None:
         """See Strategy."""
-        self.optimizer.load_state_tensors(tensors)
+        self.optimizer.load_state(state)

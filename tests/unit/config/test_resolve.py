@@ -281,6 +281,41 @@ def test_a_resolved_job_survives_the_way_between_processes() -> None:
     assert ResolvedJob.model_validate_json(resolved.model_dump_json()) == resolved
 
 
+# Elastic
+
+
+def test_elastic_keeps_the_batch_of_its_most_workers() -> None:
+    job = build_job(distributed={"num_workers": [1, 4]}, dataset={"batch_size": 2})
+    resolved = resolve(job, BOX)
+    assert (resolved.min_workers, resolved.num_workers, resolved.is_elastic) == (1, 4, True)
+    assert resolved.global_batch_size == 8
+    assert resolve(build_job(distributed={"num_workers": 4}, dataset={"batch_size": 2}), BOX).run == resolved.run
+    assert not resolve(build_job(distributed={"num_workers": 4}), BOX).is_elastic
+
+
+def test_elastic_needs_room_for_its_fewest_workers_only() -> None:
+    job = build_job(distributed={"num_workers": [1, 64], "resources_per_worker": {"GPU": 1.0, "CPU": 1.0}})
+    resolved = resolve(job, BOX)
+    assert resolved.num_workers == 64
+    assert resolved.decode_cpus == 1.0
+    assert "9 workers need 9 GPUs" in problems_of(
+        build_job(distributed={"num_workers": [9, 10], "resources_per_worker": {"GPU": 1.0, "CPU": 1.0}}), BOX
+    )["distributed.num_workers"]
+
+
+@pytest.mark.parametrize("asked", [[0, 2], [3, 2], [-1, -1]])
+def test_elastic_bounds_are_checked(asked: list[int]) -> None:
+    assert "1 <= min <= max" in problems_of(build_job(distributed={"num_workers": asked}))["distributed.num_workers"]
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [({"preset_model": "dit"}, "needs lora.preset_path"), ({"preset_path": ["a"], "preset_model": ["x", "y"]}, "2 components")],
+)
+def test_preset_loras_and_their_components(lora: dict[str, Any], message: str) -> None:
+    assert message in problems_of(build_job(lora={"base_model": "dit"} | lora))["lora.preset_model"]
+
+
 # Split training
 
 

@@ -55,7 +55,7 @@ def test_prompt_embeds_are_the_recorded_ones(family, record):
 def test_dit_output_is_the_recorded_one(family, record, name, timestep):
     latents = record["fp32.dit.in_latents"]
     batch = EncodedBatch(latents, {"prompt_embeds": record["fp32.prompt_emb_peer"]})
-    pred = family.predict(batch, latents, torch.tensor([timestep]), gradient_checkpointing=False)
+    pred = family.predict(batch, latents, torch.tensor([timestep]))
     assert pred.shape == latents.shape
     assert (pred - record[f"fp32.dit.out_diffusers.{name}"]).abs().max() < 1e-5
 
@@ -67,30 +67,40 @@ def test_a_batch_equals_its_samples(family):
     assert batch.conditions["prompt_embeds_mask"].dtype == torch.bool
     singles = [family.encode([prompt], pixels[i : i + 1]) for i, prompt in enumerate(PROMPTS)]
     timesteps = torch.tensor([900.0, 500.0, 30.0])
-    together = family.predict(batch, batch.latents, timesteps, gradient_checkpointing=False)
+    together = family.predict(batch, batch.latents, timesteps)
     for i, (single, part) in enumerate(zip(singles, batch.samples(), strict=True)):
         assert torch.equal(single.latents, part.latents)
         assert torch.equal(single.conditions["prompt_embeds"], part.conditions["prompt_embeds"])
         assert part.sample_ids == (7 + i,)
-        alone = family.predict(single, single.latents, timesteps[i : i + 1], gradient_checkpointing=False)
+        alone = family.predict(single, single.latents, timesteps[i : i + 1])
         assert (alone[0] - together[i]).abs().max() < 1e-5
     stacked = EncodedBatch.stack(batch.samples())
     assert torch.equal(stacked.latents, batch.latents)
     assert all(torch.equal(stacked.conditions[name], batch.conditions[name]) for name in batch.conditions)
 
 
-def test_gradient_checkpointing_changes_no_gradient(family):
+def test_attention_is_diffusers_attention(family):
+    """With and without a mask, against diffusers' own processor and complex tables."""
+    from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
+
     dit = family.components["dit"]
-    torch.manual_seed(0)
-    batch = EncodedBatch(torch.randn(1, 16, 4, 4), {"prompt_embeds": torch.randn(1, 5, 64)})
-    grads = []
-    weight = dit.transformer_blocks[0].attn.to_q.weight.requires_grad_(True)
-    for checkpointing in (False, True):
-        pred = family.predict(batch, batch.latents, torch.tensor([500.0]), gradient_checkpointing=checkpointing)
-        grads.append(torch.autograd.grad(pred.square().mean(), weight)[0])
-    weight.requires_grad_(False)
-    assert torch.equal(*grads)
-    assert grads[0].abs().max() > 0
+    batch = EncodedBatch(
+        torch.randn(2, 16, 6, 4), {"prompt_embeds": torch.randn(2, 5, 64), "prompt_embeds_mask": torch.ones(2, 5).bool()}
+    )
+    batch.conditions["prompt_embeds_mask"][1, 3:] = False
+    timesteps = torch.tensor([500.0, 20.0])
+    ours = family.predict(batch, batch.latents, timesteps)
+    processors = dit.attn_processors
+    rope = dit.pos_embed
+    try:
+        dit.set_attn_processor(QwenDoubleStreamAttnProcessor2_0())
+        dit.pos_embed = rope.complex_rope
+        theirs = family.predict(batch, batch.latents, timesteps)
+    finally:
+        dit.pos_embed = rope
+        dit.set_attn_processor(processors)
+    assert (ours - theirs).abs().max() < 1e-5
+    assert torch.equal(family.predict(batch, batch.latents, timesteps), ours)
 
 
 def test_everything_is_loaded_frozen_and_nothing_on_meta(family):
@@ -129,7 +139,7 @@ def test_tiny_works_from_prompt_to_prediction():
     pixels = torch.randint(0, 256, (2, 1, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     batch = tiny.encode(PROMPTS[:2], pixels)
     assert (batch.latents[0] - batch.latents[1]).std() > 0.01
-    pred = tiny.predict(batch, batch.latents, torch.tensor([10.0, 990.0]), gradient_checkpointing=True)
+    pred = tiny.predict(batch, batch.latents, torch.tensor([10.0, 990.0]))
     assert pred.isfinite().all()
     assert 0.05 < pred.std() < 20
 

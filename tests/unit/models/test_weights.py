@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models.qwen_image import QwenImage
-from diffsynth_ray.models.weights import copy_weights, load_components, load_state_dict, seeded_generator
+from diffsynth_ray.models.weight_source import seeded_generator
+from diffsynth_ray.models.weights import load_components, load_state_dict
 
 torch.set_num_threads(1)
 TINY = Path(__file__).parents[2] / "assets" / "qwen_image_tiny"
@@ -151,18 +152,6 @@ def test_exported_text_encoder_names_load_too(tmp_path):
     )
     assert family == "qwen_image"
     assert all(torch.equal(state[key], again[key]) for key in state)
-
-
-def test_copy_weights_of_an_export(tmp_path):
-    dit = QwenImage.build_tiny(0, components=["dit"]).components["dit"]
-    key = "pipe.dit.img_in.weight"
-    save_file({key: torch.ones(64, 64)}, tmp_path / "step-1.safetensors")
-    kwargs = {"memory_key": lambda key: key, "prefix": "pipe.dit."}
-    assert copy_weights(dit, [tmp_path / "step-1.safetensors"], **kwargs) == 1
-    assert torch.equal(dit.img_in.weight, torch.ones(64, 64))
-    save_file({"img_in.weights": torch.ones(64, 64)}, tmp_path / "bad.safetensors")
-    with pytest.raises(ModelError, match="not part of the model"):
-        copy_weights(dit, [tmp_path / "bad.safetensors"], **kwargs)
 
 
 def test_seeded_generators_differ_by_name():

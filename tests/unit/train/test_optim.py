@@ -6,6 +6,7 @@ from torch import nn
 
 from diffsynth_ray.config.schema import TrainingSection
 from diffsynth_ray.errors import JobFileError
+from diffsynth_ray.train import optim
 from diffsynth_ray.train.optim import MasterOptimizer, load_optimizer_class, lr_factor
 
 
@@ -71,3 +72,51 @@ def test_unknown_optimizer_names_the_key():
 def test_refused_optimizer_arguments_name_the_key():
     with pytest.raises(JobFileError, match=r"training\.optimizer_args"):
         build(nn.Parameter(torch.zeros(1)), optimizer_args={"beta": 3})
+
+
+class NumbersInItsState(torch.optim.SGD):
+    """An optimizer that counts in Python numbers, in a parameter's state and in its group."""
+
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+        self.param_groups[0]["distance"] = 0.5
+
+    def step(self):
+        group = self.param_groups[0]
+        group["distance"] *= 0.75
+        for param in group["params"]:
+            state = self.state[param]
+            state["count"] = state.get("count", 0) + 1
+            state["sum"] = state.get("sum", 0.0) + 0.1
+            param.data.add_(group["distance"] * state["count"] * state["sum"])
+
+
+class Tensors:
+    """A StateReader over tensors in memory."""
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+    def names(self):
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def read(self, name, start=0, stop=None):
+        return self.tensors[name].reshape(-1)[start:stop].clone()
+
+
+def test_numbers_of_an_optimizer_travel_too(monkeypatch):
+    monkeypatch.setattr(optim, "load_optimizer_class", lambda name: NumbersInItsState)
+    training = TrainingSection(precision="fp32")
+    first, second = ({"w": torch.nn.Parameter(torch.zeros(3))} for _ in range(2))
+    ours, other = optim.MasterOptimizer(first, training), optim.MasterOptimizer(second, training)
+    for optimizer in (ours, ours):
+        optimizer.params[0].grad = torch.ones(3)
+        optimizer.step(1e-3)
+    state = Tensors({name: tensor.clone() for name, tensor in ours.state_tensors().items()})
+    assert {"master/w", "count#int/w", "sum#float/w", "group.distance#float/"} == set(state.names())
+    other.load_state(state)
+    for optimizer in (ours, other):
+        optimizer.params[0].grad = torch.ones(3)
+        optimizer.step(1e-3)
+    assert torch.equal(first["w"], second["w"])
+    assert type(other.optimizer.state[other.params[0]]["count"]) is int

@@ -69,7 +69,7 @@ def replay(mode, output_dir):
         assert sum(param.grad is not None for param in trainer.trained.values()) == update["n_params"]
         norms.append(float(trainer.strategy.step(update["lr"])))
         losses.append(loss.item())
-    [path] = export_weights(family, job, masters=trainer.masters(), output_dir=output_dir, stem="step-8")
+    [path] = export_weights(family, job, masters=trainer.strategy.full_masters(), output_dir=output_dir, stem="step-8")
     return losses, norms, load_file(path), record
 
 

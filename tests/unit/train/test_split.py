@@ -20,6 +20,7 @@ from diffsynth_ray.models.weights import load_components
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train import caching, encode
 from diffsynth_ray.train.cached_input import CachedInput
+from diffsynth_ray.train.residency import settle
 from diffsynth_ray.train.split import SampleEncoder, bytes_tensor, encoder_digests, split_parts, tensor_bytes, text_key
 from diffsynth_ray.train.trainer import MicroInput, SampleBatch, Trainer, load_family, select_trained
 
@@ -60,10 +61,8 @@ class Stage:
     def run(self, resolved: ResolvedJob, files: dict[str, ComponentFiles] | None = None) -> str:
         self.said.clear()
         found = caching.cache_dataset(
-            resolved, QwenImage, files or {}, board=None, say=self.said.append, report=lambda progress: None,
-            should_stop=lambda: False,
-        )  # fmt: skip
-        assert found is not None
+            resolved, QwenImage, files or {}, board=None, say=self.said.append, report=lambda progress: None
+        )
         return found
 
     @property
@@ -71,15 +70,14 @@ class Stage:
         return next(line for line in self.said if line.startswith("encoded "))
 
 
-def encode_here(resolved, texts, images, *, components, encoders, board, report, should_stop):
+def encode_here(resolved, texts, images, *, components, encoders, board, report):
     worker = encode._EncodeUnit(resolved_json=resolved.model_dump_json(), components=tuple(components), board=board)
-    outcome = encode.EncodeOutcome()
+    errors = []
     for unit in [*encode._text_units(texts), *encode._image_units(images)]:
         decoded = encode._decode_unit(encode.pa.table({"unit": [encode.json.dumps(unit)]}))
         written = encode._write_shard(worker(decoded), cache_path=resolved.job.split.cache_path, encoders=encoders)
-        outcome.num_written += sum(written["count"].to_pylist())
-        outcome.errors += [error for errors in written["errors"].to_pylist() for error in errors]
-    return outcome
+        errors += [error for found in written["errors"].to_pylist() for error in found]
+    return errors
 
 
 @pytest.fixture
@@ -101,10 +99,11 @@ def losses_and_weights(resolved: ResolvedJob, manifest_id: str | None, steps: in
     family = load_family(resolved.job, device=device, components=components)
     assert components is None or tuple(family.components) == components
     select_trained(family, resolved.job)
+    residency = settle(family, resolved.job, say=lambda line: None)
     schedule = build_schedule(
         resolved.job, num_samples=index.order.num_samples, global_batch_size=resolved.global_batch_size
     )
-    trainer = Trainer(resolved.job, family, schedule)
+    trainer = Trainer(resolved.job, family, schedule, residency=residency)
     bounds = {"start_step": 0, "num_steps": steps, "rank": 0, "world_size": 1}
     inputs: dict[int, list[MicroInput]] = {}
     cached = CachedInput(index, rows, device=device) if rows is not None else None
@@ -119,7 +118,8 @@ def losses_and_weights(resolved: ResolvedJob, manifest_id: str | None, steps: in
             inputs.setdefault(step, []).append(cached.from_pixels(micro, pixels) if cached else whole)
     trainer.start(cached.probe(index.largest_micro_batch()) if cached else inputs[0][0])
     losses = [trainer.train_step(inputs[step], num_samples=4).loss_sum.item() for step in range(steps - 1)]
-    return losses, {name: tensor.clone() for name, tensor in trainer.masters().items()}
+    masters = trainer.strategy.full_masters()
+    return losses, {name: tensor.clone() for name, tensor in masters.items()}
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ import torch
 
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import JobFileError, ModelError
-from diffsynth_ray.models.qwen_image import QwenImage
-from diffsynth_ray.run_dir import RunDir
 from diffsynth_ray.schedule import build_schedule
-from diffsynth_ray.train.checkpoint import find_restorable, read_checkpoint, save_checkpoint
-from diffsynth_ray.train.trainer import MicroInput, SampleBatch, Trainer, load_exported, select_trained
+from diffsynth_ray.train.checkpoint import commit_checkpoint, find_checkpoints, read_checkpoint, shard_name
+from diffsynth_ray.train.residency import settle
+from diffsynth_ray.train.shards import write_shard
+from diffsynth_ray.train.storage import Storage
+from diffsynth_ray.train.trainer import MicroInput, SampleBatch, Trainer, load_family, select_trained
 
 torch.set_num_threads(1)
 PROMPTS = ("a cat", "a rocket on its launch pad", "coffee", "")
@@ -21,6 +22,7 @@ PROMPTS = ("a cat", "a rocket on its launch pad", "coffee", "")
 def build_job(**sections):
     base = {
         "name": "test",
+        "model": {"family": "qwen_image", "tiny": True},
         "training": {"precision": "fp32", "learning_rate": 1e-3},
         "lora": {"base_model": "dit", "rank": 4},
     }
@@ -30,10 +32,10 @@ def build_job(**sections):
 
 
 def build_trainer(job, *, num_samples=40, probe=True):
-    dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
-    family = QwenImage.build_tiny(0, dtype=dtype)
+    family = load_family(job, device=torch.device("cpu"))
     select_trained(family, job)
-    trainer = Trainer(job, family, build_schedule(job, num_samples=num_samples, global_batch_size=4))
+    residency = settle(family, job, say=print)
+    trainer = Trainer(job, family, build_schedule(job, num_samples=num_samples, global_batch_size=4), residency=residency)
     trainer.start(micro([0]) if probe else None)
     return trainer
 
@@ -48,7 +50,7 @@ def micro(indices, *, is_dummy=False):
 
 
 def weights(trainer):
-    return {name: master.clone() for name, master in trainer.masters().items()}
+    return {name: master.clone() for name, master in trainer.strategy.full_masters().items()}
 
 
 def train(trainer, micro_inputs, steps=3):
@@ -67,7 +69,7 @@ def test_a_step_does_not_depend_on_how_its_samples_are_grouped(parts):
     assert train(trainer, [micro(part) for part in parts]) == pytest.approx(expected, abs=1e-5)
     for name, tensor in weights(reference).items():
         # Adam divides by the gradient's size, so that rounding shows in weights whose gradient is nearly zero.
-        assert (tensor - trainer.masters()[name]).norm() <= 1e-3 * tensor.norm() + 1e-6, name
+        assert (tensor - trainer.strategy.full_masters()[name]).norm() <= 1e-3 * tensor.norm() + 1e-6, name
 
 
 def test_gradients_of_a_batch_are_the_mean_of_singles():
@@ -85,7 +87,7 @@ def test_a_dummy_changes_nothing():
     plain, padded = build_trainer(build_job()), build_trainer(build_job())
     assert train(plain, [micro([0])]) == train(padded, [micro([0]), micro([1], is_dummy=True)])
     for name, tensor in weights(plain).items():
-        assert torch.equal(tensor, padded.masters()[name])
+        assert torch.equal(tensor, padded.strategy.full_masters()[name])
 
 
 def test_the_probe_changes_nothing():
@@ -97,6 +99,53 @@ def test_gradient_checkpointing_is_bit_equal():
     kept = build_trainer(build_job(gradient={"checkpointing": False}))
     recomputed = build_trainer(build_job())
     assert train(kept, [micro([0, 1])]) == train(recomputed, [micro([0, 1])])
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {"offload": {"cpu_offload": True}},
+        {"offload": {"cpu_offload": True, "vram_budget_gib": 0.001}},
+        {"offload": {"cpu_offload": True, "param_size_threshold": 0.05}},
+        {"gradient": {"checkpointing_offload": True}, "offload": {"cpu_offload": True}},
+    ],
+)
+def test_where_weights_and_activations_live_is_bit_equal(memory, full, monkeypatch):
+    monkeypatch.setattr("diffsynth_ray.memory.activations.MIN_BYTES", 1)
+    trained = {"training": {"trainable_models": ["dit"]}, "lora": {"base_model": None}} if full else {}
+    plain, moved = build_trainer(build_job(**trained)), build_trainer(build_job(**trained, **memory))
+    assert train(moved, [micro([0, 1]), micro([2])]) == train(plain, [micro([0, 1]), micro([2])])
+    for name, tensor in weights(plain).items():
+        assert torch.equal(tensor, weights(moved)[name]), name
+    residency = moved.residency
+    assert residency.offload.moved_bytes > 0
+    assert {unit.name.split(".")[0] for unit in residency.offload.units} >= {"text_encoder", "vae"}
+    assert residency.activations is None or residency.activations.moved_bytes > 0
+
+
+def test_fp8_is_close_and_is_the_same_with_offload():
+    plain = train(build_trainer(build_job()), [micro([0, 1])])
+    stored = build_trainer(build_job(model={"fp8_models": ["dit"]}))
+    losses = train(stored, [micro([0, 1])])
+    assert losses != plain
+    assert losses == pytest.approx(plain, rel=2e-2)
+    moved = build_trainer(build_job(model={"fp8_models": ["dit"]}, offload={"cpu_offload": True}))
+    assert train(moved, [micro([0, 1])]) == losses
+    dtypes = {param.dtype for name, param in stored.graph.named_parameters() if "base_layer.weight" in name}
+    assert torch.float8_e4m3fn in dtypes
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"fp8_models": ["dit"]}, "training": {"trainable_models": ["dit"]}, "lora": {"base_model": None}}, "is trained"),
+        ({"model": {"fp8_models": ["unet"]}}, "no loaded component 'unet'; it has dit, text_encoder, vae"),
+    ],
+)
+def test_fp8_of_what_cannot_be_is_refused(sections, message):
+    with pytest.raises(JobFileError, match=message):
+        build_trainer(build_job(**sections))
 
 
 def test_full_training_of_two_components_beside_a_lora():
@@ -118,12 +167,12 @@ def test_masters_keep_what_bf16_rounds_away():
     train(trainer, [micro([0])], steps=1)
     moved = [not torch.equal(before[name], after) for name, after in weights(trainer).items()]
     assert sum(moved) > 50
-    assert all(master.dtype == torch.float32 for master in trainer.masters().values())
+    assert all(master.dtype == torch.float32 for master in trainer.strategy.full_masters().values())
     without = build_trainer(build_job(
         training=training | {"master_weights": False},
         lora={"base_model": None},
     ))
-    assert all(master.dtype == torch.bfloat16 for master in without.masters().values())
+    assert all(master.dtype == torch.bfloat16 for master in without.strategy.full_masters().values())
 
 
 def test_bf16_sums_gradients_of_micro_steps_in_float32():
@@ -139,17 +188,17 @@ def test_resuming_is_bit_equal(tmp_path):
     expected = train(straight, [micro([0, 1])], steps=5)
     first = build_trainer(build_job())
     losses = train(first, [micro([0, 1])], steps=2)
-    run_dir = RunDir(tmp_path)
-    (tmp_path / "attempt.json").write_text('{"token": "t"}')
-    save_checkpoint(run_dir, step=2, tensors=first.strategy.state_tensors(), token="t", keep=2)
+    storage = Storage.at(tmp_path)
+    shard = write_shard(storage, shard_name(2, rank=0, world_size=1, writer="w"), first.strategy.state_slices())
+    commit_checkpoint(storage, step=2, shards=[shard], token="t", may_commit=lambda: True, keep=2)
     second = build_trainer(build_job())
-    found = find_restorable(run_dir, print)
-    second.strategy.load_state_tensors(read_checkpoint(run_dir, found.step, expected_masters=set(second.trained)))
+    [found] = find_checkpoints(storage)
+    second.strategy.load_state(read_checkpoint(storage, found, expected_masters=set(second.trained)))
     second.step = found.step
     losses += train(second, [micro([0, 1])], steps=3)
     assert losses == expected
     for name, tensor in weights(straight).items():
-        assert torch.equal(tensor, second.masters()[name]), name
+        assert torch.equal(tensor, second.strategy.full_masters()[name]), name
 
 
 def test_a_component_that_does_not_exist_is_named():
@@ -163,15 +212,6 @@ def test_a_component_without_part_in_the_loss_is_refused():
     trainer.graph.forward = lambda *inputs: torch.ones(1, requires_grad=True)
     with pytest.raises(ModelError, match="no trained parameter has a gradient"):
         trainer.start(micro([0]))
-
-
-def test_exported_weights_of_another_component_are_refused(tmp_path):
-    from safetensors.torch import save_file
-
-    save_file({"transformer_blocks.0.attn.to_q.weight": torch.zeros(3, 3)}, tmp_path / "x.safetensors")
-    trainer = build_trainer(build_job())
-    with pytest.raises(ModelError, match=r"1 keys are unknown there or of another shape .* are missing"):
-        load_exported(trainer.family, "dit", tmp_path / "x.safetensors")
 
 
 def test_the_learning_rate_follows_the_schedule():

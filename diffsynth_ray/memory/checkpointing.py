@@ -1,0 +1,116 @@
+"""How a block is called: recomputed in the backward pass, with its inputs kept in host memory, compiled, its weights loaded first.
+
+`BlockCall` takes the place of a module's `forward`. With recomputation a block is one node of the autograd graph: forward runs
+without a graph and keeps the inputs, backward runs it again with one. The weights are needed exactly inside these two calls, which
+is what makes offloading exact. A random generator is not restored: frozen and trained components run in eval mode, without dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from diffsynth_ray.memory.activations import ActivationStore
+from diffsynth_ray.memory.offload import LayerOffload, Unit
+
+
+class BlockCall:
+    """A module's forward, with what is around it."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        recompute: bool,
+        compile: bool = False,
+        unit: Unit | None = None,
+        offload: LayerOffload | None = None,
+        activations: ActivationStore | None = None,
+    ) -> None:
+        self.module = module
+        self.recompute = recompute
+        self.unit, self.offload, self.activations = unit, offload, activations
+        inner: Callable[..., Any] = module.forward
+        self.inner = torch.compile(inner) if compile else inner
+        self.trained = [param for param in module.parameters() if param.requires_grad]
+        self.out_spec: TreeSpec | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's result; same values and gradients as the module's own forward."""
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        records = torch.is_grad_enabled() and (self.trained or any(tensor.requires_grad for tensor in tensors))
+        if not (self.recompute and records):
+            with self.weights():
+                return self.inner(*args, **kwargs)
+        fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        places = [number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        results = _Recomputed.apply(self, _Arguments(fixed, places, spec), len(tensors), *tensors, *self.trained)
+        assert self.out_spec is not None  # set by forward
+        return tree_unflatten(list(results), self.out_spec)
+
+    def weights(self) -> AbstractContextManager[None]:
+        """The module's offloaded weights are on the device inside."""
+        if self.unit is None or self.offload is None:
+            return nullcontext()
+        return self.offload.use(self.unit)
+
+    def run(self, arguments: _Arguments, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The results' tensors, one behind the other."""
+        args, kwargs = arguments.filled(tensors)
+        results, self.out_spec = tree_flatten(self.inner(*args, **kwargs))
+        assert all(isinstance(result, Tensor) for result in results), f"{type(self.module).__name__} returns more than tensors"
+        return results
+
+
+class _Arguments:
+    """A call's arguments without their tensors."""
+
+    def __init__(self, fixed: list[Any], places: list[int], spec: TreeSpec) -> None:
+        self.fixed, self.places, self.spec = fixed, places, spec
+
+    def filled(self, tensors: Sequence[Tensor]) -> Any:
+        leaves = list(self.fixed)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            leaves[place] = tensor
+        return tree_unflatten(leaves, self.spec)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Inputs: the call's tensors, then the module's trained parameters (so that their gradients take the usual way)."""
+
+    @staticmethod
+    def forward(ctx: Any, call: BlockCall, arguments: _Arguments, num_tensors: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        tensors = inputs[:num_tensors]
+        ctx.call, ctx.arguments, ctx.num_tensors = call, arguments, num_tensors
+        if call.activations is None:
+            ctx.save_for_backward(*tensors)
+        else:
+            ctx.saved = call.activations.save(tensors)
+        with call.weights():
+            return tuple(call.run(arguments, tensors))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        call: BlockCall = ctx.call
+        saved = ctx.saved_tensors if call.activations is None else call.activations.restore(ctx.saved)
+        needed = ctx.needs_input_grad[3:]
+        tensors = [tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(saved, needed, strict=False)]
+        wanted = [tensor for tensor in tensors if tensor.requires_grad] + call.trained
+        with call.weights():
+            with torch.enable_grad():
+                results = call.run(ctx.arguments, tensors)
+            pairs = [
+                (result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None and result.requires_grad
+            ]
+            found = iter(
+                torch.autograd.grad([result for result, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True)
+                if pairs
+                else [None] * len(wanted)
+            )
+        return (None, None, None, *(next(found) if tensor.requires_grad else None for tensor in tensors), *found)

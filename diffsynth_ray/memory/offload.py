@@ -1,0 +1,205 @@
+"""Layerwise CPU offload: weights live in pinned host memory and visit the device when their layer computes.
+
+A unit is what is loaded at once: a repeated block, or a smaller module where a block is larger than the threshold. A second stream
+loads the units that come next while the present one computes, in forward, recomputation and backward. Which unit comes next is not
+guessed: every micro step uses the units in the same order, so that the order of the last one predicts this one, around the end into
+the next. A unit on the device stays until its room is needed; then the one goes whose next use is furthest (the optimal choice of
+Belady, IBM Systems Journal 1966). A larger budget is therefore the only difference between "three blocks at a time" and "as many
+resident as fit".
+
+While a unit is away its parameters are NaN of the right shape and device, which takes no memory: a use without `acquire` shows.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 256
+"""Bytes; tensors start at multiples of it, as the device's kernels like them."""
+RING_UNITS = 4
+"""Largest units that fit on the device where no budget is given: one computes, one has just computed, two are on their way."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter's place inside its unit."""
+
+    param: nn.Parameter
+    name: str
+    offset: int
+    """Bytes from the unit's beginning."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the parameter."""
+        return self.param.numel() * self.param.element_size()
+
+    def view(self, buffer: Tensor) -> Tensor:
+        """The parameter's values inside a buffer [bytes] of the unit."""
+        part = buffer[self.offset : self.offset + self.num_bytes]
+        return part.view(self.param.dtype).view(self.param.shape)
+
+
+@dataclass(eq=False)
+class Unit:
+    """Parameters that are loaded at once."""
+
+    name: str
+    slots: list[Slot]
+    num_bytes: int
+    host: Tensor | None = None
+    """uint8 [num_bytes], set once the host memory is there."""
+    buffer: Tensor | None = None
+    """uint8 [num_bytes] on the device while the unit is loaded."""
+    uses: int = 0
+    """How many callers hold it at the moment."""
+    ready: torch.cuda.Event | None = None
+    done: torch.cuda.Event | None = None
+    absent: list[Tensor] = field(default_factory=list, repr=False)
+    """What the parameters are while the unit is away."""
+
+
+def build_unit(name: str, params: Sequence[tuple[str, nn.Parameter]]) -> Unit:
+    """Lay out parameters one behind the other; what they hold now is what they hold while the unit is away."""
+    slots, offset = [], 0
+    for param_name, param in params:
+        slots.append(Slot(param, param_name, offset))
+        offset += -(-slots[-1].num_bytes // ALIGNMENT) * ALIGNMENT
+    return Unit(name, slots, offset, absent=[param.data for _, param in params])
+
+
+class LayerOffload:
+    """The units of all components of one worker, and which of them are on the device."""
+
+    def __init__(self, units: Sequence[Unit], *, device: torch.device, budget_bytes: int | None = None) -> None:
+        """`budget_bytes`: device memory for offloaded weights; None = RING_UNITS of the largest unit.
+
+        Less than two of the largest unit is raised to that: one computes while the next is loaded.
+        """
+        self.units = list(units)
+        self.device = device
+        largest = max((unit.num_bytes for unit in self.units), default=0)
+        self.budget_bytes = RING_UNITS * largest if budget_bytes is None else max(budget_bytes, 2 * largest)
+        self.loaded_bytes = 0
+        self.moved_bytes = 0
+        """Bytes copied to the device since the start."""
+        self._loaded: dict[Unit, None] = {}
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._order: list[Unit] = []
+        self._positions: dict[Unit, list[int]] = {}
+        self._recorded: list[Unit] = []
+        self._cursor = -1
+
+    def begin(self) -> None:
+        """A micro step begins: what the last one used, in its order, predicts this one."""
+        if self._recorded:
+            self._order, self._recorded = self._recorded, []
+            self._positions = {}
+            for position, unit in enumerate(self._order):
+                self._positions.setdefault(unit, []).append(position)
+        self._cursor = -1
+
+    @contextmanager
+    def use(self, unit: Unit) -> Iterator[None]:
+        """The unit's parameters are on the device inside."""
+        self.acquire(unit)
+        try:
+            yield
+        finally:
+            self.release(unit)
+
+    def acquire(self, unit: Unit) -> None:
+        """Bring the unit to the device, and start to load the ones that come after it."""
+        unit.uses += 1
+        if unit.uses > 1:
+            return
+        self._recorded.append(unit)
+        self._follow(unit)
+        if unit.buffer is None:
+            # Something must go even if it is needed soon: nothing computes without this one.
+            self._make_room(unit.num_bytes, before=None)
+            self._load(unit)
+        if unit.ready is not None:
+            torch.cuda.current_stream(self.device).wait_event(unit.ready)
+            unit.ready = None
+        self._prefetch()
+
+    def release(self, unit: Unit) -> None:
+        """The unit's last kernel has been launched; it may go when its room is needed."""
+        unit.uses -= 1
+        if unit.uses == 0 and self._copies is not None:
+            unit.done = torch.cuda.Event()
+            unit.done.record(torch.cuda.current_stream(self.device))
+
+    def evict(self, unit: Unit) -> None:
+        """Take the unit off the device, where it is not in use."""
+        if unit.buffer is None or unit.uses:
+            return
+        if self._copies is not None and unit.done is not None:
+            # The memory goes back to the copy stream's pool: whatever it loads next there comes after the last use here.
+            self._copies.wait_event(unit.done)
+        self._forget(unit)
+        unit.buffer = unit.ready = unit.done = None
+        self.loaded_bytes -= unit.num_bytes
+        del self._loaded[unit]
+
+    def _forget(self, unit: Unit) -> None:
+        for slot, absent in zip(unit.slots, unit.absent, strict=True):
+            slot.param.data = absent
+
+    def _load(self, unit: Unit) -> None:
+        assert unit.host is not None, unit.name
+        if self._copies is None:
+            unit.buffer = unit.host.clone()
+        else:
+            with torch.cuda.stream(self._copies):
+                unit.buffer = torch.empty(unit.num_bytes, dtype=torch.uint8, device=self.device)
+                unit.buffer.copy_(unit.host, non_blocking=True)
+                unit.ready = torch.cuda.Event()
+                unit.ready.record(self._copies)
+        for slot in unit.slots:
+            slot.param.data = slot.view(unit.buffer)
+        self._loaded[unit] = None
+        self.loaded_bytes += unit.num_bytes
+        self.moved_bytes += unit.num_bytes
+
+    def _follow(self, unit: Unit) -> None:
+        """Move the cursor to this use of the unit; a use that was not predicted leaves it where it is."""
+        places = self._positions.get(unit, [])
+        following = bisect.bisect_right(places, self._cursor)
+        if following < len(places):
+            self._cursor = places[following]
+
+    def _next_use(self, unit: Unit) -> float:
+        """Position of the unit's next use, counted on into the following micro step."""
+        places = self._positions.get(unit)
+        if not places:
+            return float("inf")
+        following = bisect.bisect_right(places, self._cursor)
+        return places[following] if following < len(places) else places[0] + len(self._order)
+
+    def _prefetch(self) -> None:
+        # Two micro steps always share their end and beginning, so that a look one round ahead suffices.
+        for position in range(self._cursor + 1, self._cursor + 1 + len(self._order)):
+            unit = self._order[position % len(self._order)]
+            if unit.buffer is not None:
+                continue
+            if not self._make_room(unit.num_bytes, before=position):
+                return
+            self._load(unit)
+
+    def _make_room(self, num_bytes: int, *, before: int | None) -> bool:
+        """Evict until `num_bytes` fit. With `before`, only units whose next use is later than that; whether they fit then."""
+        while self.loaded_bytes + num_bytes > self.budget_bytes:
+            idle = [unit for unit in self._loaded if not unit.uses]
+            victim = max(idle, key=self._next_use, default=None)
+            if victim is None or (before is not None and self._next_use(victim) <= before):
+                return False
+            self.evict(victim)
+        return True

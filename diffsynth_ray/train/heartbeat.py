@@ -1,0 +1,38 @@
+"""A sign of life from a worker: what its training thread is at and for how long, told by another thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+LOADING = frozenset({"starting", "checking the checkpoint", "loading the model", "restoring the checkpoint"})
+"""Phases that read much from a disk, and so may take several times distributed.timeout_s."""
+LOADING_PATIENCE = 4
+DONE = "done"
+"""The phase of a worker that waits for the others to end too."""
+
+
+class Heartbeat:
+    """A process that is stopped or gone sends nothing; one whose training thread stands still sends a growing age."""
+
+    def __init__(self, send: Callable[[str, int, float], object], *, every_s: float) -> None:
+        """`send` gets phase, step and seconds in that phase."""
+        self._send, self._every_s = send, every_s
+        self._phase, self._step, self._since = "starting", 0, time.monotonic()
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+
+    def enter(self, phase: str, step: int) -> None:
+        """The training thread begins something else, at optimizer step `step`."""
+        self._phase, self._step, self._since = phase, step, time.monotonic()
+
+    def end(self) -> None:
+        """No more signs: the training function has ended."""
+        self._ended.set()
+        self._send(DONE, self._step, 0.0)
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            self._send(self._phase, self._step, time.monotonic() - self._since)
+            self._ended.wait(self._every_s)

@@ -1,0 +1,143 @@
+"""Where a job's weights and activations live: the job's keys turned into FP8, host memory, recomputation and compiled blocks.
+
+The family's modules come with their weights on the meta device and adapters in place; `settle` fills them and gives every block
+its BlockCall. The memory modules know nothing of jobs and families; the trainer knows nothing of where a weight is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from diffsynth_ray.config.schema import Job
+from diffsynth_ray.errors import JobFileError, Problem
+from diffsynth_ray.memory.activations import ActivationStore
+from diffsynth_ray.memory.checkpointing import BlockCall
+from diffsynth_ray.memory.fp8 import convert_to_fp8
+from diffsynth_ray.memory.host import NodeGroup
+from diffsynth_ray.memory.offload import LayerOffload, Unit
+from diffsynth_ray.memory.placement import WeightSource, place, split_units
+from diffsynth_ray.models.family import ModelFamily
+
+RECOMPILE_LIMIT = 64
+"""Variants of a block that are compiled before it runs uncompiled: shapes, with and without a graph, with and without a mask."""
+_FP8_INSTRUCTIONS = (8, 9)
+"""Compute capability from which compiled code may contain float8 conversions."""
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Residency:
+    """What moves while a step runs."""
+
+    offload: LayerOffload | None = None
+    activations: ActivationStore | None = None
+
+    def begin(self) -> None:
+        """A micro step begins."""
+        if self.offload is not None:
+            self.offload.begin()
+        if self.activations is not None:
+            self.activations.clear()
+
+
+def settle(family: ModelFamily, job: Job, *, group: NodeGroup | None = None, say: Say) -> Residency:
+    """Read the family's weights to where the job wants them, and set up how its blocks are called."""
+    blocks = {name: family.repeated_blocks(name) for name in family.components}
+    for name in _fp8_components(family, job):
+        convert_to_fp8(blocks[name])
+    units: dict[str, dict[str, nn.Module]] = {}
+    if job.offload.cpu_offload:
+        threshold = job.offload.param_size_threshold
+        max_bytes = None if threshold is None else int(threshold * 1e6)
+        units = {
+            name: split_units(component, blocks[name], max_bytes=max_bytes) for name, component in family.components.items()
+        }
+    sources = {name: cast(WeightSource, component.weight_source) for name, component in family.components.items()}
+    built = place(family.components, sources, device=family.device, units=units, group=group, say=say)
+    for component in family.components.values():
+        _move_buffers(component, family.device)
+    budget = job.offload.vram_budget_gib
+    offload = None
+    if built:
+        offload = LayerOffload(
+            list(built.values()), device=family.device, budget_bytes=None if budget is None else int(budget * 2**30)
+        )
+        gib = sum(unit.num_bytes for unit in built.values()) / 2**30
+        say(
+            f"layer offload: {len(built)} units, {gib:.1f} GiB in host memory, "
+            f"{offload.budget_bytes / 2**30:.1f} GiB of them on the device at a time"
+        )
+    activations = ActivationStore(family.device) if job.gradient.checkpointing_offload else None
+    _install(family, job, blocks, built, offload, activations)
+    return Residency(offload, activations)
+
+
+def _fp8_components(family: ModelFamily, job: Job) -> list[str]:
+    problems = []
+    for name in job.model.fp8_models:
+        if name not in family.components:
+            message = f"the family {family.name} has no loaded component {name!r}; it has {', '.join(family.components)}"
+            problems.append(Problem("model.fp8_models", message))
+        elif name in job.training.trainable_models:
+            problems.append(
+                Problem("model.fp8_models", f"{name!r} is trained; FP8 is for frozen weights (a LoRA on it is fine)")
+            )
+    if problems:
+        raise JobFileError(f"job {job.name}", problems)
+    return list(job.model.fp8_models)
+
+
+def _install(
+    family: ModelFamily,
+    job: Job,
+    blocks: dict[str, list[nn.Module]],
+    units: dict[nn.Module, Unit],
+    offload: LayerOffload | None,
+    activations: ActivationStore | None,
+) -> None:
+    """Put a BlockCall around every block, and around every other module that is loaded by itself."""
+    installed: set[nn.Module] = set()
+    for name, found in blocks.items():
+        compiles = name in family.predict_components and _compiles(job, family, name)
+        for block in found:
+            is_split = block not in units and any(inner in units for inner in block.modules())
+            block.forward = BlockCall(
+                block,
+                recompute=job.gradient.checkpointing is not False,
+                compile=compiles and not is_split,
+                unit=units.get(block),
+                offload=offload,
+                activations=activations,
+            )
+            installed.add(block)
+    for module, unit in units.items():
+        if module not in installed:
+            module.forward = BlockCall(module, recompute=True, unit=unit, offload=offload)
+
+
+def _compiles(job: Job, family: ModelFamily, component: str) -> bool:
+    asked = job.training.compile
+    if family.device.type != "cuda":
+        return asked is True
+    capability = torch.cuda.get_device_capability(family.device)
+    if component in job.model.fp8_models and capability < _FP8_INSTRUCTIONS:
+        return False
+    if asked == "auto":
+        from torch.utils._triton import has_triton
+
+        asked = has_triton()
+    if asked:
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    return bool(asked)
+
+
+def _move_buffers(component: nn.Module, device: torch.device) -> None:
+    for module in component.modules():
+        for name, buffer in list(module.named_buffers("", recurse=False)):
+            setattr(module, name, buffer.to(device))

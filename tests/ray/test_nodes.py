@@ -1,0 +1,163 @@
+"""Two nodes on one machine, with their own addresses: one dies, is taken away, comes back, while an elastic run goes on."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import psutil
+import pytest
+from training_runs import JOB, wait_until
+
+from diffsynth_ray.config.load import load_job
+from diffsynth_ray.config.resolve import Resources, resolve
+from diffsynth_ray.run_dir import RunDir
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+FAST_DETECTION = {
+    "health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3,
+}  # fmt: skip
+ELASTIC = (
+    "distributed.num_workers=[1, 2]", "distributed.resources_per_worker={CPU = 1.2}", "output.checkpoint_steps=5",
+    "training.max_steps=60", "output.save_steps=60",
+)  # fmt: skip
+
+
+class Nodes:
+    """A head at 127.0.0.1 and a second node at 127.0.0.2, two CPUs each; a worker of 1.2 CPUs fits once on each."""
+
+    def __init__(self, tmp_path):
+        self.temp_dir = f"/tmp/dsray-nodes-{os.getpid()}"
+        self.log = (tmp_path / "nodes.log").open("w")
+        self.port = 20000 + os.getpid() % 10000
+        self.address = f"127.0.0.1:{self.port}"
+        self.environment = os.environ | {"RAY_ADDRESS": self.address, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+        self.head = self._start(
+            "--head", "--node-ip-address=127.0.0.1", f"--port={self.port}", "--include-dashboard=false",
+            f"--temp-dir={self.temp_dir}", f"--system-config={json.dumps(FAST_DETECTION)}",
+        )  # fmt: skip
+        time.sleep(8)
+        self.start_second()
+
+    def _start(self, *options):
+        common = ("--num-cpus=2", f"--object-store-memory={200 << 20}", "--min-worker-port=0", "--max-worker-port=0")
+        return subprocess.Popen(
+            [*RAY, "start", "--block", "--disable-usage-stats", *common, *options],
+            env=self.environment, stdout=self.log, stderr=self.log,
+        )  # fmt: skip
+
+    def start_second(self):
+        self.second = self._start(f"--address={self.address}", "--node-ip-address=127.0.0.2")
+        time.sleep(6)
+
+    def kill_second(self):
+        kill_tree(self.second.pid)
+
+    def close(self):
+        for process in (self.second, self.head):
+            kill_tree(process.pid)
+        self.log.close()
+
+
+def kill_tree(pid):
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for process in [*parent.children(recursive=True), parent]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        parent.wait(10)
+
+
+@pytest.fixture
+def nodes(tmp_path):
+    nodes = Nodes(tmp_path)
+    yield nodes
+    nodes.close()
+
+
+class DrivenRun:
+    """A run whose driver is a process of its own, as a Ray job's is."""
+
+    def __init__(self, tmp_path, photos, nodes, *overrides, name="run"):
+        self.dir = RunDir(tmp_path / name)
+        job_path = tmp_path / f"{name}.toml"
+        job_path.write_text(JOB.format(photos=photos, output=self.dir.path))
+        resolved = resolve(load_job(str(job_path), list(overrides)), Resources(cpus=4, gpus=0))
+        (tmp_path / f"{name}.json").write_text(resolved.model_dump_json())
+        command = ["-m", "diffsynth_ray.launch.driver", "--job", str(tmp_path / f"{name}.json"), "--submission-id", name]
+        self.output = (tmp_path / f"{name}.out").open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, *command], env=nodes.environment, stdout=self.output, stderr=subprocess.STDOUT
+        )
+
+    def log(self):
+        path = self.dir.path / "log.txt"
+        return path.read_text() if path.exists() else ""
+
+    def wait_for(self, pattern, seconds=240, after=0):
+        """Until the log has the pattern beyond position `after`; returns the position behind it."""
+        def found():
+            assert self.process.poll() is None or re.search(pattern, self.log()[after:]), self.log()
+            return re.search(pattern, self.log()[after:])
+
+        return after + wait_until(found, seconds, self.log).end()
+
+    def losses(self):
+        rows = (line.split(",") for line in self.dir.loss_path.read_text().splitlines())
+        return {int(step): float(value) for step, key, value in rows if key == "loss"}
+
+
+def test_an_elastic_run_shrinks_when_a_node_dies_and_grows_when_it_comes_back(tmp_path, photos, nodes):
+    run = DrivenRun(tmp_path, photos, nodes, *ELASTIC)
+    run.wait_for(r"2 training worker\(s\): rank 0 .*127\.0\.0\.[12], .*rank 1 .*127\.0\.0\.[12]")
+    at = run.wait_for(r"checkpoint after step 5:")
+    killed = time.monotonic()
+    nodes.kill_second()
+    at = run.wait_for(r"lost rank \d \(pid \d+ on 127\.0\.0\.2.*", after=at)
+    at = run.wait_for(r"1 training worker\(s\): rank 0", after=at)
+    at = run.wait_for(r"continuing after step (\d+) of 60", after=at)
+    at = run.wait_for(r"step \d+/60", after=at)
+    shrunk_s = time.monotonic() - killed
+    nodes.start_second()
+    back = time.monotonic()
+    at = run.wait_for(r"going on with 2 worker\(s\): a checkpoint first", after=at)
+    at = run.wait_for(r"2 training worker\(s\): rank 0", after=at)
+    at = run.wait_for(r"step \d+/60", after=at)
+    grown_s = time.monotonic() - back
+    assert run.process.wait(400) == 0, run.log()
+    whole = DrivenRun(tmp_path, photos, nodes, *ELASTIC[1:], "distributed.num_workers=1", name="whole")
+    assert whole.process.wait(400) == 0, whole.log()
+    assert run.losses() == pytest.approx(whole.losses(), abs=1e-5)
+    [loss] = [entry for entry in run.dir.attempts() if entry["event"] == "workers lost"]
+    assert loss["node"] == "127.0.0.2"
+    print(f"\nshrunk after {shrunk_s:.0f} s, grown after {grown_s:.0f} s")
+
+
+def test_a_node_that_will_be_taken_away_means_a_checkpoint_first(tmp_path, photos, nodes):
+    overrides = [each.replace("checkpoint_steps=5", "checkpoint_steps=1000") for each in ELASTIC]
+    run = DrivenRun(tmp_path, photos, nodes, *overrides)
+    at = run.wait_for(r"step 5/60")
+    program = "import ray, json; ray.init(address='auto', logging_level='ERROR'); print(json.dumps(ray.nodes()))"
+    listed = subprocess.run(
+        [sys.executable, "-c", program],
+        env=nodes.environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    [node] = [node for node in json.loads(listed.stdout.splitlines()[-1]) if node["NodeManagerAddress"] == "127.0.0.2"]
+    subprocess.run(
+        [*RAY, "drain-node", f"--address={nodes.address}", f"--node-id={node['NodeID']}", "--deadline-remaining-seconds=30",
+         "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test"],
+        env=nodes.environment, check=True, capture_output=True,
+    )  # fmt: skip
+    at = run.wait_for(r"the nodes of ranks \[\d\] will go: checkpoint after step (\d+)", after=at)
+    step = int(re.findall(r"will go: checkpoint after step (\d+)", run.log())[0])
+    at = run.wait_for(rf"checkpoint after step {step}:", after=at)
+    at = run.wait_for(r"1 training worker\(s\): rank 0", after=at)
+    run.wait_for(rf"continuing after step {step} of 60", after=at)
+    assert run.process.wait(400) == 0, run.log()
+    assert sorted(run.losses()) == list(range(1, 61))

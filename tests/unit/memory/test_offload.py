@@ -1,0 +1,197 @@
+"""Layer offload: which unit is where, what is copied, and that nothing computes with a weight that is away."""
+
+import gc
+import multiprocessing
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from diffsynth_ray.memory.checkpointing import BlockCall
+from diffsynth_ray.memory.host import HostSegment
+from diffsynth_ray.memory.offload import LayerOffload
+from diffsynth_ray.memory.placement import place, split_units
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+BLOCK_BYTES = 4 * (64 * 64 + 64)
+
+
+class Source:
+    """Weights from a state dict, and which of them were read."""
+
+    def __init__(self, state):
+        self.state, self.read_names = state, []
+
+    def read(self, name):
+        self.read_names.append(name)
+        return self.state[name].clone()
+
+
+class Model(nn.Module):
+    def __init__(self, num_blocks):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.embed = nn.Linear(64, 64)
+        self.blocks = nn.ModuleList(nn.Linear(64, 64) for _ in range(num_blocks))
+
+    def forward(self, x):
+        x = self.embed(x) * self.scale
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return x
+
+
+def build(num_blocks=6, *, budget_bytes=None, trained=(), group=None):
+    torch.manual_seed(0)
+    real = Model(num_blocks).requires_grad_(False)
+    model = Model(num_blocks).requires_grad_(False).to("meta")
+    for number in trained:
+        real.blocks[number].requires_grad_(True)
+        model.blocks[number].requires_grad_(True)
+    source = Source(real.state_dict())
+    units = {"model": split_units(model, list(model.blocks), max_bytes=None)}
+    built = place({"model": model}, {"model": source}, device=CPU, units=units, group=group, say=print)
+    offload = LayerOffload(list(built.values()), device=CPU, budget_bytes=budget_bytes)
+    for module, unit in built.items():
+        module.forward = BlockCall(module, recompute=True, unit=unit, offload=offload)
+    return real, model, offload, source
+
+
+def step(model, x):
+    x = x.clone().requires_grad_()
+    result = model(x)
+    result.square().sum().backward()
+    return result.detach(), x.grad
+
+
+@pytest.mark.parametrize("trained", [(), (2, 5)])
+@pytest.mark.parametrize("budget_units", [0, 3, 100])
+def test_offloaded_computes_the_same(budget_units, trained):
+    real, model, offload, source = build(budget_bytes=budget_units * BLOCK_BYTES, trained=trained)
+    x = torch.randn(3, 64)
+    for _ in range(3):
+        offload.begin()
+        for got, expected in zip(step(model, x), step(real, x), strict=True):
+            assert torch.equal(got, expected)
+        assert offload.loaded_bytes <= max(budget_units, 2) * BLOCK_BYTES
+    for number in trained:
+        assert torch.equal(model.blocks[number].weight.grad, real.blocks[number].weight.grad)
+    assert sorted(source.read_names) == sorted(real.state_dict())
+
+
+def test_a_weight_that_is_away_is_nan_and_takes_no_memory():
+    _, model, _, _ = build()
+    weight = model.blocks[0].weight
+    assert weight.shape == (64, 64)
+    assert weight.isnan().all()
+    assert weight.untyped_storage().nbytes() == 4
+    assert model.scale == 0.5, "what belongs to no unit is on the device"
+
+
+@pytest.mark.parametrize(("slots", "loads"), [(2, 10), (3, 8), (4, 6), (6, 2), (7, 0)])
+def test_known_order_loads_no_more_than_the_optimum(slots, loads):
+    """Forward 0..6 and backward 6..0 through 7 units: what is on the device at a turn is not loaded again.
+
+    With s units on the device each of the two turns keeps all of them, so that 2 (7 - s) loads are left.
+    """
+    _, model, offload, _ = build(budget_bytes=slots * BLOCK_BYTES)
+    for _ in range(3):
+        offload.begin()
+        step(model, torch.ones(1, 64))
+    before = offload.moved_bytes
+    offload.begin()
+    step(model, torch.ones(1, 64))
+    assert (offload.moved_bytes - before) / BLOCK_BYTES <= loads
+
+
+def test_the_next_unit_is_loaded_while_one_computes():
+    _, model, offload, _ = build(budget_bytes=3 * BLOCK_BYTES)
+    offload.begin()
+    step(model, torch.ones(1, 64))
+    offload.begin()
+    seen = []
+    inner = model.blocks[2].forward.inner
+    model.blocks[2].forward.inner = lambda x: (seen.append(model.blocks[3].weight.isnan().any().item()), inner(x))[1]
+    step(model, torch.ones(1, 64))
+    assert seen[0] is False, "block 3 is there while block 2 computes"
+
+
+def test_another_order_than_predicted_is_survived():
+    real, model, offload, _ = build(budget_bytes=2 * BLOCK_BYTES)
+    offload.begin()
+    step(model, torch.ones(1, 64))
+    x = torch.randn(2, 64)
+    for order in ([5, 0, 3], [0, 1, 2, 3, 4, 5], [2, 2]):
+        offload.begin()
+        for number in order:
+            assert torch.equal(model.blocks[number](x), real.blocks[number](x))
+    assert offload.loaded_bytes <= 2 * BLOCK_BYTES
+
+
+def test_units_are_split_at_the_threshold():
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 64))) for _ in range(2))
+    model.head = nn.Linear(64, 64)
+    model.requires_grad_(False)
+    assert list(split_units(model, list(model.blocks), max_bytes=None)) == ["blocks.0", "blocks.1", "head"]
+    split = split_units(model, list(model.blocks), max_bytes=BLOCK_BYTES)
+    assert list(split) == ["blocks.0.0", "blocks.0.1", "blocks.1.0", "blocks.1.1", "head"]
+
+
+class PipeGroup:
+    """Two processes of one node."""
+
+    def __init__(self, is_first, pipe, barrier):
+        self.is_first, self.pipe, self.wait = is_first, pipe, barrier
+
+    def broadcast(self, value):
+        if self.is_first:
+            self.pipe.send(value)
+            return value
+        return self.pipe.recv()
+
+    def barrier(self):
+        self.wait.wait(20)
+
+
+def _second_worker(pipe, barrier, done):
+    group = PipeGroup(False, pipe, barrier)
+    _, model, _, source = build(group=group)
+    result = model(torch.ones(1, 64))
+    done.send((source.read_names, result.tolist()))
+    done.recv()
+
+
+def test_two_workers_share_one_copy():
+    context = multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe()
+    done, reported = context.Pipe()
+    barrier = context.Barrier(2)
+    second = context.Process(target=_second_worker, args=(theirs, barrier, reported))
+    second.start()
+    real, model, _, _ = build(group=PipeGroup(True, mine, barrier))
+    names, result = done.recv()
+    assert names == ["scale"], "the second worker reads only what it has for itself"
+    assert result == real(torch.ones(1, 64)).tolist()
+    # One memory: what the first one writes the second one's pages show; here it is enough that it has no name.
+    assert not [name for name in os.listdir("/dev/shm") if "dsray" in name]
+    done.send("end")
+    second.join(10)
+    assert second.exitcode == 0
+
+
+def test_a_segment_goes_with_its_last_user():
+    before = shared_memory_bytes()
+    segment = HostSegment(64 << 20, device=CPU)
+    segment.data.fill_(1)
+    assert shared_memory_bytes() - before >= 60 << 20
+    del segment
+    gc.collect()
+    assert shared_memory_bytes() - before < 30 << 20
+
+
+def shared_memory_bytes():
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("Shmem:"))
