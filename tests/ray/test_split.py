@@ -54,7 +54,7 @@ save_steps = 3
 [logging]
 tensorboard = false
 """
-ENCODING = "encode [0-9]+/200 samples"
+ENCODING = "encode [0-9]+/120 samples"
 FULL = ("lora.base_model=", 'training.trainable_models=["dit"]')
 
 
@@ -156,10 +156,10 @@ def combined(module_folder, photos_of_module, local_ray):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """A hundred pictures: enough to be interrupted in the middle."""
+    """Sixty pictures: enough to be interrupted in the middle."""
     folder = tmp_path_factory.mktemp("many")
     lines = ["image,prompt"]
-    for number in range(100):
+    for number in range(60):
         Image.effect_noise((64, 48), 20 + number).convert("RGB").save(folder / f"{number}.png")
         lines.append(f"{number}.png,picture number {number}")
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
@@ -224,18 +224,18 @@ def test_killed_in_stage_one_and_between_the_stages(tmp_path, many, many_combine
     run.wait_for(ENCODING)
     kill_with_ray(process)
     written = len(run.cache.index())
-    assert 0 < written < 200, run.said
+    assert 0 < written < 120, run.said
     run.said.clear()
     process = run.start_apart()
     run.wait_for("encoded [0-9]")
     kill_with_ray(process)
     (first,) = run.counts()
     numbers = [int(word) for word in first.replace(",", "").split() if word.isdigit()]
-    assert numbers[0] + numbers[1] == 200 - written
+    assert numbers[0] + numbers[1] == 120 - written
     assert numbers[2] + numbers[3] == written
     run.said.clear()
     assert run.start() == ExitCode.DONE, run.said
-    assert run.counts() == ["encoded 0 texts and 0 images, reused 100 texts and 100 images"]
+    assert run.counts() == ["encoded 0 texts and 0 images, reused 60 texts and 60 images"]
     assert_same(run, many_combined)
 
 
@@ -255,7 +255,7 @@ def test_a_killed_encoder_is_replaced(tmp_path, many, many_combined):
     assert run.start() == ExitCode.DONE, run.said
     thread.join()
     assert killed, run.said
-    assert run.counts() == ["encoded 100 texts and 100 images, reused 0 texts and 0 images"]
+    assert run.counts() == ["encoded 60 texts and 60 images, reused 0 texts and 0 images"]
     assert_same(run, many_combined)
 
 
