@@ -238,6 +238,7 @@ def _check_rules(job: Job) -> list[Problem]:
     if "://" in job.output.path:
         message = f"got {job.output.path!r}; a folder that all nodes see; only checkpoints can be at a URL (checkpoint_path)"
         problems.append(Problem("output.path", message))
+    problems += _check_split(job)
     if (dataset.height is None) != (dataset.width is None):
         problems.append(Problem("dataset.height", "height and width go together; give both or none"))
     if training.min_timestep_boundary >= training.max_timestep_boundary:
@@ -305,6 +306,18 @@ def _check_presets(job: Job) -> list[Problem]:
         message = f"names {len(models)} components for {num_paths} files of lora.preset_path; give one, or one for each"
         return [Problem("lora.preset_model", message)]
     return []
+
+
+def _check_split(job: Job) -> list[Problem]:
+    """What the cache does not hold yet must not be left out in silence."""
+    problems = []
+    if job.split.enabled and job.model.extra_inputs:
+        message = f"got {job.model.extra_inputs}; split.enabled caches only the prompt and one image or clip in this version"
+        problems.append(Problem("model.extra_inputs", message))
+    if job.split.enabled and job.dataset.bad_sample == "skip":
+        message = '"skip" has no effect with split.enabled in this version: stage one names all bad files at once; remove it'
+        problems.append(Problem("dataset.bad_sample", message))
+    return problems
 
 
 def _check_plain_values(key: str, values: dict[str, Any]) -> list[Problem]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import secrets
 from abc import ABC, abstractmethod
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,19 +136,20 @@ class ArrowStore(Store):
 
     def read(self, name: str) -> bytes:
         """See `Store.read`."""
-        with self.system.open_input_file(f"{self.base}/{name}") as file:
+        with self._reading(name), self.system.open_input_file(f"{self.base}/{name}") as file:
             return bytes(file.read())
 
     def read_at(self, name: str, offset: int, num_bytes: int) -> bytes:
         """See `Store.read_at`."""
-        with self.system.open_input_file(f"{self.base}/{name}") as file:
+        with self._reading(name), self.system.open_input_file(f"{self.base}/{name}") as file:
             return bytes(file.read_at(num_bytes, offset))
 
     def files(self, folder: str) -> dict[str, tuple[int, float]]:
         """See `Store.files`."""
         from pyarrow.fs import FileSelector, FileType
 
-        found = self.system.get_file_info(FileSelector(f"{self.base}/{folder}", allow_not_found=True))
+        with self._reading(folder):
+            found = self.system.get_file_info(FileSelector(f"{self.base}/{folder}", allow_not_found=True))
         return {
             f"{folder}/{info.base_name}": (info.size, info.mtime.timestamp() if info.mtime else 0.0)
             for info in sorted(found, key=lambda info: info.path)
@@ -160,6 +162,20 @@ class ArrowStore(Store):
             self.system.delete_file(f"{self.base}/{name}")
         except FileNotFoundError:
             return
+
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        """A storage that refuses or does not answer is the user's to mend; a file that is not there is the caller's."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise OutputError(
+                f"split.cache_path: {self.path(name)} cannot be read: {error}",
+                hint="check the address, the network and the credentials in the nodes' environment",
+            ) from error
 
 
 def _not_writable(path: str | Path, error: OSError) -> OutputError:

@@ -50,7 +50,7 @@ def cache_dataset(
     index = build_sample_index(resolved, say)
     media = _media_digests(index, cache, say) if "image" in encoders else None
     manifest = _name_entries(resolved, family, index, encoders=encoders, media=media)
-    texts, images = _items(manifest, index, media=media)
+    texts, images = _items(manifest, index, media=media, frame_rate=job.dataset.frame_rate)
     known = cache.index()
     lack = set(known.missing([*texts, *images]))
     new_texts = [item for key, item in texts.items() if key in lack]
@@ -147,7 +147,10 @@ def _name_entries(
         text = text_key(encoders["text"], prompt) if "text" in encoders else None
         image = None
         if media is not None:
-            image = image_key(encoders["image"], media[row], height=height, width=width, num_frames=num_frames)
+            rate = dataset.frame_rate if num_frames > 1 else None
+            image = image_key(
+                encoders["image"], media[row], height=height, width=width, num_frames=num_frames, frame_rate=rate
+            )
         rows.append(ManifestRow(prompt, text, image, height, width, num_frames))
     return Manifest(
         rows=tuple(rows),
@@ -164,7 +167,7 @@ def _name_entries(
 
 
 def _items(
-    manifest: Manifest, index: SampleIndex, *, media: Sequence[str] | None
+    manifest: Manifest, index: SampleIndex, *, media: Sequence[str] | None, frame_rate: float | None
 ) -> tuple[dict[str, TextItem], dict[str, ImageItem]]:
     """Every text and every image once, by key."""
     texts: dict[str, TextItem] = {}
@@ -173,8 +176,16 @@ def _items(
         if row.text_key is not None and row.text_key not in texts:
             texts[row.text_key] = TextItem(row.text_key, row.prompt)
         if media is not None and row.image_key is not None and row.image_key not in images:
-            size = (row.height, row.width, row.num_frames)
-            images[row.image_key] = ImageItem(row.image_key, index.path(number), media[number], number, *size)
+            images[row.image_key] = ImageItem(
+                key=row.image_key,
+                path=index.path(number),
+                digest=media[number],
+                row=number,
+                height=row.height,
+                width=row.width,
+                num_frames=row.num_frames,
+                frame_rate=frame_rate if row.num_frames > 1 else None,
+            )
     return texts, images
 
 

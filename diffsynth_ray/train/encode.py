@@ -66,6 +66,8 @@ class ImageItem:
     height: int
     width: int
     num_frames: int
+    frame_rate: float | None = None
+    """Frames a second that a clip is sampled at; None = the file's own."""
 
 
 def encode_missing(
@@ -183,7 +185,7 @@ def _build_dataset(
             )
             .map_batches(
                 _write_shard,
-                fn_kwargs={"cache_path": str(resolved.job.split.cache_path), "encoders": encoders},
+                fn_kwargs={"cache_path": resolved.job.split.cache_path, "encoders": encoders, "board": board},
                 batch_size=shard_entries,
                 batch_format="pyarrow",
                 num_cpus=WRITE_CPUS,
@@ -266,7 +268,9 @@ def _decode_unit(block: pa.Table) -> pa.Table:
 
 
 def _decode_item(item: ImageItem) -> np.ndarray:
-    frames = decode(item.path, height=item.height, width=item.width, num_frames=item.num_frames)
+    frames = decode(
+        item.path, height=item.height, width=item.width, num_frames=item.num_frames, frame_rate=item.frame_rate
+    )
     # After decoding, so that what was decoded is what the key names.
     if file_digest(item.path) != item.digest:
         raise DataError(f"{item.path}: the file changed while the data set was encoded; submit the job again")
@@ -326,16 +330,21 @@ def _out_of_memory(item: dict[str, Any], error: torch.OutOfMemoryError) -> RunEr
     )
 
 
-def _write_shard(block: pa.Table, *, cache_path: str, encoders: dict[Kind, str]) -> pa.Table:
+def _write_shard(block: pa.Table, *, cache_path: str, encoders: dict[Kind, str], board: Any) -> pa.Table:
     """One shard for the texts and one for the images of a block."""
     cache = Cache(cache_path)
     encoded = [row for row in block.to_pylist() if row["error"] is None]
     rows: list[dict[str, Any]] = []
     for kind, encoder in encoders.items():
         entries = {row["key"]: unpack_entry(row["layout"], row["data"]) for row in encoded if row["kind"] == kind}
-        if entries:
+        if not entries:
+            continue
+        try:
             name = cache.write(kind, entries, encoder=encoder)
-            rows.append({"index_file": name, "count": len(entries), "errors": []})
+        except DsrayError as error:
+            ray.get(board.fail.remote(None, error))
+            raise
+        rows.append({"index_file": name, "count": len(entries), "errors": []})
     if errors := [error for error in block["error"].to_pylist() if error is not None]:
         rows.append({"index_file": None, "count": 0, "errors": errors})
     return pa.Table.from_pylist(rows, schema=_WRITTEN)

@@ -166,9 +166,12 @@ def text_key(encoder: str, prompt: str) -> str:
     return entry_key(encoder=encoder, prompt=prompt)
 
 
-def image_key(encoder: str, media: str, *, height: int, width: int, num_frames: int) -> str:
-    """Key of an encoded image or clip; `media` is the hash of the file's content."""
-    return entry_key(encoder=encoder, media=media, size=[height, width, num_frames], decode=DECODE_VERSION)
+def image_key(
+    encoder: str, media: str, *, height: int, width: int, num_frames: int, frame_rate: float | None = None
+) -> str:
+    """Key of an encoded image or clip; `media` is the hash of the file's content, `frame_rate` that of a clip."""
+    size = [height, width, num_frames]
+    return entry_key(encoder=encoder, media=media, size=size, frame_rate=frame_rate, decode=DECODE_VERSION)
 
 
 def tensor_bytes(tensor: Tensor) -> TensorBytes:

@@ -351,6 +351,13 @@ def test_an_encode_stage_that_would_wait_forever_is_refused() -> None:
     assert "0 or more" in problems_of(build_job(split=split))["split.resources_per_worker"]
 
 
+def test_what_the_cache_does_not_hold_is_refused() -> None:
+    job = build_job(split={"enabled": True}, model={"extra_inputs": ["edit_image"]}, dataset={"bad_sample": "skip"})
+    problems = problems_of(job)
+    assert "only the prompt and one image or clip" in problems["model.extra_inputs"]
+    assert "names all bad files at once" in problems["dataset.bad_sample"]
+
+
 def test_split_training_is_the_same_run() -> None:
     assert resolve(build_job(split={"enabled": True}), LAPTOP).run == resolve(build_job(), LAPTOP).run
 

@@ -75,7 +75,7 @@ def encode_here(resolved, texts, images, *, components, encoders, board, report)
     errors = []
     for unit in [*encode._text_units(texts), *encode._image_units(images)]:
         decoded = encode._decode_unit(encode.pa.table({"unit": [encode.json.dumps(unit)]}))
-        written = encode._write_shard(worker(decoded), cache_path=resolved.job.split.cache_path, encoders=encoders)
+        written = encode._write_shard(worker(decoded), cache_path=resolved.job.split.cache_path, encoders=encoders, board=board)
         errors += [error for found in written["errors"].to_pylist() for error in found]
     return errors
 
