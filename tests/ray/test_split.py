@@ -133,23 +133,33 @@ def module_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("split")
 
 
-@pytest.fixture(scope="module")
-def photos_of_module():
-    return Path(__file__).resolve().parents[2] / "jobs/data/photos"
+class Recipe(Run):
+    """The shipped quickstart_split, made short."""
+
+    def __init__(self, folder, name):
+        self.job_path = "quickstart_split"
+        self.dir = RunDir(folder / name)
+        self.cache = Cache(str(folder / "cache"))
+        self.said = []
+
+    def start(self, *overrides, split=True):
+        short = ["training.max_steps=3", "output.save_steps=3", "dataset.max_pixels=1024", "logging.tensorboard=false"]
+        places = [f"output.path={self.dir.path}", f"split.cache_path={self.cache.path}"]
+        return super().start(*short, *places, *overrides, split=split)
 
 
 @pytest.fixture(scope="module")
-def split(module_folder, photos_of_module, local_ray):
+def split(module_folder, local_ray):
     """An undisturbed run in two stages."""
-    run = Run(module_folder, photos_of_module, "split")
+    run = Recipe(module_folder, "split")
     assert run.start() == ExitCode.DONE, run.said
     return run
 
 
 @pytest.fixture(scope="module")
-def combined(module_folder, photos_of_module, local_ray):
+def combined(module_folder, local_ray):
     """The same job in combined mode."""
-    run = Run(module_folder, photos_of_module, "combined")
+    run = Recipe(module_folder, "combined")
     assert run.start(split=False) == ExitCode.DONE, run.said
     return run
 
@@ -210,8 +220,8 @@ def test_a_trained_text_encoder_keeps_its_half_combined(tmp_path, photos):
 
 
 @pytest.mark.slow
-def test_two_training_workers_and_two_encoders(split, tmp_path, photos):
-    run = Run(tmp_path, photos)
+def test_two_training_workers_and_two_encoders(split, tmp_path):
+    run = Recipe(tmp_path, "run")
     overrides = ["distributed.num_workers=2", "split.num_workers=2", "split.resources_per_worker={CPU=0.5}"]
     assert run.start(*overrides) == ExitCode.DONE, run.said
     assert run.losses() == pytest.approx(split.losses(), abs=1e-5)
@@ -276,7 +286,7 @@ def test_stopped_in_stage_one_and_continued(tmp_path, many):
 
 
 @pytest.mark.slow
-def test_a_changed_caption_damage_and_bad_files(split, tmp_path, photos):
+def test_a_changed_caption_damage_and_bad_files(tmp_path, photos):
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
     run = Run(tmp_path, folder)

@@ -20,14 +20,24 @@ from diffsynth_ray.models.weights import load_components
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train import caching, encode
 from diffsynth_ray.train.cached_input import CachedInput
+from diffsynth_ray.train.initial import preset_loras
 from diffsynth_ray.train.residency import settle
-from diffsynth_ray.train.split import SampleEncoder, bytes_tensor, encoder_digests, split_parts, tensor_bytes, text_key
+from diffsynth_ray.train.split import (
+    SampleEncoder,
+    bytes_tensor,
+    encoder_digests,
+    job_of_stage,
+    split_parts,
+    tensor_bytes,
+    text_key,
+)
 from diffsynth_ray.train.trainer import MicroInput, SampleBatch, Trainer, load_family, select_trained
 
 torch.set_num_threads(1)
 LORA = {"lora": {"base_model": "dit", "rank": 4}}
 FULL = {"training": {"trainable_models": ["dit"]}}
 TEXT_TRAINED = LORA | {"training": {"trainable_models": ["text_encoder"]}}
+MEMORY = LORA | {"model": {"fp8_models": ["dit", "text_encoder"]}, "offload": {"cpu_offload": True}}
 VAE_TRAINED = LORA | {"training": {"trainable_models": ["vae"]}}
 
 
@@ -99,7 +109,8 @@ def losses_and_weights(resolved: ResolvedJob, manifest_id: str | None, steps: in
     family = load_family(resolved.job, device=device, components=components)
     assert components is None or tuple(family.components) == components
     select_trained(family, resolved.job)
-    residency = settle(family, resolved.job, say=lambda line: None)
+    job = resolved.job if components is None else job_of_stage(resolved.job, components)
+    residency = settle(family, job, say=lambda line: None)
     schedule = build_schedule(
         resolved.job, num_samples=index.order.num_samples, global_batch_size=resolved.global_batch_size
     )
@@ -124,8 +135,8 @@ def losses_and_weights(resolved: ResolvedJob, manifest_id: str | None, steps: in
 
 @pytest.mark.parametrize(
     ("trained", "batch_size"),
-    [(LORA, 1), (FULL, 2), (TEXT_TRAINED, 2), (VAE_TRAINED, 1)],
-    ids=["lora", "full", "text_encoder", "vae"],
+    [(LORA, 1), (FULL, 2), (TEXT_TRAINED, 2), (VAE_TRAINED, 1), (MEMORY, 1)],
+    ids=["lora", "full", "text_encoder", "vae", "fp8 and offload"],
 )
 def test_split_and_combined_are_bit_identical(stage: Stage, trained: dict[str, Any], batch_size: int) -> None:
     size = {"height": 32, "width": 32} if batch_size == 2 else {}  # one bucket: texts of different lengths are padded
@@ -149,6 +160,32 @@ def test_what_each_stage_loads_follows_from_what_is_trained(stage: Stage) -> Non
     assert (vae.kinds, vae.components(["text"]), vae.train) == (("text",), ("text_encoder",), ("dit", "vae"))
     with pytest.raises(JobFileError, match="every encoder is trained"):
         parts(training={"trainable_models": ["text_encoder", "vae"]})
+
+
+def test_fp8_and_preset_loras_belong_to_the_encoder(stage: Stage, tmp_path: Path) -> None:
+    store = Cache(str(stage.cache_path)).store
+    (tmp_path / "a.safetensors").write_bytes(b"a")
+
+    def digests(**sections: Any) -> dict[str, str]:
+        job = stage.job(**LORA | sections).job
+        return encoder_digests(QwenImage, job, {}, parts=split_parts(QwenImage, job), store=store, say=lambda line: None)
+
+    plain = digests()
+    of_text = digests(model={"fp8_models": ["text_encoder"]})
+    assert of_text["text"] != plain["text"]
+    assert of_text["image"] == plain["image"]
+    assert digests(model={"fp8_models": ["dit"]}) == plain
+    preset = {"base_model": "dit", "rank": 4, "preset_path": str(tmp_path / "a.safetensors")}
+    assert digests(lora=preset | {"preset_model": "dit"}) == plain
+    merged = digests(lora=preset | {"preset_model": "vae"})
+    assert merged["image"] != plain["image"]
+    assert merged["text"] == plain["text"]
+    job = stage.job(**LORA | {"lora": preset | {"preset_model": "vae"}, "model": {"fp8_models": ["dit", "vae"]}}).job
+    assert preset_loras(job_of_stage(job, ["vae"])) == [(str(tmp_path / "a.safetensors"), "vae")]
+    assert preset_loras(job_of_stage(job, ["dit"])) == []
+    assert job_of_stage(job, ["dit"]).model.fp8_models == ["dit"]
+    with pytest.raises(JobFileError, match="no component 'unet'"):
+        split_parts(QwenImage, stage.job(**LORA, model={"fp8_models": ["unet"]}).job)
 
 
 def test_each_text_and_image_is_encoded_once(stage: Stage) -> None:
