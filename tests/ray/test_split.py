@@ -1,6 +1,5 @@
 """Split training on real Ray processes: two stages of one run, killed wherever it hurts, and always the same numbers."""
 
-import csv
 import json
 import os
 import re
@@ -9,25 +8,22 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from contextlib import suppress
 
 import psutil
 import pytest
 import torch
+import training_runs
 from PIL import Image
 from safetensors.torch import load_file
+from training_in_process import train_in_process
+from training_runs import wait_until
 
-from diffsynth_ray.config.load import load_job
-from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.data.cache import Cache
 from diffsynth_ray.errors import ExitCode
-from diffsynth_ray.launch.driver import run_job
 from diffsynth_ray.run_dir import RunDir
 
 pytestmark = [pytest.mark.timeout(280), pytest.mark.usefixtures("local_ray")]
-HERE = Resources(cpus=2, gpus=0)
-
 JOB = """
 [dataset]
 base_path = "{photos}"
@@ -54,22 +50,21 @@ save_steps = 3
 tensorboard = false
 """
 ENCODING = "encode [0-9]+/120 samples"
-FULL = ("lora.base_model=", 'training.trainable_models=["dit"]')
+FULL_JOB = JOB.replace('[lora]\nbase_model = "dit"\nrank = 4\n', "").replace(
+    "max_steps = 3", 'max_steps = 3\ntrainable_models = ["dit"]'
+)
 
 
-class Run:
-    """One job with the cache of its folder, and what it said."""
+class Run(training_runs.Run):
+    """One job with the cache of its folder; in two stages unless told otherwise."""
 
-    def __init__(self, folder, photos, name="run"):
-        self.job_path = folder / f"{name}.toml"
-        self.job_path.write_text(JOB.format(photos=photos, folder=folder, name=name))
-        self.dir = RunDir(folder / name)
+    def __init__(self, folder, photos, name="run", *, job=JOB):
+        super().__init__(folder, photos, name)
+        self.job_path.write_text(job.format(photos=photos, folder=folder, name=name))
         self.cache = Cache(str(folder / "cache"))
-        self.said = []
 
     def start(self, *overrides, split=True):
-        job = load_job(str(self.job_path), [f"split.enabled={str(split).lower()}", *overrides])
-        return run_job(resolve(job, HERE), submission_id="test", say=self.said.append)
+        return super().start(f"split.enabled={str(split).lower()}", *overrides)
 
     def start_apart(self):
         """`dsray run` as a process of its own; its lines go to `said`."""
@@ -77,7 +72,7 @@ class Run:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         process = subprocess.Popen(
             command,
-            env=environment | {"DSRAY_STATE_DIR": str(self.dir.path.parent / "state")},
+            env=environment | {"DSRAY_STATE_DIR": str(self.output.parent / "state")},
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -85,19 +80,17 @@ class Run:
         threading.Thread(target=lambda: self.said.extend(process.stderr), daemon=True).start()
         return process
 
-    def wait_for(self, pattern, seconds=200):
-        """Wait for a line that begins like this."""
-        end = time.monotonic() + seconds
-        while not any(re.match(pattern, line) for line in list(self.said)):
-            assert time.monotonic() < end, self.said
-            time.sleep(0.02)
-
-    def losses(self):
-        with self.dir.loss_path.open() as file:
-            return {int(row["step"]): float(row["value"]) for row in csv.DictReader(file) if row["key"] == "loss"}
+    def wait_for_line(self, pattern):
+        """Until a line that begins like this."""
+        wait_until(lambda: any(re.match(pattern, line) for line in list(self.said)), 200, lambda: self.said)
 
     def weights(self):
-        return load_file(self.dir.path / "step-3.safetensors")
+        return load_file(self.output / "step-3.safetensors")
+
+    def undisturbed_losses(self):
+        """Those of combined training in this process, with as many threads as the worker has."""
+        torch.set_num_threads(os.cpu_count())
+        return train_in_process(self.dir.owner(), steps=3)[0]
 
     def counts(self):
         return [line.strip() for line in self.said if line.startswith("encoded ")]
@@ -137,13 +130,14 @@ class Recipe(Run):
 
     def __init__(self, folder, name):
         self.job_path = "quickstart_split"
-        self.dir = RunDir(folder / name)
+        self.output = folder / name
+        self.dir = RunDir(self.output)
         self.cache = Cache(str(folder / "cache"))
         self.said = []
 
     def start(self, *overrides, split=True):
         short = ["training.max_steps=3", "output.save_steps=3", "dataset.max_pixels=1024", "logging.tensorboard=false"]
-        places = [f"output.path={self.dir.path}", f"split.cache_path={self.cache.path}"]
+        places = [f"output.path={self.output}", f"split.cache_path={self.cache.path}"]
         return super().start(*short, *places, *overrides, split=split)
 
 
@@ -152,14 +146,6 @@ def split(module_folder, local_ray):
     """An undisturbed run in two stages."""
     run = Recipe(module_folder, "split")
     assert run.start() == ExitCode.DONE, run.said
-    return run
-
-
-@pytest.fixture(scope="module")
-def combined(module_folder, local_ray):
-    """The same job in combined mode."""
-    run = Recipe(module_folder, "combined")
-    assert run.start(split=False) == ExitCode.DONE, run.said
     return run
 
 
@@ -175,14 +161,6 @@ def many(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def many_combined(many, module_folder, local_ray):
-    """The job on them in combined mode, undisturbed."""
-    run = Run(module_folder, many, "many")
-    assert run.start(split=False) == ExitCode.DONE, run.said
-    return run
-
-
 def test_two_stages_are_one_run(split):
     text = "\n".join(split.said)
     assert split.counts() == ["encoded 5 texts and 5 images, reused 0 texts and 0 images"]
@@ -195,20 +173,27 @@ def test_two_stages_are_one_run(split):
     assert not processes("_EncodeUnit")
 
 
-def test_split_and_combined_are_bit_identical(split, combined):
+def test_its_losses_are_those_of_combined_training(split):
+    assert split.losses() == split.undisturbed_losses()
+
+
+@pytest.mark.slow
+def test_split_and_combined_are_bit_identical(split, module_folder):
+    combined = Recipe(module_folder, "combined")
+    assert combined.start(split=False) == ExitCode.DONE, combined.said
     assert_same(split, combined)
 
 
 @pytest.mark.slow
-def test_full_training_is_bit_identical(tmp_path, photos):
-    one, other = Run(tmp_path, photos, "split"), Run(tmp_path, photos, "combined")
-    assert one.start(*FULL) == ExitCode.DONE, one.said
-    assert other.start(*FULL, split=False) == ExitCode.DONE, other.said
+def test_with_all_weights_trained_it_is_bit_identical(tmp_path, photos):
+    one, other = Run(tmp_path, photos, "split", job=FULL_JOB), Run(tmp_path, photos, "combined", job=FULL_JOB)
+    assert one.start() == ExitCode.DONE, one.said
+    assert other.start(split=False) == ExitCode.DONE, other.said
     assert_same(one, other)
 
 
 @pytest.mark.slow
-def test_a_trained_text_encoder_keeps_its_half_combined(tmp_path, photos):
+def test_a_trained_encoder_keeps_its_half_combined(tmp_path, photos):
     trained = 'training.trainable_models=["text_encoder"]'
     one, other = Run(tmp_path, photos, "split"), Run(tmp_path, photos, "combined")
     assert one.start(trained) == ExitCode.DONE, one.said
@@ -219,7 +204,7 @@ def test_a_trained_text_encoder_keeps_its_half_combined(tmp_path, photos):
 
 
 @pytest.mark.slow
-def test_two_training_workers_and_two_encoders(split, tmp_path):
+def test_two_workers_and_two_encoders(split, tmp_path):
     run = Recipe(tmp_path, "run")
     overrides = ["distributed.num_workers=2", "split.num_workers=2", "split.resources_per_worker={CPU=0.5}"]
     assert run.start(*overrides) == ExitCode.DONE, run.said
@@ -227,16 +212,16 @@ def test_two_training_workers_and_two_encoders(split, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_in_stage_one_and_between_the_stages(tmp_path, many, many_combined):
+def test_killed_in_stage_one_and_between_the_stages(tmp_path, many):
     run = Run(tmp_path, many)
     process = run.start_apart()
-    run.wait_for(ENCODING)
+    run.wait_for_line(ENCODING)
     kill_with_ray(process)
     written = len(run.cache.index())
     assert 0 < written < 120, run.said
     run.said.clear()
     process = run.start_apart()
-    run.wait_for("encoded [0-9]")
+    run.wait_for_line("encoded [0-9]")
     kill_with_ray(process)
     (first,) = run.counts()
     numbers = [int(word) for word in first.replace(",", "").split() if word.isdigit()]
@@ -245,16 +230,16 @@ def test_killed_in_stage_one_and_between_the_stages(tmp_path, many, many_combine
     run.said.clear()
     assert run.start() == ExitCode.DONE, run.said
     assert run.counts() == ["encoded 0 texts and 0 images, reused 60 texts and 60 images"]
-    assert_same(run, many_combined)
+    assert run.losses() == run.undisturbed_losses()
 
 
 @pytest.mark.slow
-def test_a_killed_encoder_is_replaced(tmp_path, many, many_combined):
+def test_a_killed_encoder_is_replaced(tmp_path, many):
     run = Run(tmp_path, many)
     killed = []
 
     def kill():
-        run.wait_for(ENCODING)
+        run.wait_for_line(ENCODING)
         for encoder in processes("_EncodeUnit"):
             encoder.kill()
             killed.append(encoder.pid)
@@ -265,7 +250,7 @@ def test_a_killed_encoder_is_replaced(tmp_path, many, many_combined):
     thread.join()
     assert killed, run.said
     assert run.counts() == ["encoded 60 texts and 60 images, reused 0 texts and 0 images"]
-    assert_same(run, many_combined)
+    assert run.losses() == run.undisturbed_losses()
 
 
 @pytest.mark.slow
@@ -273,7 +258,7 @@ def test_stopped_in_stage_one_and_continued(tmp_path, many):
     run = Run(tmp_path, many)
 
     def stop():
-        run.wait_for(ENCODING)
+        run.wait_for_line(ENCODING)
         run.dir.request_stop(reason="the test asks for it")
 
     thread = threading.Thread(target=stop)
@@ -285,7 +270,7 @@ def test_stopped_in_stage_one_and_continued(tmp_path, many):
 
 
 @pytest.mark.slow
-def test_a_changed_caption_damage_and_bad_files(tmp_path, photos):
+def test_changed_texts_damage_and_bad_files(tmp_path, photos):
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
     run = Run(tmp_path, folder)

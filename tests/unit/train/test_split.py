@@ -6,22 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from training_in_process import train_in_process
 
 from diffsynth_ray.config.resolve import ResolvedJob, Resources, resolve
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.data.cache import Cache
-from diffsynth_ray.data.cached import open_cached_samples, read_batches
 from diffsynth_ray.data.manifest import manifest_ids
-from diffsynth_ray.data.samples import build_sample_index
 from diffsynth_ray.errors import DataError, JobFileError, ModelError
 from diffsynth_ray.models.family import ComponentFiles
 from diffsynth_ray.models.qwen_image import QwenImage
 from diffsynth_ray.models.weights import load_components
-from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train import caching, encode
-from diffsynth_ray.train.cached_input import CachedInput
 from diffsynth_ray.train.initial import preset_loras
-from diffsynth_ray.train.residency import settle
 from diffsynth_ray.train.split import (
     SampleEncoder,
     bytes_tensor,
@@ -31,7 +27,6 @@ from diffsynth_ray.train.split import (
     tensor_bytes,
     text_key,
 )
-from diffsynth_ray.train.trainer import MicroInput, SampleBatch, Trainer, load_family, select_trained
 
 torch.set_num_threads(1)
 LORA = {"lora": {"base_model": "dit", "rank": 4}}
@@ -97,42 +92,6 @@ def stage(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> Stag
     return Stage(tmp_path, photos)
 
 
-def losses_and_weights(resolved: ResolvedJob, manifest_id: str | None, steps: int = 3):
-    """A run in this process: combined without a manifest, stage two with one."""
-    device = torch.device("cpu")
-    if manifest_id is None:
-        index, rows, components = build_sample_index(resolved, lambda line: None), None, None
-    else:
-        parts = split_parts(QwenImage, resolved.job)
-        index, rows = open_cached_samples(resolved, manifest_id, kinds=parts.kinds, say=lambda line: None)
-        components = parts.train
-    family = load_family(resolved.job, device=device, components=components)
-    assert components is None or tuple(family.components) == components
-    select_trained(family, resolved.job)
-    job = resolved.job if components is None else job_of_stage(resolved.job, components)
-    residency = settle(family, job, say=lambda line: None)
-    schedule = build_schedule(
-        resolved.job, num_samples=index.order.num_samples, global_batch_size=resolved.global_batch_size
-    )
-    trainer = Trainer(resolved.job, family, schedule, residency=residency)
-    bounds = {"start_step": 0, "num_steps": steps, "rank": 0, "world_size": 1}
-    inputs: dict[int, list[MicroInput]] = {}
-    cached = CachedInput(index, rows, device=device) if rows is not None else None
-    if cached is not None and cached.rows.has("image"):
-        for batch in read_batches(index, cached.rows, **bounds):
-            inputs.setdefault(batch.step, []).append(cached.from_cache(batch))
-    else:
-        for step, _, _, micro in index.micro_batches(**bounds):
-            pixels = index.decode(micro)
-            prompts = tuple(index.prompt(row) for row in micro.rows)
-            whole = MicroInput(SampleBatch(pixels, prompts, micro.rows), micro.indices)
-            inputs.setdefault(step, []).append(cached.from_pixels(micro, pixels) if cached else whole)
-    trainer.start(cached.probe(index.largest_micro_batch()) if cached else inputs[0][0])
-    losses = [trainer.train_step(inputs[step], num_samples=4).loss_sum.item() for step in range(steps - 1)]
-    masters = trainer.strategy.full_masters()
-    return losses, {name: tensor.clone() for name, tensor in masters.items()}
-
-
 @pytest.mark.parametrize(
     ("trained", "batch_size"),
     [(LORA, 1), (FULL, 2), (TEXT_TRAINED, 2), (VAE_TRAINED, 1), (MEMORY, 1)],
@@ -143,8 +102,8 @@ def test_split_and_combined_are_bit_identical(stage: Stage, trained: dict[str, A
     trained = {name: dict(values) for name, values in trained.items()}
     trained["training"] = {"precision": "fp32", "learning_rate": 1e-3} | trained.get("training", {})
     resolved = stage.job(**trained, dataset=stage.job(**LORA).job.dataset.model_dump() | size | {"batch_size": batch_size})
-    combined = losses_and_weights(resolved, None)
-    split = losses_and_weights(resolved, stage.run(resolved))
+    combined = train_in_process(resolved)
+    split = train_in_process(resolved, manifest_id=stage.run(resolved))
     assert split[0] == combined[0]
     assert all(torch.equal(split[1][name], combined[1][name]) for name in combined[1])
 
@@ -258,11 +217,11 @@ def test_other_weights_of_one_encoder_encode_its_half_alone(stage: Stage, tmp_pa
 
 def test_training_where_the_media_are_not(stage: Stage) -> None:
     resolved = stage.job(**LORA)
-    combined = losses_and_weights(resolved, None)
+    combined = train_in_process(resolved)
     stage.run(resolved)
     shutil.rmtree(stage.photos)
     alone = stage.job(**LORA, dataset=resolved.job.dataset.model_dump() | {"base_path": None, "metadata_path": None})
-    split = losses_and_weights(alone, stage.run(alone))
+    split = train_in_process(alone, manifest_id=stage.run(alone))
     assert split[0] == combined[0]
     with pytest.raises(DataError, match="other encoder weights") as caught:
         stage.run(alone.model_copy(update={"job": alone.job.model_copy(update={"seed": 1})}))
@@ -279,19 +238,19 @@ def test_training_where_the_media_are_not(stage: Stage) -> None:
 def test_damage_is_told_with_row_and_cure_and_encoded_anew(stage: Stage) -> None:
     resolved = stage.job(**LORA)
     manifest_id = stage.run(resolved)
-    combined = losses_and_weights(resolved, manifest_id)
+    combined = train_in_process(resolved, manifest_id=manifest_id)
     for shard in (stage.cache_path / "shards").iterdir():
         content = bytearray(shard.read_bytes())
         content[-1] ^= 1
         shard.write_bytes(content)
     with pytest.raises(DataError, match=r"row \d: .*shards/\w+\.safetensors: the shard is damaged") as caught:
-        losses_and_weights(resolved, manifest_id)
+        train_in_process(resolved, manifest_id=manifest_id)
     assert "submit the job again" in str(caught.value.hint)
     while True:  # a run finds one at a time, `dsray cache verify` all
         stage.run(resolved)
         assert not stage.counts.startswith("encoded 0 texts and 0 images")
         try:
-            again = losses_and_weights(resolved, manifest_id)
+            again = train_in_process(resolved, manifest_id=manifest_id)
             break
         except DataError:
             continue
