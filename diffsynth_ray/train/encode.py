@@ -110,23 +110,21 @@ def encode_missing(
 
 
 class _Progress:
-    """Speed and time left, reported at most once a second; the start of the first encoder does not count."""
+    """Speed and time left, reported at most once a second. They count from the first shard on: starting is not encoding."""
 
     def __init__(self, total: int, report: Callable[[EncodeProgress], None]) -> None:
         self.total, self.report = total, report
-        self.began = time.monotonic()
         self.first: tuple[float, int] | None = None
-        self.said = 0.0
+        self.said = time.monotonic()
 
     def show(self, done: int) -> None:
         """Called after every shard."""
         now = time.monotonic()
-        since, before = self.first or (self.began, 0)
-        self.first = self.first or (now, done)
-        if now - self.said < _SAY_S and done < self.total:
+        began, before = self.first = self.first or (now, done)
+        per_s = (done - before) / (now - began) if now > began else 0.0
+        if done < self.total and (now - self.said < _SAY_S or not per_s):
             return
         self.said = now
-        per_s = (done - before) / max(now - since, 1e-6)
         left_s = round((self.total - done) / per_s) if per_s else 0
         self.report(EncodeProgress(done=done, total=self.total, per_s=per_s, left_s=left_s))
 
