@@ -307,6 +307,20 @@ def test_keys_tell_apart_what_encodes(stage: Stage, monkeypatch: pytest.MonkeyPa
     assert text_key("a", "x") != text_key("b", "x") != text_key("b", "y")
 
 
+def test_the_time_left_counts_from_the_first_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 60.0, 60.5, 62.0, 62.5, 64.0])
+    monkeypatch.setattr(encode.time, "monotonic", lambda: next(clock))
+    said: list[str] = []
+    progress = encode._Progress(40, lambda each: said.append(each.line()))
+    for done in (8, 16, 24, 32, 40):  # the first encoder took a minute to start
+        progress.show(done)
+    assert said == [
+        "encode 16/40 samples | 16.00 samples/s | 2 s left",
+        "encode 24/40 samples | 8.00 samples/s | 2 s left",
+        "encode 40/40 samples | 8.00 samples/s | 0 s left",
+    ]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64, torch.bool])
 def test_tensors_keep_their_bits(dtype: torch.dtype) -> None:
     tensor = (torch.randn(3, 5) * 100).to(dtype)
