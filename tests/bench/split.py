@@ -73,7 +73,9 @@ def build_family(options: argparse.Namespace, components: list[str], device: str
     modules = {}
     for name in components:
         module = build_component(name, configs[name])
-        module.requires_grad_(False).eval().to(torch.bfloat16)
+        module.requires_grad_(False).eval()
+        for param in module.parameters():  # not the rotary tables, which are buffers
+            param.data = param.data.to(torch.bfloat16)
         module.weight_source = RandomWeights(module)
         modules[name] = module
     return QwenImage(modules, dtype=torch.bfloat16, device=device, tokenizer_path=TINY_TOKENIZER)
