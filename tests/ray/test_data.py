@@ -118,6 +118,7 @@ def test_a_bad_sample_is_replaced_and_listed_and_training_goes_on(tmp_path, phot
     assert np.isfinite(losses).all()
 
 
+@pytest.mark.slow
 def test_bad_samples_above_the_limit_end_the_run(tmp_path, photos):
     resolved = resolved_job(tmp_path, damaged_photos(tmp_path, photos), *SKIP)
     said = []
