@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import time
@@ -25,7 +24,7 @@ from diffsynth_ray.data.batches import MicroBatch
 from diffsynth_ray.data.samples import SampleIndex, build_sample_index
 from diffsynth_ray.data.stream import load_index
 from diffsynth_ray.errors import DataError, DsrayError, ExitCode
-from diffsynth_ray.launch.driver import WORKER_ENV
+from diffsynth_ray.launch.driver import join_cluster, local_ray
 from diffsynth_ray.launch.stages import sample_rule
 
 REPORT_MARK = "dsray data check: "
@@ -169,18 +168,8 @@ def _tasks(index: SampleIndex) -> Iterator[list[MicroBatch]]:
 
 def check_locally(resolved: ResolvedJob, *, say: Say) -> CheckReport:
     """Check on a Ray of this process."""
-    say(f"starting Ray in this process ({os.cpu_count()} CPUs)")
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": WORKER_ENV},
-    )
-    try:
+    with local_ray(say):
         return check_data(resolved, say)
-    finally:
-        ray.shutdown()
 
 
 def main(arguments: list[str]) -> int:
@@ -188,7 +177,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--job", type=Path, required=True)
     resolved = ResolvedJob.model_validate_json(parser.parse_args(arguments).job.read_text())
-    ray.init(address="auto", log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": WORKER_ENV})
+    join_cluster()
     try:
         report = check_data(resolved, _say_stdout)
     except DsrayError as error:

@@ -43,6 +43,14 @@ WORKER_ENV = {
     "HF_HUB_OFFLINE": "1",
 }
 """Environment of the driver and its workers: how Ray behaves, never a setting of the job."""
+WITHOUT_DASHBOARD_ENV = WORKER_ENV | {
+    # Nobody shows what it would track.
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    # Ray Train asks the dashboard whether its controller lives. Where there is none it looks for its address for 40 s, and a
+    # run that ends waits for that; a port that refuses answers at once.
+    "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9",
+}
+"""The same where Ray has no dashboard."""
 
 _STATE_OF_EXIT = {ExitCode.DONE: "SUCCEEDED", ExitCode.STOPPED: "STOPPED", ExitCode.RUN_FAILED: "FAILED"}
 _POLL_S = 0.2
@@ -243,20 +251,37 @@ def _stop_on_sigterm(run_dir: RunDir) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def run_locally(resolved: ResolvedJob, *, say: Say) -> ExitCode:
-    """`dsray run`: the same stages on a Ray of this process, without a job server."""
+@contextmanager
+def local_ray(say: Say) -> Iterator[None]:
+    """A Ray of this process, without a dashboard, while it lasts."""
     say(f"starting Ray in this process ({os.cpu_count()} CPUs)")
     ray.init(
         address="local",
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
-        runtime_env={"env_vars": WORKER_ENV},
+        runtime_env={"env_vars": WITHOUT_DASHBOARD_ENV},
     )
     try:
-        return run_job(resolved, submission_id=f"{resolved.run}-local-{os.getpid()}", say=say)
+        yield
     finally:
         ray.shutdown()
+
+
+def join_cluster() -> None:
+    """Connect the entrypoint of a Ray job to its cluster."""
+    # Ray Train's actors ask the cluster that their environment names, else the one that last started on this machine, which
+    # may be another or gone: then a run that ends waits for an answer. Ray Jobs gives the address to this process only.
+    address = {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]} if "RAY_ADDRESS" in os.environ else {}
+    ray.init(
+        address="auto", log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": WORKER_ENV | address}
+    )
+
+
+def run_locally(resolved: ResolvedJob, *, say: Say) -> ExitCode:
+    """`dsray run`: the same stages on a Ray of this process, without a job server."""
+    with local_ray(say):
+        return run_job(resolved, submission_id=f"{resolved.run}-local-{os.getpid()}", say=say)
 
 
 def main(arguments: list[str]) -> int:
@@ -266,7 +291,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--submission-id", required=True)
     options = parser.parse_args(arguments)
     resolved = ResolvedJob.model_validate_json(options.job.read_text())
-    ray.init(address="auto", log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": WORKER_ENV})
+    join_cluster()
     with _stop_on_sigterm(RunDir(resolved.output_path)):
         return run_job(resolved, submission_id=options.submission_id, say=_say_stdout)
 

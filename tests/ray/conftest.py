@@ -3,7 +3,7 @@
 import pytest
 import ray
 
-from diffsynth_ray.launch.driver import WORKER_ENV
+from diffsynth_ray.launch.driver import WITHOUT_DASHBOARD_ENV
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +16,7 @@ def local_ray(tmp_path_factory):
         log_to_driver=False,
         logging_level="ERROR",
         object_store_memory=512 << 20,
-        runtime_env={"env_vars": WORKER_ENV},
+        runtime_env={"env_vars": WITHOUT_DASHBOARD_ENV},
     )
     yield
     ray.shutdown()
