@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -33,6 +33,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""Names of number formats in a safetensors header."""
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 """Beside NAME.weight in FP8 files: what its values are multiplied by; one number, or one an output channel."""
@@ -72,7 +73,7 @@ class SafetensorsFile:
             if count <= 0:
                 raise OSError(f"the file ends inside {key!r}")
             done += count
-        return raw.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        return raw.view(SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
     def __del__(self) -> None:
         os.close(self._fd)

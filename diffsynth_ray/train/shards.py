@@ -21,22 +21,11 @@ import torch
 from torch import Tensor
 
 from diffsynth_ray.errors import ModelError
+from diffsynth_ray.models.weight_source import SAFETENSORS_DTYPES
 from diffsynth_ray.train.storage import Storage
 from diffsynth_ray.train.strategy.base import StateSlice
 
-_DTYPES = {
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "F32": torch.float32,
-    "I32": torch.int32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _CHUNK_BYTES = 64 << 20
 
 
@@ -143,7 +132,7 @@ class ShardedState:
             part = _Part(
                 start=start,
                 stop=start + entry["shape"][0],
-                dtype=_DTYPES[entry["dtype"]],
+                dtype=SAFETENSORS_DTYPES[entry["dtype"]],
                 file=file,
                 offset=8 + head_bytes + entry["data_offsets"][0],
             )

@@ -97,8 +97,8 @@ class Run:
         with self.dir.loss_path.open() as file:
             return {int(row["step"]): float(row["value"]) for row in csv.DictReader(file) if row["key"] == "loss"}
 
-    def weights(self):
-        return load_file(self.output / "step-10.safetensors")
+    def weights(self, step=10):
+        return load_file(self.output / f"step-{step}.safetensors")
 
     def wait_for(self, text, seconds=120, *, count=1):
         """Until a line with `text` was said `count` times."""

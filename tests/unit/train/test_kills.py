@@ -91,6 +91,8 @@ def train(path, rank, num_steps, every, trouble):
     saver.finish()
     if rank == 0:
         torch.save(trainer.strategy.full_masters(), path / "masters.pt")
+    # Without it gloo's threads are still there when the process ends, which sometimes aborts it.
+    dist.destroy_process_group()
 
 
 def no_trouble(step, rank):

@@ -281,6 +281,10 @@ def main():
         print(f"{case}: {time.process_time() - started:.1f} s CPU", flush=True)
     if rank == 0:
         (folder / f"results-{world_size}.json").write_text(json.dumps(results))
+    if dist.is_initialized():
+        # Without it gloo's threads are still there when the interpreter ends, which sometimes aborts the process.
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
