@@ -10,7 +10,8 @@ from typing import Any
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.config.zero import read_zero_config
-from diffsynth_ray.data.metadata import PROMPT_COLUMN, read_metadata
+from diffsynth_ray.data.holdout import held_out_rows
+from diffsynth_ray.data.metadata import PROMPT_COLUMN, Metadata, read_metadata
 from diffsynth_ray.errors import JobFileError, Problem
 from diffsynth_ray.models.inspection import ModelFiles, inspect_model
 from diffsynth_ray.schedule import build_schedule, export_file_names, trained_components
@@ -44,6 +45,8 @@ class Plan:
     models: list[ModelFiles]
     output_path: str
     notes: list[str]
+    num_held_out: int = 0
+    """Samples of the validation loss."""
 
     @property
     def num_samples(self) -> int:
@@ -76,6 +79,7 @@ class Plan:
             f"batch     {batch} samples a step",
             f"steps     ceil({self.num_samples} / {self.global_batch_size}) = {self.steps_per_epoch} an epoch, "
             f"{self.num_steps} in all ({epochs:.3g} epochs)",
+            *([f"validate  the loss of {self.num_held_out} samples that are held out"] if self.num_held_out else []),
             f"output    {self.output_path}",
             f"files     {shown}{more} ({self.num_exports} exports), job.json, loss.csv, checkpoints/",
             *(f"note      {note}" for note in self.notes),
@@ -95,7 +99,8 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
         # Under "skip" a missing file is a bad sample like any other.
         check_files=check_files and job.dataset.bad_sample == "error",
     )
-    num_rows = len(metadata.rows)
+    num_held_out = _count_held_out(resolved, metadata, check_files=check_files)
+    num_rows = len(metadata.rows) - (num_held_out if isinstance(job.validation.holdout, float) else 0)
     schedule = build_schedule(
         job, num_samples=num_rows * job.dataset.repeat, global_batch_size=resolved.global_batch_size
     )
@@ -129,6 +134,26 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
         models=models,
         output_path=str(resolved.output_path),
         notes=list(metadata.notes),
+        num_held_out=num_held_out,
+    )
+
+
+def _count_held_out(resolved: ResolvedJob, metadata: Metadata, *, check_files: bool) -> int:
+    """Samples of the validation loss; reads their metadata file where they have one."""
+    job, holdout = resolved.job, resolved.job.validation.holdout
+    if holdout is None:
+        return 0
+    if isinstance(holdout, float):
+        return len(held_out_rows(metadata, share=holdout, seed=job.seed))
+    assert job.dataset.base_path is not None  # resolve has checked it
+    return len(
+        read_metadata(
+            job.dataset.base_path,
+            holdout,
+            data_file_keys=job.dataset.data_file_keys,
+            required_columns=[PROMPT_COLUMN],
+            check_files=check_files,
+        )
     )
 
 

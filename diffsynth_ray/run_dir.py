@@ -87,6 +87,20 @@ class Attempt:
     submission_id: str
 
 
+@dataclass(frozen=True)
+class ValidationEntry:
+    """One validation of a run: a line of validation.jsonl."""
+
+    step: int
+    """Optimizer steps done before it."""
+    loss: float
+    """Mean over samples and timesteps, weighted as in training."""
+    quantiles: list[float]
+    """The mean of each timestep, from most to least noise."""
+    num_samples: int
+    seconds: float
+
+
 class RunDir:
     """Paths and small files of one run's output directory."""
 
@@ -102,6 +116,7 @@ class RunDir:
         self.stop_path = path / "stop.json"
         self.checkpoint_request_path = path / "checkpoint.json"
         self.loss_path = path / "loss.csv"
+        self.validation_path = path / "validation.jsonl"
         self.tensorboard_dir = path / "tensorboard"
         self.checkpoints_dir = path / "checkpoints"
         self.checkpoint_location_path = path / "checkpoint_location.json"
@@ -261,6 +276,20 @@ class RunDir:
     def write_progress(self, progress: Progress) -> None:
         """Keep the newest progress for `dsray status`."""
         write_whole(self.progress_path, json.dumps(asdict(progress)))
+
+    def note_validation(self, entry: ValidationEntry) -> None:
+        """Append one line to validation.jsonl."""
+        append_line(self.validation_path, json.dumps(asdict(entry)))
+
+    def validations(self) -> list[ValidationEntry]:
+        """The run's validations in order."""
+        return [ValidationEntry(**entry) for entry in read_jsonl(self.validation_path)]
+
+    def forget_validations(self, *, after_step: int) -> None:
+        """Drop what a run that goes on after this step will do again; a run from the start begins with a validation."""
+        if self.validation_path.exists():
+            kept = [entry for entry in self.validations() if 0 < after_step >= entry.step]
+            write_whole(self.validation_path, "".join(json.dumps(asdict(entry)) + "\n" for entry in kept))
 
     def progress(self) -> Progress | None:
         """The newest progress, or None before the first logged step."""

@@ -29,7 +29,8 @@ class FigureWriter:
         if logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(run_dir.tensorboard_dir), purge_step=start_step + 1, flush_secs=10)
+            purge = start_step + 1 if start_step else 0
+            self._tensorboard = SummaryWriter(str(run_dir.tensorboard_dir), purge_step=purge, flush_secs=10)
         self._services = open_services(run_dir, logging)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
@@ -65,6 +66,8 @@ class FigureWriter:
 
 
 def _rows_up_to(path: Path, step: int) -> list[str]:
+    if step == 0:
+        return []  # a run from the start validates before its first step: there are rows of step 0
     try:
         lines = path.read_text().splitlines(keepends=True)[1:]
     except FileNotFoundError:

@@ -6,7 +6,7 @@ import errno
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -46,6 +46,7 @@ from diffsynth_ray.train.trainer import (
     probe_inputs,
     select_trained,
 )
+from diffsynth_ray.train.validation import Surroundings, Validation
 
 _STOP, _CHECKPOINT, _LOOK_FOR_PREEMPTION = 1, 2, 4
 _LOOK_EVERY_S = 2.0
@@ -252,9 +253,11 @@ class _Worker:
         self.saver = self._build_saver()
         self.last_checkpoint = self.last_look = time.monotonic()
         self.preempted_nodes: set[str] = set()
-        self.say("waiting for the first samples")
+        self.validation = self._build_validation(reporter)
         try:
-            while (step := self.trainer.step) < self.schedule.num_steps:
+            self.validation.start()
+            self.say("waiting for the first samples")
+            while (step := self.trainer.step) < self.schedule.num_steps and not self.validation.has_ended:
                 started = time.monotonic()
                 self.heartbeat.enter("waiting for samples", step)
                 fed = next(feed)
@@ -265,6 +268,7 @@ class _Worker:
                 self.computed = f"step {step + 1} ({'; '.join(map(_describe, fed.micro_inputs))})"
                 result = self.trainer.train_step(fed.micro_inputs, num_samples=fed.num_samples)
                 reporter.after_step(result, fed, started=started, data_wait_s=data_wait_s)
+                self.validation.after_step()
                 self._export()
                 flags = self._flags()
                 if flags & _CHECKPOINT:
@@ -277,7 +281,8 @@ class _Worker:
         finally:
             if figures is not None:
                 figures.close()
-        return "SUCCEEDED" if self.trainer.step == self.schedule.num_steps else "STOPPED"
+        is_done = self.trainer.step == self.schedule.num_steps or self.validation.has_ended
+        return "SUCCEEDED" if is_done else "STOPPED"
 
     def _flags(self) -> int:
         """What rank 0 wants after this step, the same on all ranks."""
@@ -298,7 +303,7 @@ class _Worker:
         due = output.checkpoint_minutes is not None and (now - self.last_checkpoint) / 60 >= output.checkpoint_minutes
         due = (due or self.run_dir.is_checkpoint_requested()) and not self.saver.in_flight
         due |= output.checkpoint_steps is not None and step % output.checkpoint_steps == 0
-        if due or step == self.schedule.num_steps:
+        if due or step == self.schedule.num_steps or self.validation.has_ended:
             flags |= _CHECKPOINT
         if now - self.last_look >= _LOOK_EVERY_S:
             self.last_look = now
@@ -333,10 +338,28 @@ class _Worker:
         self.saver.start(self.trainer.step, self.trainer.strategy.state_slices())
         self.last_checkpoint = time.monotonic()
 
+    def _build_validation(self, reporter: _Reporter) -> Validation:
+        around = Surroundings(
+            run_dir=self.run_dir,
+            group=self.control,
+            rank=self.rank,
+            world_size=self.world_size,
+            enter=self.heartbeat.enter,
+            say=self.say,
+            publish=reporter.publish_validation,
+            export=self._export_as,
+        )
+        return Validation(self.job, self.trainer, self.index, around)
+
     def _export(self) -> None:
-        stem = self.schedule.export_stem(self.trainer.step)
-        if stem is None:
-            return
+        step = self.trainer.step
+        stem = self.schedule.export_stem(step)
+        if stem is None and self.validation.has_ended:
+            stem = self.schedule.last_stem(step)
+        if stem is not None:
+            self._export_as(stem)
+
+    def _export_as(self, stem: str) -> None:
         assert self.trainer.strategy is not None  # built by start()
         self.heartbeat.enter("exporting", self.trainer.step)
         masters = self.trainer.strategy.full_masters()
@@ -361,7 +384,8 @@ class _Reporter:
         self.was_data_bound = False
         self.times: deque[tuple[float, float, int]] = deque(maxlen=_SPEED_WINDOW)
         tags = {"run": worker.resolved.run, "stage": "train", "rank": str(worker.rank)}
-        names = ("loss", "lr", "grad_norm", "step_s", "samples_per_s", "data_wait_s", "step", "gpu_memory_gib")
+        names = ("loss", "lr", "grad_norm", "step_s", "samples_per_s", "data_wait_s", "step", "gpu_memory_gib",
+                 "validation_loss")  # fmt: skip
         self.gauges = {name: Gauge(f"dsray_{name}", tag_keys=tuple(tags)) for name in names}
         for gauge in self.gauges.values():
             gauge.set_default_tags(tags)
@@ -385,6 +409,14 @@ class _Reporter:
                 hint="lower training.learning_rate, or look at those rows; the last checkpoint and exports are from before",
             )
         self._publish(step, loss=loss, lr=result.lr, grad_norm=grad_norm, started=started)
+
+    def publish_validation(self, step: int, figures: Mapping[str, float]) -> None:
+        """Called on rank 0 after a validation."""
+        if not self.worker.may_commit():
+            raise superseded()
+        assert self.figures is not None  # rank 0's
+        self.figures.write(step, figures)
+        self.gauges["validation_loss"].set(figures["validation_loss"])
 
     def _publish(self, step: int, *, loss: float, lr: float, grad_norm: float, started: float) -> None:
         worker = self.worker

@@ -140,7 +140,7 @@ def test_problems_of_overrides_and_file_come_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "feature"),
     [
-        ('validation.prompts=["a cat"]', "validation"),
+        ('validation.prompts=["a cat"]', "sample pictures"),
         ("split.enabled=true", "split training"),
         ("task=direct_distill", "direct distillation"),
         ("gradient.checkpointing=auto", "selective recomputation"),

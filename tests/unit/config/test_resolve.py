@@ -372,3 +372,25 @@ def test_elastic_bounds_are_checked(asked: list[int]) -> None:
 )
 def test_preset_loras_and_their_components(lora: dict[str, Any], message: str) -> None:
     assert message in problems_of(build_job(lora={"base_model": "dit"} | lora))["lora.preset_model"]
+
+
+def test_only_a_share_that_is_held_out_is_part_of_the_name() -> None:
+    names = {
+        holdout: resolve(build_job(validation={} if holdout is None else {"holdout": holdout}), BOX).run
+        for holdout in (None, "held.csv", 0.1, 0.2)
+    }
+    assert names["held.csv"] == names[None]
+    assert len(set(names.values())) == 3
+
+
+@pytest.mark.parametrize(
+    ("validation", "key"),
+    [
+        ({"holdout": 1.5}, "validation.holdout"),
+        ({"early_stopping": 3}, "validation.early_stopping"),
+        ({"keep_best": True}, "validation.keep_best"),
+        ({"every_steps": 10}, "validation.every_steps"),
+    ],
+)
+def test_rules_of_validation(validation: dict[str, object], key: str) -> None:
+    assert list(problems_of(build_job(validation=validation))) == [key]
