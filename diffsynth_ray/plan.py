@@ -179,6 +179,7 @@ def _inspect_model(resolved: ResolvedJob) -> list[ModelFiles]:
         for key, value in (
             ("model.tokenizer_path", resolved.job.model.tokenizer_path),
             ("training.resume_from_checkpoint", resolved.job.training.resume_from_checkpoint),
+            ("validation.inputs", resolved.job.validation.inputs),
             ("lora.checkpoint", resolved.job.lora.checkpoint),
             ("distributed.deepspeed_config", resolved.job.distributed.deepspeed_config),
             ("lora.preset_path", resolved.job.lora.preset_path),

@@ -117,6 +117,8 @@ class RunDir:
         self.checkpoint_request_path = path / "checkpoint.json"
         self.loss_path = path / "loss.csv"
         self.validation_path = path / "validation.jsonl"
+        self.samples_dir = path / "samples"
+        self.contact_sheet_path = self.samples_dir / "contact_sheet.png"
         self.tensorboard_dir = path / "tensorboard"
         self.checkpoints_dir = path / "checkpoints"
         self.checkpoint_location_path = path / "checkpoint_location.json"
@@ -290,6 +292,19 @@ class RunDir:
         if self.validation_path.exists():
             kept = [entry for entry in self.validations() if 0 < after_step >= entry.step]
             write_whole(self.validation_path, "".join(json.dumps(asdict(entry)) + "\n" for entry in kept))
+
+    def sample_path(self, step: int, number: int, *, is_clip: bool) -> Path:
+        """Of the sample of a prompt (from 0) after a step."""
+        return self.samples_dir / f"step-{step}" / f"step-{step}-{number}.{'mp4' if is_clip else 'png'}"
+
+    def find_sample(self, step: int, number: int) -> Path | None:
+        """The sample of a prompt (from 0) after a step, where it was made."""
+        paths = (self.sample_path(step, number, is_clip=is_clip) for is_clip in (False, True))
+        return next((path for path in paths if path.exists()), None)
+
+    def sample_steps(self) -> list[int]:
+        """Steps that samples were made after, ascending."""
+        return sorted(int(path.name.removeprefix("step-")) for path in self.samples_dir.glob("step-*") if path.is_dir())
 
     def progress(self) -> Progress | None:
         """The newest progress, or None before the first logged step."""

@@ -11,6 +11,7 @@ import ray
 
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.config.schema import Job
+from diffsynth_ray.config.validation import check_sample_size
 from diffsynth_ray.data.samples import SampleRule, build_sample_index
 from diffsynth_ray.launch.fetch import bring_model, bring_to_worker
 from diffsynth_ray.run_dir import RunDir
@@ -67,7 +68,9 @@ def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -
     # Downloads end, and what the files say is checked, before any GPU is taken.
     if not bring_model(resolved, board):
         return {"state": "STOPPED", "step": 0, "num_steps": 0}
-    index = build_sample_index(resolved, say, rule=sample_rule(resolved.job))
+    rule = sample_rule(resolved.job)
+    check_sample_size(resolved.job, multiple=rule.size_multiple)
+    index = build_sample_index(resolved, say, rule=rule)
     if index.unusable:
         board.note_bad.remote(index.bad_headers())
     count = f"{resolved.min_workers} to {resolved.num_workers}" if resolved.is_elastic else f"{resolved.num_workers}"

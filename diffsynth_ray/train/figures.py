@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from diffsynth_ray.config.schema import LoggingSection
 from diffsynth_ray.run_dir import RunDir, write_whole
 from diffsynth_ray.train.services import open_services
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch.utils.tensorboard import SummaryWriter
 
 _HEADER = "step,key,value\n"
@@ -46,6 +49,15 @@ class FigureWriter:
                 self._tensorboard = None  # its writer is broken for good once a write has failed
         for service in self._services:
             service.write(step, figures)
+
+    def write_pictures(self, step: int, pictures: Mapping[str, Image]) -> None:
+        """Show pictures by name, in TensorBoard."""
+        if self._tensorboard is not None:
+            try:
+                for name, picture in pictures.items():
+                    self._tensorboard.add_image(f"samples/{name}", np.asarray(picture), step, dataformats="HWC")
+            except OSError:
+                self._tensorboard = None
 
     def _append_pending(self, path: Path) -> None:
         size = path.stat().st_size if path.exists() else 0

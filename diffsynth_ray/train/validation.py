@@ -1,4 +1,4 @@
-"""What happens between steps to see what is being trained: the validation loss, the best weights, and when to end early.
+"""What happens between steps to see what is being trained: validation loss, best weights, early end, sample pictures.
 
 Before the first step, every `validation.every_steps` and at the end. All workers take part; rank 0 writes.
 """
@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.data.samples import SampleIndex
 from diffsynth_ray.run_dir import RunDir, ValidationEntry
 from diffsynth_ray.train.group import Group
+from diffsynth_ray.train.pictures import Samples
 from diffsynth_ray.train.trainer import Trainer
 from diffsynth_ray.train.validation_loss import ValidationLoss, describe, figures_of, judge
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 BEST_STEM = "best"
 """Name of the export with the lowest validation loss."""
@@ -35,6 +40,10 @@ class Surroundings:
     """Called on rank 0 with figures of a step; raises where this worker may no longer write."""
     export: Callable[[str], object]
     """Exports the weights under a name; called on all ranks."""
+    show: Callable[[int, Mapping[str, Image]], object]
+    """Called on rank 0 with the pictures of a step by name."""
+    may_write: Callable[[], bool]
+    """Whether no newer attempt has taken over."""
 
 
 class Validation:
@@ -52,25 +61,42 @@ class Validation:
                 world_size=around.world_size,
                 enter=around.enter,
             )
+        self._samples: Samples | None = None
+        if job.validation.prompts:
+            self._samples = Samples(
+                job,
+                trainer,
+                run_dir=around.run_dir,
+                rule=index.rule,
+                group=around.group,
+                rank=around.rank,
+                world_size=around.world_size,
+                enter=around.enter,
+                say=around.say,
+                show=around.show,
+                may_write=around.may_write,
+            )
         self._history: list[ValidationEntry] = []
         self.has_ended = False
         """Whether the training is over before its last step (validation.early_stopping)."""
 
     def start(self) -> None:
         """Called before the first step of an attempt."""
-        if self._loss is None:
-            return
+        if self._loss is not None:
+            self._load(self._loss)
+        if self._trainer.step == 0:
+            self._validate()
+        elif self._loss is not None:
+            self._judge()
+
+    def _load(self, loss: ValidationLoss) -> None:
         around = self._around
         around.say("reading the validation samples")
-        for cause in self._loss.load(skip_bad=self._job.dataset.bad_sample == "skip"):
+        for cause in loss.load(skip_bad=self._job.dataset.bad_sample == "skip"):
             around.say(f"warning: left out of the validation loss: {cause}")
         if around.rank == 0:
             around.run_dir.forget_validations(after_step=self._trainer.step)
         self._history = around.group.from_rank_zero(around.run_dir.validations() if around.rank == 0 else None)
-        if self._trainer.step == 0:
-            self._validate()
-        else:
-            self._judge()
 
     def after_step(self) -> None:
         """Validate where it is due."""
@@ -84,10 +110,14 @@ class Validation:
         return step % every == 0 if every is not None else schedule.export_stem(step) is not None
 
     def _validate(self) -> None:
+        if self._loss is not None:
+            self._compute(self._loss)
+        if self._samples is not None:
+            self._samples.make(self._trainer.step)
+
+    def _compute(self, loss: ValidationLoss) -> None:
         around = self._around
-        if self._loss is None:
-            return
-        entry = self._loss.compute(self._trainer.step)
+        entry = loss.compute(self._trainer.step)
         self._history.append(entry)
         if around.rank == 0:
             around.publish(entry.step, figures_of(entry))

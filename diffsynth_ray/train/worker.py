@@ -16,6 +16,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from PIL.Image import Image
 from ray.util.metrics import Gauge
 
 from diffsynth_ray.config.resolve import ResolvedJob, data_share
@@ -348,6 +349,8 @@ class _Worker:
             say=self.say,
             publish=reporter.publish_validation,
             export=self._export_as,
+            show=reporter.show_samples,
+            may_write=self.may_commit,
         )
         return Validation(self.job, self.trainer, self.index, around)
 
@@ -417,6 +420,11 @@ class _Reporter:
         assert self.figures is not None  # rank 0's
         self.figures.write(step, figures)
         self.gauges["validation_loss"].set(figures["validation_loss"])
+
+    def show_samples(self, step: int, pictures: Mapping[str, Image]) -> None:
+        """Called on rank 0 after samples were made."""
+        assert self.figures is not None  # rank 0's
+        self.figures.write_pictures(step, pictures)
 
     def _publish(self, step: int, *, loss: float, lr: float, grad_norm: float, started: float) -> None:
         worker = self.worker

@@ -49,6 +49,7 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     "typer": ("cli.",),
     "rich": ("cli.",),
     "click": ("cli.",),
+    "av": ("train.video",),
     "wandb": ("train.services",),
     "swanlab": ("train.services",),
     "mlflow": ("train.services",),

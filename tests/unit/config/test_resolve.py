@@ -390,7 +390,19 @@ def test_only_a_share_that_is_held_out_is_part_of_the_name() -> None:
         ({"early_stopping": 3}, "validation.early_stopping"),
         ({"keep_best": True}, "validation.keep_best"),
         ({"every_steps": 10}, "validation.every_steps"),
+        ({"inputs": ["a.png"], "prompts": ["one"]}, "validation.inputs"),
     ],
 )
 def test_rules_of_validation(validation: dict[str, object], key: str) -> None:
     assert list(problems_of(build_job(validation=validation))) == [key]
+
+
+def test_samples_and_what_the_model_takes() -> None:
+    edit = {"model": {"extra_inputs": ["edit_image"]}}
+    assert "required with prompts" in problems_of(build_job(validation={"prompts": ["a", "b"]}, **edit))["validation.inputs"]
+    two = {"prompts": ["a", "b", "c"], "inputs": ["a.png", "b.png"]}
+    assert "2 files for 3 prompts" in problems_of(build_job(validation=two, **edit))["validation.inputs"]
+    job = build_job(validation={"prompts": ["a", "b"], "inputs": ["a.png"]}, **edit)
+    assert resolve(job, BOX).job.validation.inputs == [str(Path.cwd() / "a.png")]
+    zero = {"distributed": {"strategy": "deepspeed", "zero_stage": 3}}
+    assert "zero_stage = 2" in problems_of(build_job(validation={"prompts": ["a"]}, **zero))["validation.prompts"]
