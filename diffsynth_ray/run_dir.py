@@ -115,6 +115,7 @@ class RunDir:
         self.progress_path = path / "progress.json"
         self.stop_path = path / "stop.json"
         self.checkpoint_request_path = path / "checkpoint.json"
+        self.environment_path = path / "environment.json"
         self.loss_path = path / "loss.csv"
         self.validation_path = path / "validation.jsonl"
         self.samples_dir = path / "samples"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import time
 from collections import deque
@@ -12,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 import ray.train
 import ray.train.torch
@@ -25,9 +27,10 @@ from diffsynth_ray.data.samples import SampleIndex
 from diffsynth_ray.data.stream import build_stream
 from diffsynth_ray.errors import DsrayError, RunError, is_lost_connection
 from diffsynth_ray.memory.host import NodePlace
-from diffsynth_ray.run_dir import Progress, RunDir
+from diffsynth_ray.run_dir import Progress, RunDir, write_whole
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.checkpoint import Checkpoint, damage_of, find_checkpoints, find_restorable, read_checkpoint
+from diffsynth_ray.train.environment import describe_environment
 from diffsynth_ray.train.export import export_weights
 from diffsynth_ray.train.feed import DeviceFeed, FedStep
 from diffsynth_ray.train.figures import FigureWriter
@@ -251,6 +254,9 @@ class _Worker:
             return "SUCCEEDED"
         figures = FigureWriter(self.run_dir, self.job.logging, start_step=self.trainer.step) if self.rank == 0 else None
         reporter = _Reporter(self, figures)
+        if self.rank == 0:
+            environment = describe_environment(self.device, world_size=self.world_size)
+            write_whole(self.run_dir.environment_path, json.dumps(environment, indent=2))
         self.saver = self._build_saver()
         self.last_checkpoint = self.last_look = time.monotonic()
         self.preempted_nodes: set[str] = set()
@@ -442,13 +448,15 @@ class _Reporter:
         for name, value in figures.items():
             self.gauges[name].set(value)
         self.gauges["step"].set(step)
+        memory = {"host_memory_gib": psutil.Process().memory_info().rss / 2**30}
         if torch.cuda.is_available():
-            self.gauges["gpu_memory_gib"].set(torch.cuda.max_memory_allocated() / 2**30)
+            memory["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            self.gauges["gpu_memory_gib"].set(memory["gpu_memory_gib"])
         if self.figures is None:
             return
         if not worker.may_commit():
             raise superseded()
-        self.figures.write(step, figures)
+        self.figures.write(step, figures | memory)
         progress = Progress(
             step=step,
             num_steps=worker.schedule.num_steps,
