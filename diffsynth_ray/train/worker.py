@@ -372,11 +372,15 @@ class _Worker:
         assert self.trainer.strategy is not None  # built by start()
         self.heartbeat.enter("exporting", self.trainer.step)
         masters = self.trainer.strategy.full_masters()
+        averages = self.trainer.strategy.full_averages()
         if self.rank != 0:
             return
         if not self.may_commit():
             raise superseded()
-        paths = export_weights(self.trainer.family, self.job, masters=masters, output_dir=self.run_dir.path, stem=stem)
+        family, folder = self.trainer.family, self.run_dir.path
+        paths = export_weights(family, self.job, masters=masters, output_dir=folder, stem=stem)
+        if averages:
+            paths += export_weights(family, self.job, masters=averages, output_dir=folder, stem=f"{stem}.ema")
         self.say(f"wrote {', '.join(str(path.relative_to(self.run_dir.path)) for path in paths)}")
 
 
