@@ -351,7 +351,7 @@ class _Worker:
             group=self.control,
             rank=self.rank,
             world_size=self.world_size,
-            enter=self.heartbeat.enter,
+            enter=self._enter,
             say=self.say,
             publish=reporter.publish_validation,
             export=self._export_as,
@@ -359,6 +359,10 @@ class _Worker:
             may_write=self.may_commit,
         )
         return Validation(self.job, self.trainer, self.index, around)
+
+    def _enter(self, what: str) -> None:
+        self.heartbeat.enter(what)
+        self.computed = what
 
     def _export(self) -> None:
         step = self.trainer.step
