@@ -70,7 +70,7 @@ def nearest(output, photos, *, seed=None, step=None):
         made = [np.array(Image.open(RunDir(output).find_sample(step, number))) for number in range(len(rows))]
     else:
         family = get_family("qwen_image").build_tiny(0, dtype=torch.float32)
-        family.component("dit").load_state_dict(load_file(output / "step-300.safetensors"))
+        family.component("dit").load_state_dict(load_file(output / "step-400.safetensors"))
         made = [family.sample(SampleRequest(row["prompt"], 64, 64, 1, 20, 1.0, seed))[0] for row in rows]
     errors = ((np.stack(made)[:, None].astype(float) - originals[None]) ** 2).mean(axis=(2, 3, 4))
     return errors.argmin(axis=1).tolist()
@@ -98,14 +98,14 @@ def test_the_quickstart(tmp_path, photos):
     assert result["state"] == "SUCCEEDED"
 
     names = {path.name for path in output.iterdir()}
-    assert {"step-100.safetensors", "step-300.safetensors", "loss.csv", "log.txt", "tensorboard", "attempts.jsonl"} <= names
-    assert "transformer_blocks.1.attn.to_q.weight" in load_file(output / "step-300.safetensors")
+    assert {"step-200.safetensors", "step-400.safetensors", "loss.csv", "log.txt", "tensorboard", "attempts.jsonl"} <= names
+    assert "transformer_blocks.1.attn.to_q.weight" in load_file(output / "step-400.safetensors")
     before, *_, after = RunDir(output).validations()
     assert after.loss < 0.5 * before.loss
     for seed in range(3):
         assert nearest(output, photos, seed=seed) == [0, 1, 2, 3, 4]
     assert nearest(output, photos, step=0) != [0, 1, 2, 3, 4]
-    assert nearest(output, photos, step=300) == [0, 1, 2, 3, 4]
+    assert nearest(output, photos, step=400) == [0, 1, 2, 3, 4]
     assert any("ray_dsray_loss" in name and 'stage="train"' in name and 'rank="0"' in name for name in seen), sorted(seen)
 
     end = time.monotonic() + 60

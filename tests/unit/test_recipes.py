@@ -55,8 +55,8 @@ def test_every_recipe_plans(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("resources", [Resources(cpus=1, gpus=0), Resources(cpus=2, gpus=0), NODE])
 def test_the_quickstart_plans_on_any_machine(resources: Resources) -> None:
     plan = build_plan(resolved("quickstart", resources))
-    assert (plan.num_rows, plan.num_workers, plan.num_steps) == (5, 1, 300)
-    assert plan.files == ["step-100.safetensors", "step-200.safetensors", "step-300.safetensors"]
+    assert (plan.num_rows, plan.num_workers, plan.num_steps) == (5, 1, 400)
+    assert plan.files == ["step-200.safetensors", "step-400.safetensors"]
     assert plan.run == build_plan(resolved("quickstart", NODE)).run
 
 

@@ -274,17 +274,18 @@ def test_a_mended_file_is_taken_off_the_list(tmp_path: Path) -> None:
 def test_a_share_of_the_files_is_held_out_and_never_trained_on(dataset: Dataset) -> None:
     for number in range(10):
         dataset.add(f"{number}.png", size=(64, 48) if number % 3 else (48, 64))
-    dataset.add("3.png", prompt="the same file once more")
+    for number in range(10):
+        dataset.add(f"{number}.png", prompt="the same file once more")
     index = dataset.build("validation.holdout=0.2")
     assert index.holdout is not None
     held = {micro.rows[0] for micro in index.holdout.singles()}
     files = {index.path(row) for row in held}
     assert len(files) == 2
-    assert held == {row for row in range(11) if index.path(row) in files}, "all rows of a file go together"
+    assert held == {row for row in range(20) if index.path(row) in files}, "all rows of a file go together"
     steps = [index.order.step(step) for step in range(index.order.steps_per_epoch)]
     trained = {row for step in steps for micro in step.micro_batches for row in micro.rows}
-    assert trained == set(range(11)) - held
-    assert index.order.num_samples == 11 - len(held)
+    assert trained == set(range(20)) - held
+    assert index.order.num_samples == 20 - len(held)
     assert held == {micro.rows[0] for micro in dataset.build("validation.holdout=0.2").holdout.singles()}
     assert any("held out" in line for line in dataset.said)
 

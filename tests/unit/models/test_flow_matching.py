@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models.flow_matching import (
     draw_noise_and_timestep,
+    draw_validation_noise,
     flow_matching_table,
     make_targets,
     per_sample_loss,
@@ -94,3 +95,11 @@ def test_loss_is_per_sample_and_weighted():
     assert loss.shape == (3,)
     assert loss[0] == 0
     assert torch.allclose(loss[2], 2 * torch.nn.functional.mse_loss(pred[2], target[2]))
+
+
+def test_validation_noise_follows_from_its_names_alone() -> None:
+    first = draw_validation_noise(0, 1, 2, shape=(4, 8))
+    torch.randn(3)
+    assert torch.equal(first, draw_validation_noise(0, 1, 2, shape=(4, 8)))
+    for names in ((1, 1, 2), (0, 2, 2), (0, 1, 3)):
+        assert not torch.equal(first, draw_validation_noise(*names, shape=(4, 8)))

@@ -94,6 +94,7 @@ def test_a_run_that_failed_and_recovered(run_dir: RunDir) -> None:
     check(page)
     for text in ("succeeded", "worker rank 1 lost and replaced: killed", "rank 0 &lt;died&gt;", "torch", "2.13.0"):
         assert text in page, text
+    assert "<died>" not in page
     assert "Dashed lines" in page
     assert page.count('class="mark"') >= 2
     assert "lowest validation loss, step 20" in page
@@ -114,10 +115,11 @@ def test_a_run_that_has_only_begun(tmp_path: Path, run_dir: RunDir) -> None:
 
 
 def test_a_failed_run_shows_its_cause_and_traceback(run_dir: RunDir) -> None:
-    run_dir.error_path.write_text(json.dumps({"cause": "no room", "rank": 3, "step": 9, "details": "Traceback <module>"}))
+    run_dir.error_path.write_text(json.dumps({"cause": "no <room>", "rank": 3, "step": 9, "details": "Traceback <module>"}))
     page = build_page(read_record(run_dir))
     check(page)
     assert "What ended it" in page
+    assert "no &lt;room&gt;" in page
     assert "Traceback &lt;module&gt;" in page
 
 

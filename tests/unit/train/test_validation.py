@@ -91,6 +91,18 @@ def test_two_workers_find_the_same(num_rows):
     assert len(first._samples) + len(second._samples) == num_rows
 
 
+def test_every_sample_has_its_own_noise_at_every_timestep(monkeypatch):
+    names = []
+
+    def draw(*name, shape):
+        names.append(name)
+        return torch.zeros(shape)
+
+    monkeypatch.setattr("diffsynth_ray.train.validation_loss.draw_validation_noise", draw)
+    build_loss(build_trainer(build_job(validation={"seed": 7}))).compute(0)
+    assert names == [(7, sample, quantile) for sample in range(3) for quantile in range(4)]
+
+
 def test_a_trained_encoder_is_run_every_time():
     trainer = build_trainer(build_job(training={"trainable_models": ["text_encoder"]}))
     loss = build_loss(trainer)
