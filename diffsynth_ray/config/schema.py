@@ -95,7 +95,7 @@ class ModelSection(Section):
     skip_download: bool | None = _key()
     """Use only what is there, and fail where something is missing; default DIFFSYNTH_SKIP_DOWNLOAD."""
     options: dict[str, Any] = _key({}, identity=True)
-    """Settings of one family: `embedded_guidance` (flux), `zero_cond_t` (qwen_image)."""
+    """Settings of one family: `embedded_guidance` (flux), `zero_cond_t`, `edit_prompt`, `trained_vae` (qwen_image)."""
     tiny: bool = _key(False, identity=True)
     """Random weights of the family's tiny size, without any file: for trying things out."""
 

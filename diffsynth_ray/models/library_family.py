@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 Shapes = Mapping[str, tuple[int, ...]]
 InferConfig = Callable[[Shapes], dict[str, Any]]
 TINY_DIR = Path(__file__).parent / "tiny"
+TRAINED_TINY = "trained_vae"
+"""Option of families that have `tiny_weights`: take them instead of random ones."""
 
 
 class LibraryFamily(ModelFamily):
@@ -44,7 +46,7 @@ class LibraryFamily(ModelFamily):
     tiny_tokenizers: ClassVar[dict[str, Path]]
     """By job key: the tokenizer of the tiny size."""
     tiny_weights: ClassVar[dict[str, Path]] = {}
-    """By component: folder of the tiny size's weights and config.json, where they are trained and not random."""
+    """By component: folder of trained weights of the tiny size and their config.json; with the option TRAINED_TINY."""
 
     def __init__(
         self,
@@ -90,6 +92,8 @@ class LibraryFamily(ModelFamily):
     ) -> Self:
         """See `ModelFamily.load`. Tokenizers default to the folders beside the component's files."""
         cls.check_options(options or {})
+        if options and options.get(TRAINED_TINY):
+            raise ModelError(f"[model] options: {TRAINED_TINY} is for the tiny size; remove it, or set tiny = true")
         modules: dict[str, nn.Module] = {}
         for component in files if components is None else components:
             if component not in files:
@@ -128,7 +132,8 @@ class LibraryFamily(ModelFamily):
         """See `ModelFamily.build_tiny`."""
         cls.check_options(options or {})
         configs = cls.tiny_configs(extra_inputs)
-        trained = {name: read_folder(folder) for name, folder in cls.tiny_weights.items()}
+        wants_trained = bool(options and options.get(TRAINED_TINY))
+        trained = {name: read_folder(folder) for name, folder in cls.tiny_weights.items()} if wants_trained else {}
         configs = {**configs, **{name: files.config for name, files in trained.items()}}
         modules = {}
         wanted = [name for name in cls.component_names if name in configs] if components is None else components

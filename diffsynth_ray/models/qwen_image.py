@@ -23,7 +23,7 @@ from diffsynth_ray.models import qwen_image_edit as edit
 from diffsynth_ray.models.family import EncodedBatch, register_family, stack_conditions
 from diffsynth_ray.models.layer_names import LayerNames
 from diffsynth_ray.models.layouts import KeyLayout
-from diffsynth_ray.models.library_family import TINY_DIR, InferConfig, LibraryFamily, missing_tokenizer
+from diffsynth_ray.models.library_family import TINY_DIR, TRAINED_TINY, InferConfig, LibraryFamily, missing_tokenizer
 from diffsynth_ray.models.packing import PATCH, pack_latents, unpack_latents
 from diffsynth_ray.models.rotary import JointAttention, RealRope
 from diffsynth_ray.models.sampling import Frames, SampleRequest, build_pipeline, run_pipeline
@@ -43,7 +43,8 @@ LATENT_CHANNELS = 16
 
 @register_family
 class QwenImage(LibraryFamily):
-    """The `qwen_image` family. Options: `zero_cond_t` (2511), `edit_prompt` (see `qwen_image_edit.PROMPT_STYLES`)."""
+    """The `qwen_image` family. Options: `zero_cond_t` (2511), `edit_prompt` (see `qwen_image_edit.PROMPT_STYLES`), and with
+    tiny = true `trained_vae`: the small VAE of tests/bench/train_tiny_vae.py, so that pictures can be seen."""
 
     name = "qwen_image"
     component_names = ("dit", "text_encoder", "vae")
@@ -55,7 +56,7 @@ class QwenImage(LibraryFamily):
     key_layouts: ClassVar[dict[str, KeyLayout]] = layouts.KEY_LAYOUTS["qwen_image"]
     default_tokenizers: ClassVar[dict[str, str]] = layouts.DEFAULT_TOKENIZERS["qwen_image"]
     extra_inputs = ("edit_image",)
-    option_names = ("zero_cond_t", "edit_prompt")
+    option_names = ("zero_cond_t", "edit_prompt", TRAINED_TINY)
     names: ClassVar[dict[str, LayerNames]] = {}
     infer_functions: ClassVar[dict[str, InferConfig]] = configs.INFER
     tokenizer_keys: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {
@@ -64,7 +65,6 @@ class QwenImage(LibraryFamily):
     }
     tiny_tokenizers: ClassVar[dict[str, Path]] = {"tokenizer_path": TINY_DIR / "qwen_image" / "tokenizer"}
     tiny_weights: ClassVar[dict[str, Path]] = {"vae": TINY_DIR / "qwen_image" / "vae"}
-    """Trained by tests/bench/train_tiny_vae.py, so that the quickstart ends with pictures."""
     config_names: ClassVar[dict[str, str]] = {
         "dit": "QwenImageTransformer2DModel",
         "text_encoder": "qwen2_5_vl",

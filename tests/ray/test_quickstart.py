@@ -69,7 +69,7 @@ def nearest(output, photos, *, seed=None, step=None):
     if step is not None:
         made = [np.array(Image.open(RunDir(output).find_sample(step, number))) for number in range(len(rows))]
     else:
-        family = get_family("qwen_image").build_tiny(0, dtype=torch.float32)
+        family = get_family("qwen_image").build_tiny(0, dtype=torch.float32, options={"trained_vae": True})
         family.component("dit").load_state_dict(load_file(output / "step-400.safetensors"))
         made = [family.sample(SampleRequest(row["prompt"], 64, 64, 1, 20, 1.0, seed))[0] for row in rows]
     errors = ((np.stack(made)[:, None].astype(float) - originals[None]) ** 2).mean(axis=(2, 3, 4))

@@ -1,11 +1,14 @@
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffsynth_ray.data.media import decode
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import qwen_image_configs
 from diffsynth_ray.models.family import EncodedBatch, detect_component, get_family
@@ -212,3 +215,22 @@ def test_the_interface_imports_no_model_library():
         "assert not {'diffusers', 'transformers', 'peft', 'ray'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_shipped_vae_gives_photographs_back(photos):
+    family = QwenImage.build_tiny(0, components=["vae"], options={"trained_vae": True})
+    pixels = torch.from_numpy(
+        np.stack([decode(str(path), height=64, width=64) for path in sorted(photos.glob("*.jpg"))])
+    )
+    latents = family.encode_image(pixels)
+    assert latents.mean().abs() < 0.1
+    assert abs(latents.std() - 1) < 0.1
+    vae = family.component("vae")
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    back = vae.decode(latents[:, :, None] * std + mean).sample[:, :, 0].permute(0, 2, 3, 1).clamp(-1, 1)
+    error = (back - (pixels[:, 0].float() / 127.5 - 1)).square().mean()
+    assert -10 * math.log10(error / 4) > 24, "dB"
+    other = QwenImage.build_tiny(0, components=["vae"]).component("vae")
+    assert not torch.equal(other.state_dict()["decoder.conv_in.weight"], vae.state_dict()["decoder.conv_in.weight"])
+    with pytest.raises(ModelError, match="trained_vae is for the tiny size"):
+        QwenImage.load({}, options={"trained_vae": True})
