@@ -9,7 +9,8 @@ from html import escape
 
 from diffsynth_ray.report.record import Series
 
-WIDTH, HEIGHT = 720, 260
+WIDTH, HALF_WIDTH, HEIGHT = 1080, 520, 270
+"""Of a chart, in about the pixels that it is shown at."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 30
 _MOST_POINTS = 600
 """Of one curve; more are averaged in groups."""
@@ -42,7 +43,12 @@ def smoothed(points: Series, *, window: int) -> Series:
 
 
 def draw_chart(
-    curves: Sequence[Curve], *, unit: str = "", marks: Sequence[tuple[int, str]] = (), from_zero: bool = False
+    curves: Sequence[Curve],
+    *,
+    width: int = HALF_WIDTH,
+    unit: str = "",
+    marks: Sequence[tuple[int, str]] = (),
+    from_zero: bool = False,
 ) -> str:
     """The chart; `marks` are vertical lines at steps, with what they stand for. Without a point it is the empty string."""
     shown = [Curve(c.name, _thinned(c.points), c.style, c.dots) for c in curves]
@@ -51,8 +57,8 @@ def draw_chart(
         return ""
     values = [value for curve in shown for _, value in curve.points]
     steps = [step for curve in shown for step, _ in curve.points]
-    scale = _Scale(min(steps), max(steps), 0.0 if from_zero else min(values), max(values))
-    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(shown[0].name)}">']
+    scale = _Scale(width, min(steps), max(steps), 0.0 if from_zero else min(values), max(values))
+    parts = [f'<svg class="chart" viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{escape(shown[0].name)}">']
     parts += _axes(scale, unit)
     for step, meaning in marks:
         if scale.first <= step <= scale.last:
@@ -75,8 +81,8 @@ def draw_chart(
 class _Scale:
     """Steps and values to pixels."""
 
-    def __init__(self, first: int, last: int, low: float, high: float) -> None:
-        self.first, self.last = first, last
+    def __init__(self, width: int, first: int, last: int, low: float, high: float) -> None:
+        self.right, self.first, self.last = width - _RIGHT, first, last
         if high <= low:
             low, high = low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
         self.ticks = ticks(low, high)
@@ -84,7 +90,7 @@ class _Scale:
 
     def x(self, step: float) -> float:
         span = max(self.last - self.first, 1)
-        return _LEFT + (step - self.first) / span * (WIDTH - _LEFT - _RIGHT)
+        return _LEFT + (step - self.first) / span * (self.right - _LEFT)
 
     def y(self, value: float) -> float:
         return HEIGHT - _BOTTOM - (value - self.low) / (self.high - self.low) * (HEIGHT - _TOP - _BOTTOM)
@@ -102,7 +108,7 @@ def _axes(scale: _Scale, unit: str) -> list[str]:
     parts = []
     for value in scale.ticks:
         y = scale.y(value)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{scale.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}{escape(unit)}</text>')
     shown = [step for step in ticks(scale.first, max(scale.last, scale.first + 1)) if scale.first <= step <= scale.last]
     for step in shown:

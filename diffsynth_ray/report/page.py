@@ -14,7 +14,7 @@ from typing import Any
 from diffsynth_ray import __version__
 from diffsynth_ray.config.load import lookup
 from diffsynth_ray.config.schema import Job, keys
-from diffsynth_ray.report.curves import Curve, draw_chart, smoothed
+from diffsynth_ray.report.curves import WIDTH, Curve, draw_chart, smoothed
 from diffsynth_ray.report.record import AttemptRecord, RunRecord
 
 _SMOOTHED_SHARE = 30
@@ -79,7 +79,8 @@ def _sections(record: RunRecord) -> Iterator[str]:
     marks = list(_marks(record))
     losses = record.figures.get("loss", [])
     curves = [Curve("every step", losses, "raw"), Curve("smoothed", smoothed(losses, window=_window(losses)), "a")]
-    yield _chart("Training loss", draw_chart(curves, marks=marks), note=_marks_note(marks), missing=_no_figures(record))
+    chart = draw_chart(curves, width=WIDTH, marks=marks)
+    yield _chart("Training loss", chart, note=_marks_note(marks), missing=_no_figures(record))
     yield from _validation(record, marks)
     yield from _samples(record)
     pairs = [
