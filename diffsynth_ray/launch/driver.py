@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import ray
-from ray.train import WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.data.bad_samples import BadSample, BadSampleList
 from diffsynth_ray.errors import DataError, DsrayError, ExitCode
 from diffsynth_ray.launch.board import Board, Failure, Loss, News
+from diffsynth_ray.launch.early import start_early
 from diffsynth_ray.launch.failures import WorkerPlace, describe, with_hint
 from diffsynth_ray.launch.stages import train_stage
 from diffsynth_ray.launch.visibility import check_visible
@@ -44,6 +44,8 @@ WORKER_ENV = {
 }
 """Environment of the driver and its workers: how Ray behaves, never a setting of the job."""
 WITHOUT_DASHBOARD_ENV = WORKER_ENV | {
+    # Nobody takes away a cluster's only node and lets it live.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Nobody shows what it would track.
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     # Ray Train asks the dashboard whether its controller lives. Where there is none it looks for its address for 40 s, and a
@@ -105,6 +107,7 @@ def _run_stages(resolved: ResolvedJob, attempt: Attempt, watcher: _Watcher) -> d
     stage = train_stage.options(scheduling_strategy=here).remote(
         resolved.model_dump_json(), attempt.token, f"attempt-{attempt.number}", board
     )
+    start_early()
     while True:
         done, _ = ray.wait([stage], timeout=_POLL_S)
         news: News = ray.get(board.take.remote(resolved.job.distributed.timeout_s))
@@ -183,7 +186,7 @@ class _Watcher:
         place = self.failure.worker if self.failure is not None else None
         if self.failure is not None:
             cause = with_hint(self.failure.error)
-        elif last is not None and isinstance(getattr(error, "cause", error), WorkerGroupError):
+        elif last is not None and _is_of_workers(error):
             place = last.worker
             cause = f"{place} failed at step {last.step}: {last.cause}\n  " + (
                 f"it was loss {len(self.losses)} of this attempt, more than distributed.max_failures = "
@@ -198,6 +201,12 @@ class _Watcher:
             found |= _where(place) | {"step": step}
         found["losses"] = [{"cause": loss.cause, **_where(loss.worker), "step": loss.step} for loss in self.losses]
         return found | {"details": "".join(traceback.format_exception(error))}
+
+
+def _is_of_workers(error: Exception) -> bool:
+    from ray.train import WorkerGroupError  # seconds of imports that a run does not wait for
+
+    return isinstance(getattr(error, "cause", error), WorkerGroupError)
 
 
 def _where(place: WorkerPlace) -> dict[str, Any]:
