@@ -189,6 +189,9 @@ def run_list(views: list[RunView]) -> None:
     for row in rows:
         cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)]
         result("  ".join([*cells, row[4]]).rstrip())
+    for view in views:
+        if view.state == "PENDING" and view.note:
+            result(f"{view.run} {view.note}")
 
 
 def close_quietly() -> None:

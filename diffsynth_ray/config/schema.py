@@ -226,8 +226,8 @@ class DistributedSection(Section):
     """Ray resources of a worker; default {GPU = 1, CPU = 1} with GPUs, else {CPU = 0.5}."""
     max_failures: int = _key(3, ge=0)
     """Restarts after a lost worker before the run fails."""
-    priority: int = _key(0, not_built="the queue")
-    """Order among waiting jobs."""
+    priority: int = _key(0)
+    """Order among runs that wait for a place on the cluster: the largest goes first, then who has waited longest."""
     timeout_s: float = _key(1800.0, gt=0)
     """Seconds without progress after which a worker counts as hung: it is named, ended and replaced."""
 

@@ -27,6 +27,7 @@ from diffsynth_ray.errors import DataError, DsrayError, ExitCode
 from diffsynth_ray.launch.board import Board, Failure, Loss, News
 from diffsynth_ray.launch.early import start_early
 from diffsynth_ray.launch.failures import WorkerPlace, describe, with_hint
+from diffsynth_ray.launch.queue import RENEW_EVERY_S, QueuePlace, join_queue, need_to_train, needs
 from diffsynth_ray.launch.stages import train_stage
 from diffsynth_ray.launch.visibility import check_visible
 from diffsynth_ray.plan import build_plan
@@ -63,8 +64,11 @@ _TELL_IDLE_S = 30.0
 Say = Callable[[str], None]
 
 
-def run_job(resolved: ResolvedJob, *, submission_id: str, say: Say) -> ExitCode:
-    """Run one attempt on the Ray that this process is connected to; never raises for a failed run."""
+def run_job(resolved: ResolvedJob, *, submission_id: str, say: Say, is_shared: bool = False) -> ExitCode:
+    """Run one attempt on the Ray that this process is connected to; never raises for a failed run.
+
+    `is_shared`: other runs may be on the same Ray, so that this one takes its turn.
+    """
     run_dir = RunDir(resolved.output_path)
     try:
         attempt = run_dir.begin_attempt(resolved, submission_id)
@@ -80,7 +84,7 @@ def run_job(resolved: ResolvedJob, *, submission_id: str, say: Say) -> ExitCode:
         watcher = _Watcher(resolved, attempt, tell)
         failed: dict[str, Any] | None = None
         try:
-            outcome = _run_stages(resolved, attempt, watcher)
+            outcome = _run_stages(resolved, attempt, watcher, is_shared=is_shared)
             code = ExitCode.STOPPED if outcome["state"] == "STOPPED" else ExitCode.DONE
         except Exception as raised:  # noqa: BLE001  the process boundary: however the run ends, it is recorded
             code, failed = ExitCode.RUN_FAILED, watcher.explain(raised)
@@ -100,14 +104,26 @@ def build_plan_lines(resolved: ResolvedJob) -> list[str]:
         return []
 
 
-def _run_stages(resolved: ResolvedJob, attempt: Attempt, watcher: _Watcher) -> dict[str, Any]:
+def _run_stages(resolved: ResolvedJob, attempt: Attempt, watcher: _Watcher, *, is_shared: bool) -> dict[str, Any]:
     check_visible(resolved, watcher.tell)
+    place = join_queue(attempt.submission_id) if is_shared else None
+    try:
+        return _run_train_stage(resolved, attempt, watcher, place)
+    finally:
+        if place is not None:
+            place.leave()
+
+
+def _run_train_stage(
+    resolved: ResolvedJob, attempt: Attempt, watcher: _Watcher, place: QueuePlace | None
+) -> dict[str, Any]:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     stage = train_stage.options(scheduling_strategy=here).remote(
-        resolved.model_dump_json(), attempt.token, f"attempt-{attempt.number}", board
+        resolved.model_dump_json(), attempt.token, f"attempt-{attempt.number}", board, place
     )
     start_early()
+    kept = time.monotonic()
     while True:
         done, _ = ray.wait([stage], timeout=_POLL_S)
         news: News = ray.get(board.take.remote(resolved.job.distributed.timeout_s))
@@ -121,6 +137,9 @@ def _run_stages(resolved: ResolvedJob, attempt: Attempt, watcher: _Watcher) -> d
         if news.hung is not None:
             for handle in news.hung.handles:
                 ray.kill(handle)
+        if place is not None and news.has_turn and time.monotonic() - kept > RENEW_EVERY_S:
+            kept = time.monotonic()
+            place.keep(need_to_train(resolved))
         if news.idle_s > _IDLE_S and (reason := watcher.run_dir.stop_reason()) is not None:
             watcher.tell(f"stopping while no worker runs: {reason}")
             ray.cancel(stage, recursive=True)
@@ -135,6 +154,7 @@ class _Watcher:
         self.run_dir = RunDir(resolved.output_path)
         self.losses: list[Loss] = []
         self.told_idle_s = 0.0
+        self.waits_for: str | None = None
         self.failure: Failure | None = None
         self.bad = BadSampleList(self.run_dir.bad_samples_path, limit=resolved.job.dataset.bad_sample_limit)
 
@@ -142,12 +162,13 @@ class _Watcher:
         """Pass the board's news on; returns what ends the run, if anything."""
         for line in news.lines:
             self.tell(line)
+        self._note_waiting(news.waits_for)
         if news.idle_s < self.told_idle_s:
             self.told_idle_s = 0.0
         progress = self.run_dir.progress()
         # Ray Train takes a while to end after the last step: nobody waits for a worker then.
         is_trained = progress is not None and progress.step >= progress.num_steps
-        if news.idle_s - self.told_idle_s > _TELL_IDLE_S and not is_trained:
+        if news.idle_s - self.told_idle_s > _TELL_IDLE_S and not is_trained and news.waits_for is None:
             self.told_idle_s = news.idle_s
             needed = ", ".join(f"{amount:g} {name}" for name, amount in self.resolved.resources_per_worker.items())
             self.tell(f"no training worker for {news.idle_s:.0f} s; needed: {self.resolved.min_workers} x ({needed})")
@@ -167,6 +188,18 @@ class _Watcher:
         except DataError as error:
             return Failure(error, None)
         return None
+
+    def _note_waiting(self, reason: str | None) -> None:
+        """Keep for `status` and `list` what the run waits for in the queue."""
+        if reason == self.waits_for:
+            return
+        self.waits_for = reason
+        with _tolerating_full_disk(self.tell):
+            self.run_dir.note_attempt(self.attempt, "waiting" if reason else "admitted", reason=reason)
+        if reason is None:
+            self.tell("its turn has come")
+        else:
+            self.tell(f"waiting for a place on the cluster, needed: {needs(need_to_train(self.resolved))}; {reason}")
 
     def _note(self, loss: Loss) -> None:
         self.losses.append(loss)
@@ -302,7 +335,7 @@ def main(arguments: list[str]) -> int:
     resolved = ResolvedJob.model_validate_json(options.job.read_text())
     join_cluster()
     with _stop_on_sigterm(RunDir(resolved.output_path)):
-        return run_job(resolved, submission_id=options.submission_id, say=_say_stdout)
+        return run_job(resolved, submission_id=options.submission_id, say=_say_stdout, is_shared=True)
 
 
 def _say_stdout(line: str) -> None:

@@ -142,7 +142,7 @@ def view(submission: Submission, *, cluster: Cluster | None = None) -> RunView:
         return _from_cluster(submission, cluster, newest, note)
     url = cluster.url if cluster else None
     shown = {"address": url}
-    if view_of_files.state == "RUNNING":
+    if view_of_files.state in ACTIVE:
         return _replace(view_of_files, **shown, **_liveness(submission, view_of_files, jobs, note))
     return _replace(view_of_files, **shown)
 
@@ -164,10 +164,11 @@ def _from_files(submission: Submission, run_dir: RunDir, note: str | None) -> Ru
     starts = [entry for entry in attempts if entry["event"] == "started" and entry["attempt"] == last["attempt"]]
     progress = run_dir.progress()
     has_ended = last["event"] == "ended"
+    waits_for = last.get("reason") if last["event"] == "waiting" else None
     parsed = client.run_of(last["submission_id"])
     return RunView(
         run=submission.run,
-        state=last["state"] if has_ended else "RUNNING",
+        state=last["state"] if has_ended else ("PENDING" if waits_for else "RUNNING"),
         output=str(run_dir.path),
         attempt=parsed[1] if parsed else last["attempt"],
         submission_id=last["submission_id"],
@@ -176,7 +177,7 @@ def _from_files(submission: Submission, run_dir: RunDir, note: str | None) -> Ru
         started=starts[-1]["time"] if starts else None,
         ended=last["time"] if has_ended else None,
         cause=last.get("cause"),
-        note=note,
+        note=f"waits for a place on the cluster: {waits_for}" if waits_for else note,
         progress=progress,
         files=exports(run_dir),
         diagnosis=diagnose(run_dir),
@@ -225,7 +226,8 @@ def _liveness(
         end = None if job["status"] in ACTIVE else client.ended(job)
         return {} if end is None else {"state": end.state, "cause": end.message}
     if note is not None:
-        return {"note": f"as its output path shows it; {note}"}
+        limit = f"as its output path shows it; {note}"
+        return {"note": f"{seen.note}; {limit}" if seen.state == "PENDING" else limit}
     return {"state": "FAILED", "cause": _DIED}
 
 

@@ -13,6 +13,7 @@ from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.data.samples import SampleRule, build_sample_index
 from diffsynth_ray.launch.fetch import bring_model, bring_to_worker
+from diffsynth_ray.launch.queue import QueuePlace, need_to_train, wait_for_turn
 from diffsynth_ray.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -47,8 +48,11 @@ def _family_of(job: Job) -> type[ModelFamily]:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -> dict[str, Any]:
-    """Train; returns {"state", "step", "num_steps"}. `attempt_name` is fresh for every attempt.
+def train_stage(
+    resolved_json: str, token: str, attempt_name: str, board: Any, place: QueuePlace | None
+) -> dict[str, Any]:
+    """Train; returns {"state", "step", "num_steps"}. `attempt_name` is fresh for every attempt, `place` None where no other
+    run can be on this Ray.
 
     Ray Train would otherwise take up what it finds under the name of an earlier run; our checkpoints alone say where a run is.
     """
@@ -70,6 +74,8 @@ def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -
     index = build_sample_index(resolved, say, rule=sample_rule(resolved.job))
     if index.unusable:
         board.note_bad.remote(index.bad_headers())
+    if place is not None:
+        wait_for_turn(place, need_to_train(resolved), waits=board.wait.remote)
     count = f"{resolved.min_workers} to {resolved.num_workers}" if resolved.is_elastic else f"{resolved.num_workers}"
     say(f"starting {count} training worker(s)")
     trainer = TorchTrainer(
