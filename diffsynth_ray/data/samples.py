@@ -190,12 +190,13 @@ class SampleIndex:
     def _decode_extra(self, row: int, column: str) -> Extra:
         if column not in self.metadata.file_columns:
             return self.metadata.rows[row][column]
-        found = []
-        for path in self.metadata.files(row, column):
-            height, width, num_frames = target_of(read_info(path), self.dataset, self.rule)
-            rate = self.dataset.frame_rate
-            found.append(decode(path, height=height, width=width, num_frames=num_frames, frame_rate=rate))
-        return tuple(found)
+        return tuple(decode_extra(path, self.dataset, self.rule) for path in self.metadata.files(row, column))
+
+
+def decode_extra(path: str, dataset: DatasetSection, rule: SampleRule) -> Frames:
+    """A file of an extra input at its own target size, uint8 [frames, height, width, 3]."""
+    height, width, num_frames = target_of(read_info(path), dataset, rule)
+    return decode(path, height=height, width=width, num_frames=num_frames, frame_rate=dataset.frame_rate)
 
 
 def media_column(metadata: Metadata, row: int) -> str:
@@ -228,7 +229,8 @@ def target_of(info: MediaInfo, dataset: DatasetSection, rule: SampleRule) -> tup
 def build_sample_index(resolved: ResolvedJob, say: Callable[[str], None], *, rule: SampleRule | None = None) -> SampleIndex:
     """Read metadata and, where sizes or lengths are not given, every file's header; raises DataError with all problems."""
     dataset, rule = resolved.job.dataset, rule or SampleRule()
-    assert dataset.base_path is not None  # resolve has checked it
+    if dataset.base_path is None:  # split training may go without; whatever reads the media may not
+        raise JobFileError("job", [Problem("dataset.base_path", "required: the folder of the media files")])
     _check_clip_length(dataset, rule)
     metadata = read_metadata(
         dataset.base_path,

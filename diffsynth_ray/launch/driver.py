@@ -27,8 +27,8 @@ from diffsynth_ray.errors import DataError, DsrayError, ExitCode
 from diffsynth_ray.launch.board import Board, Failure, Loss, News
 from diffsynth_ray.launch.early import start_early
 from diffsynth_ray.launch.failures import WorkerPlace, describe, with_hint
-from diffsynth_ray.launch.queue import RENEW_EVERY_S, QueuePlace, join_queue, need_to_train, needs
-from diffsynth_ray.launch.stages import train_stage
+from diffsynth_ray.launch.queue import RENEW_EVERY_S, QueuePlace, join_queue, need_to_encode, need_to_train
+from diffsynth_ray.launch.stages import encode_stage, train_stage
 from diffsynth_ray.launch.visibility import check_visible
 from diffsynth_ray.plan import build_plan
 from diffsynth_ray.run_dir import Attempt, RunDir, write_whole
@@ -108,42 +108,54 @@ def _run_stages(resolved: ResolvedJob, attempt: Attempt, watcher: _Watcher, *, i
     check_visible(resolved, watcher.tell)
     place = join_queue(attempt.submission_id) if is_shared else None
     try:
-        return _run_train_stage(resolved, attempt, watcher, place)
+        return _chain_stages(resolved, attempt, watcher, place)
     finally:
         if place is not None:
             place.leave()
 
 
-def _run_train_stage(
+def _chain_stages(
     resolved: ResolvedJob, attempt: Attempt, watcher: _Watcher, place: QueuePlace | None
 ) -> dict[str, Any]:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-    stage = train_stage.options(scheduling_strategy=here).remote(
-        resolved.model_dump_json(), attempt.token, f"attempt-{attempt.number}", board, place
+    resolved_json, name = resolved.model_dump_json(), f"attempt-{attempt.number}"
+    stages = []
+    if resolved.encode is not None:
+        stages.append(encode_stage.options(scheduling_strategy=here).remote(resolved_json, board, place))
+    # Stage two takes what stage one returns, so that Ray starts it when that is there.
+    stages.append(
+        train_stage.options(scheduling_strategy=here).remote(resolved_json, attempt.token, name, board, place, *stages)
     )
     start_early()
     kept = time.monotonic()
     while True:
-        done, _ = ray.wait([stage], timeout=_POLL_S)
+        done, _ = ray.wait(stages[-1:], timeout=_POLL_S)
         news: News = ray.get(board.take.remote(resolved.job.distributed.timeout_s))
-        failure = watcher.tell_news(news)
+        is_encoding = len(stages) > 1 and not ray.wait(stages[:1], timeout=0)[0]
+        failure = watcher.tell_news(news, is_encoding=is_encoding)
         if failure is not None:
             # Ray Train would restart the workers; a user's mistake, or a full device, stays what it is.
-            ray.cancel(stage, recursive=True)
+            _cancel(stages)
             raise failure.error
         if done:
-            return ray.get(stage)
+            return ray.get(stages[-1])
         if news.hung is not None:
             for handle in news.hung.handles:
                 ray.kill(handle)
         if place is not None and news.has_turn and time.monotonic() - kept > RENEW_EVERY_S:
             kept = time.monotonic()
-            place.keep(need_to_train(resolved))
+            place.keep(need_to_encode(resolved) if is_encoding else need_to_train(resolved))
         if news.idle_s > _IDLE_S and (reason := watcher.run_dir.stop_reason()) is not None:
             watcher.tell(f"stopping while no worker runs: {reason}")
-            ray.cancel(stage, recursive=True)
+            _cancel(stages)
             return {"state": "STOPPED", "step": 0, "num_steps": 0}
+
+
+def _cancel(stages: list[ray.ObjectRef]) -> None:
+    """The last one first: stage two must not begin with the end of stage one."""
+    for stage in reversed(stages):
+        ray.cancel(stage, recursive=True)
 
 
 class _Watcher:
@@ -153,25 +165,29 @@ class _Watcher:
         self.resolved, self.attempt, self.tell = resolved, attempt, tell
         self.run_dir = RunDir(resolved.output_path)
         self.losses: list[Loss] = []
-        self.told_idle_s = 0.0
+        self.told_idle_s = self.encoding_s = 0.0
         self.waits_for: str | None = None
         self.failure: Failure | None = None
         self.bad = BadSampleList(self.run_dir.bad_samples_path, limit=resolved.job.dataset.bad_sample_limit)
 
-    def tell_news(self, news: News) -> Failure | None:
+    def tell_news(self, news: News, *, is_encoding: bool = False) -> Failure | None:
         """Pass the board's news on; returns what ends the run, if anything."""
         for line in news.lines:
             self.tell(line)
         self._note_waiting(news.waits_for)
+        if is_encoding or news.waits_for is not None:
+            # Nobody waits for training workers yet.
+            self.encoding_s = self.told_idle_s = news.idle_s
         if news.idle_s < self.told_idle_s:
-            self.told_idle_s = 0.0
+            self.encoding_s = self.told_idle_s = 0.0
         progress = self.run_dir.progress()
         # Ray Train takes a while to end after the last step: nobody waits for a worker then.
         is_trained = progress is not None and progress.step >= progress.num_steps
-        if news.idle_s - self.told_idle_s > _TELL_IDLE_S and not is_trained and news.waits_for is None:
+        if news.idle_s - self.told_idle_s > _TELL_IDLE_S and not is_trained:
             self.told_idle_s = news.idle_s
             needed = ", ".join(f"{amount:g} {name}" for name, amount in self.resolved.resources_per_worker.items())
-            self.tell(f"no training worker for {news.idle_s:.0f} s; needed: {self.resolved.min_workers} x ({needed})")
+            idle_s = news.idle_s - self.encoding_s
+            self.tell(f"no training worker for {idle_s:.0f} s; needed: {self.resolved.min_workers} x ({needed})")
         self.failure = news.failure or self._note_bad(news.bad) or self.failure
         if news.hung is not None:
             self.tell(f"ending what hangs: {news.hung.text}")
@@ -199,7 +215,7 @@ class _Watcher:
         if reason is None:
             self.tell("its turn has come")
         else:
-            self.tell(f"waiting for a place on the cluster, needed: {needs(need_to_train(self.resolved))}; {reason}")
+            self.tell(f"waiting for a place on the cluster: {reason}")
 
     def _note(self, loss: Loss) -> None:
         self.losses.append(loss)

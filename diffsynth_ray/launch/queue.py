@@ -57,6 +57,21 @@ def need_to_train(resolved: ResolvedJob) -> Need:
     )
 
 
+def need_to_encode(resolved: ResolvedJob) -> Need:
+    """What stage one of split training takes."""
+    stage = resolved.encode
+    assert stage is not None  # resolve has made it
+    per_worker = dict(stage.resources_per_worker)
+    per_worker["CPU"] = per_worker.get("CPU", 0.0) + READ_CPUS + stage.decode_cpus
+    return Need(
+        run=resolved.run,
+        priority=resolved.job.distributed.priority,
+        per_worker=per_worker,
+        least=stage.num_workers,
+        most=stage.num_workers,
+    )
+
+
 @dataclass
 class _Entry:
     need: Need
@@ -88,11 +103,14 @@ class Turns:
             self._entries[ticket] = _Entry(need, self._arrivals, self._clock())
         entry = self._entries[ticket]
         entry.heard = self._clock()
+        if entry.need != need:
+            # The run's next stage: what the one before it held is free, and its place in the queue stays.
+            entry.need, entry.has_turn = need, False
         if not entry.has_turn:
             before = [each for each in self._entries.values() if not each.has_turn and each.order < entry.order]
             lacking = self._lacking(need, before, total)
             if lacking:
-                return self._reason(lacking, before)
+                return self._reason(need, lacking, before)
             entry.has_turn = True
         return None
 
@@ -133,9 +151,10 @@ class Turns:
                 free[name] = max(has, 0.0)
         return free
 
-    def _reason(self, lacking: Amounts, before: list[_Entry]) -> str:
+    def _reason(self, need: Need, lacking: Amounts, before: list[_Entry]) -> str:
+        wanted = need.amounts(need.least)
         holders = [entry.need.run for entry in self._entries.values() if entry.has_turn]
-        parts = [", ".join(f"{free:g} {name} free" for name, free in lacking.items())]
+        parts = [", ".join(f"{free:g} of {wanted[name]:g} {name} free" for name, free in lacking.items())]
         if holders:
             parts.append(f"held by {', '.join(holders)}")
         if before:
@@ -218,9 +237,4 @@ def wait_for_turn(place: QueuePlace, need: Need, *, waits: Callable[[str | None]
         if reason is None:
             return
         time.sleep(_ASK_EVERY_S)
-
-
-def needs(need: Need) -> str:
-    """What a waiting stage needs, for the log."""
-    return ", ".join(f"{amount:g} {name}" for name, amount in need.amounts(need.least).items())
 

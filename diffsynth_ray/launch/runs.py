@@ -20,7 +20,7 @@ from diffsynth_ray.launch import client, registry
 from diffsynth_ray.launch.client import ACTIVE, Cluster, Ended
 from diffsynth_ray.launch.diagnosis import Diagnosis, diagnose
 from diffsynth_ray.launch.registry import Submission
-from diffsynth_ray.run_dir import Progress, RunDir
+from diffsynth_ray.run_dir import EncodeProgress, Progress, RunDir
 
 _EXIT_OF_STATE = {"SUCCEEDED": ExitCode.DONE, "FAILED": ExitCode.RUN_FAILED, "STOPPED": ExitCode.STOPPED}
 _DIED = "its process ended without a word (killed, or the machine went down); submit the job again to continue it"
@@ -47,6 +47,8 @@ class RunView:
     note: str | None = None
     """What limits this view, as an unreachable cluster."""
     progress: Progress | None = None
+    encode: EncodeProgress | None = None
+    """Of stage one of split training, where the newest attempt encoded anything."""
     files: list[str] = field(default_factory=list)
     """Exported weights, relative to `output`."""
     diagnosis: Diagnosis | None = None
@@ -179,6 +181,7 @@ def _from_files(submission: Submission, run_dir: RunDir, note: str | None) -> Ru
         cause=last.get("cause"),
         note=f"waits for a place on the cluster: {waits_for}" if waits_for else note,
         progress=progress,
+        encode=run_dir.encode_progress(),
         files=exports(run_dir),
         diagnosis=diagnose(run_dir),
     )

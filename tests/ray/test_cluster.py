@@ -329,7 +329,7 @@ def test_two_runs_of_two_nodes_each_one_after_the_other_and_a_line_that_breaks(
     assert len(set(re.findall(r"rank \d \(pid \d+ on ([\d.]+)", log))) == 2, "one worker a node"
     assert shown <= scraper.names, shown - scraper.names
     wait_for_state(capsys, waiting["run"], "SUCCEEDED")
-    assert "1 place free; held by " in (tmp_path / "second" / "log.txt").read_text()
+    assert "1 of 2 place free; held by " in (tmp_path / "second" / "log.txt").read_text()
 
 
 @pytest.mark.timeout(400)

@@ -103,7 +103,7 @@ def test_waiting_in_the_queue_is_told_once_and_shown_by_status_and_list(watcher,
     for reason in ("0 CPU free; held by other", "0 CPU free; held by other"):
         watcher.tell_news(news(waits_for=reason, idle_s=40.0))
     [line] = watcher.said
-    assert line == "waiting for a place on the cluster, needed: 1.6 CPU; 0 CPU free; held by other"
+    assert line == "waiting for a place on the cluster: 0 CPU free; held by other"
     submission = Submission(
         run=watcher.resolved.run, output=str(watcher.run_dir.path), job_file="", address=None, submission_id=""
     )
@@ -114,6 +114,15 @@ def test_waiting_in_the_queue_is_told_once_and_shown_by_status_and_list(watcher,
     watcher.tell_news(news(has_turn=True))
     assert watcher.said[1:] == ["its turn has come"]
     assert runs.view(submission).state == "RUNNING"
+
+
+def test_nobody_waits_for_training_workers_while_stage_one_encodes(watcher):
+    for idle_s in (31.0, 62.0, 300.0):
+        watcher.tell_news(news(idle_s=idle_s), is_encoding=True)
+    assert watcher.said == []
+    for idle_s in (320.0, 331.0, 0.0, 31.0):
+        watcher.tell_news(news(idle_s=idle_s))
+    assert [line.split(";")[0] for line in watcher.said] == ["no training worker for 31 s", "no training worker for 31 s"]
 
 
 def test_a_full_disk_does_not_end_the_driver(watcher, monkeypatch):

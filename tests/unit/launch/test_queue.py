@@ -40,14 +40,14 @@ def test_runs_that_fit_beside_each_other_go_at_once(turns):
 def test_a_run_that_does_not_fit_waits_and_says_for_what_and_whom(turns):
     turns.ask("a", need("a", least=3), TOTAL)
     reason = turns.ask("b", need("b", least=2), TOTAL)
-    assert reason == "1 GPU free; held by a"
+    assert reason == "1 of 2 GPU free; held by a"
     turns.leave("a")
     assert turns.ask("b", need("b", least=2), TOTAL) is None
 
 
 def test_cpus_for_decoding_count_too(turns):
     turns.ask("a", need("a", gpus=0, cpus=20), TOTAL)
-    assert "12 CPU free" in turns.ask("b", need("b", gpus=0, cpus=20), TOTAL)
+    assert "12 of 20 CPU free" in turns.ask("b", need("b", gpus=0, cpus=20), TOTAL)
 
 
 def test_who_came_first_goes_first_and_a_later_one_takes_nothing_from_it(turns):
@@ -84,14 +84,26 @@ def test_a_run_whose_driver_is_silent_no_longer_counts(turns, clock):
 def test_a_queue_that_was_made_anew_learns_who_holds_what(clock):
     anew = Turns(clock)
     anew.keep("a", need("a", least=4))
-    assert anew.ask("b", need("b", least=4), TOTAL) == "0 GPU free; held by a"
+    assert anew.ask("b", need("b", least=4), TOTAL) == "0 of 4 GPU free; held by a"
+
+
+def test_the_next_stage_of_a_run_gives_back_what_the_one_before_held(turns):
+    turns.ask("a", need("a", least=4), TOTAL)
+    turns.ask("b", need("b", least=4), TOTAL)
+    assert turns.ask("a", need("a", least=2), TOTAL) is None, "it came first"
+    turns.leave("a")
+    turns.ask("a2", need("a2", least=4), TOTAL)
+    assert turns.ask("b", need("b", least=4), TOTAL) is None
+    assert turns.ask("b", need("b", least=1), TOTAL) is None
+    turns.keep("b", need("b", least=4))
+    assert turns.ask("c", need("c", least=3), TOTAL) is not None, "a2 waits before it"
 
 
 def test_an_elastic_run_goes_with_its_fewest_workers_and_then_holds_all_it_can_take(turns):
     turns.ask("a", need("a", least=3), TOTAL)
     assert turns.ask("elastic", need("elastic", least=1, most=8), TOTAL) is None
     turns.leave("a")
-    assert turns.ask("b", need("b", least=1), TOTAL) == "0 GPU free; held by elastic"
+    assert turns.ask("b", need("b", least=1), TOTAL) == "0 of 1 GPU free; held by elastic"
 
 
 def test_a_run_larger_than_the_cluster_goes_when_nobody_is_in_its_way(turns):

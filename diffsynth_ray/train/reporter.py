@@ -1,0 +1,103 @@
+"""What a step gave, told: loss and speed to the log, loss.csv, TensorBoard, Ray's metrics and progress.json."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from diffsynth_ray.errors import RunError
+from diffsynth_ray.run_dir import Progress, RunDir
+from diffsynth_ray.train.feed import FedStep
+from diffsynth_ray.train.figures import FigureWriter
+from diffsynth_ray.train.trainer import StepResult, Trainer
+
+_SPEED_WINDOW = 20
+"""Steps that the shown speed is averaged over."""
+
+
+class Gauge(Protocol):
+    """A number that is shown while the run lasts."""
+
+    def set(self, value: float, /) -> object:
+        """Show this one from now on."""
+        ...
+
+
+def superseded() -> RunError:
+    return RunError("a newer attempt of this run has taken over; this one writes nothing and ends")
+
+
+@dataclass
+class Reporter:
+    """Of one worker; rank 0's has `figures` and writes."""
+
+    trainer: Trainer
+    run_dir: RunDir
+    rank: int
+    gauges: Mapping[str, Gauge]
+    figures: FigureWriter | None
+    may_commit: Callable[[], bool]
+    say: Callable[[str], object]
+    was_data_bound: bool = False
+    times: deque[tuple[float, float, int]] = field(default_factory=lambda: deque(maxlen=_SPEED_WINDOW))
+    """Of each step: seconds, seconds of them without data, samples."""
+
+    def after_step(self, result: StepResult, fed: FedStep, *, started: float, data_wait_s: float) -> None:
+        """Called after every step; reads the device only where the step is logged, exported or the last."""
+        trainer, step = self.trainer, self.trainer.step
+        logged = step % trainer.job.logging.every_steps == 0 or trainer.schedule.export_stem(step) is not None
+        if not logged:
+            self.times.append((time.monotonic() - started, data_wait_s, fed.num_samples))
+            return
+        assert trainer.strategy is not None  # built by start()
+        loss_sum = trainer.strategy.sum_over_workers(result.loss_sum)
+        loss, grad_norm = torch.stack([loss_sum, result.grad_norm.to(loss_sum)]).tolist()
+        loss /= fed.num_samples
+        self.times.append((time.monotonic() - started, data_wait_s, fed.num_samples))
+        if not np.isfinite(loss):
+            rows = [row + 1 for row in fed.rows]
+            raise RunError(
+                f"the loss of step {step} is {loss}; rank {self.rank} trained on the metadata rows {rows}",
+                hint="lower training.learning_rate, or look at those rows; the last checkpoint and exports are from before",
+            )
+        self._publish(step, loss=loss, lr=result.lr, grad_norm=grad_norm)
+
+    def _publish(self, step: int, *, loss: float, lr: float, grad_norm: float) -> None:
+        # The first step of an attempt waits for everything to start: it says nothing about speed once there are others.
+        times = list(self.times)[1:] or list(self.times)
+        step_s = sum(spent for spent, _, _ in times) / len(times)
+        figures = {
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "step_s": step_s,
+            "samples_per_s": sum(count for _, _, count in times) / max(sum(spent for spent, _, _ in times), 1e-9),
+            "data_wait_s": sum(wait for _, wait, _ in times) / len(times),
+        }
+        for name, value in figures.items():
+            self.gauges[name].set(value)
+        self.gauges["step"].set(step)
+        if torch.cuda.is_available():
+            self.gauges["gpu_memory_gib"].set(torch.cuda.max_memory_allocated() / 2**30)
+        if self.figures is None:
+            return
+        if not self.may_commit():
+            raise superseded()
+        self.figures.write(step, figures)
+        num_steps = self.trainer.schedule.num_steps
+        progress = Progress(step=step, num_steps=num_steps, left_s=round((num_steps - step) * step_s), **figures)
+        self.say(progress.line())
+        is_data_bound = progress.data_note() is not None
+        # Over a whole window, so that the start says nothing; and once, until it is over.
+        if len(self.times) == _SPEED_WINDOW and is_data_bound != self.was_data_bound:
+            self.say(progress.data_note() or "the job is no longer data-bound")
+            self.was_data_bound = is_data_bound
+        with suppress(OSError):  # a full disk: the log has the line too
+            self.run_dir.write_progress(progress)
