@@ -123,6 +123,7 @@ class DrivenRun:
 
     def wait_for(self, pattern, seconds=240, after=0):
         """Until the log has the pattern beyond position `after`; returns the position behind it."""
+
         def found():
             assert self.process.poll() is None or re.search(pattern, self.log()[after:]), self.log()
             return re.search(pattern, self.log()[after:])
@@ -172,9 +173,7 @@ def test_a_node_that_will_be_taken_away_means_a_checkpoint_first(tmp_path, photo
     at = run.wait_for(r"2 training worker\(s\): rank 0 .*rank 1 .*")
     at = run.wait_for(r"step \d+/1000", after=at)
     program = "import ray, json; ray.init(address='auto', logging_level='ERROR'); print(json.dumps(ray.nodes()))"
-    listed = subprocess.run(
-        [sys.executable, "-c", program], env=nodes.environment, capture_output=True, text=True, check=True
-    )
+    listed = subprocess.run([sys.executable, "-c", program], env=nodes.environment, capture_output=True, text=True, check=True)
     [node] = [node for node in json.loads(listed.stdout.splitlines()[-1]) if node["NodeManagerAddress"] == "127.0.0.2"]
     subprocess.run(
         [*RAY, "drain-node", f"--address={nodes.address}", f"--node-id={node['NodeID']}", "--deadline-remaining-seconds=30",

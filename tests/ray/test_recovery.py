@@ -218,4 +218,3 @@ def test_stopped_and_continued_on_other_workers(reference, tmp_path, photos, cha
     assert run.losses() == pytest.approx(reference.losses(), abs=1e-5)
     assert distance(reference.weights(), run.weights()) < 1e-3
     assert sum("continuing after step" in line for line in run.said) == len(chain) - 1
-

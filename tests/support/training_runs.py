@@ -79,9 +79,7 @@ class Run:
         starts = [number for number, line in enumerate(self.said) if line.startswith("lost rank")]
         killed = self.killed if len(self.killed) == len(starts) else [self.heard[number] for number in starts]
         ends = [*starts[1:], len(pairs)]
-        return [
-            recovery(pairs[:end], start=start, killed=at) for start, end, at in zip(starts, ends, killed, strict=True)
-        ]
+        return [recovery(pairs[:end], start=start, killed=at) for start, end, at in zip(starts, ends, killed, strict=True)]
 
     def begin(self, *overrides):
         """Start in a thread; `end` waits and gives the exit code."""
@@ -132,7 +130,8 @@ def recovery(told, *, start, killed):
         at = next((when for when, line in told[start:] if re.match(pattern, line)), None)
         if at is not None:
             found[key] = round(at - killed, 1)
-    steps = [[int(step) for _, line in part for step in re.findall(r"^step (\d+)/", line)] for part in (told[:start], told[start:])]
+    parts = (told[:start], told[start:])
+    steps = [[int(step) for _, line in part for step in re.findall(r"^step (\d+)/", line)] for part in parts]
     if all(steps):
         found["steps_redone"] = max(max(steps[0]) - steps[1][0] + 1, 0)
     return found
