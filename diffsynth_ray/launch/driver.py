@@ -43,6 +43,11 @@ WORKER_ENV = {
     "HF_HUB_OFFLINE": "1",
 }
 """Environment of the driver and its workers: how Ray behaves, never a setting of the job."""
+_ELASTIC_ENV = {
+    # Ray Train's view of a node that has just died is some seconds old: it first waits in vain for as many workers as before.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
+}
+"""What is different where fewer workers will do."""
 WITHOUT_DASHBOARD_ENV = WORKER_ENV | {
     # Nobody shows what it would track.
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
@@ -102,7 +107,8 @@ def _run_stages(resolved: ResolvedJob, attempt: Attempt, watcher: _Watcher) -> d
     check_visible(resolved, watcher.tell)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-    stage = train_stage.options(scheduling_strategy=here).remote(
+    environment = {"runtime_env": {"env_vars": _ELASTIC_ENV}} if resolved.is_elastic else {}
+    stage = train_stage.options(scheduling_strategy=here, **environment).remote(
         resolved.model_dump_json(), attempt.token, f"attempt-{attempt.number}", board
     )
     while True:
