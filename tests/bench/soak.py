@@ -20,7 +20,7 @@ from pathlib import Path
 import ray
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from training_runs import PARTS, Run, describe_measurement, distance
+from training_runs import PARTS, Run, current_commit, describe_measurement, distance
 
 from diffsynth_ray.errors import ExitCode
 from diffsynth_ray.launch.driver import WITHOUT_DASHBOARD_ENV
@@ -117,7 +117,8 @@ def main():
         "median_s": {
             key: statistics.median(each[key] for each in known["recoveries"] if key in each) for key in PARTS
         },
-        **{key: describe_measurement()[key] for key in ("hardware", "versions", "commit", "unit")},
+        **describe_measurement(),
+        "commit": current_commit(),
         "command": "python tests/bench/soak.py reference, kill (repeated), finish",
     }, indent=2))  # fmt: skip
 

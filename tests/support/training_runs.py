@@ -142,25 +142,29 @@ def note_recovery(what, recoveries):
     path = os.environ.get("DSRAY_RECOVERY_JSON")
     if path is None:
         return
-    known = json.loads(Path(path).read_text()) if Path(path).exists() else describe_measurement()
-    known["recoveries"].setdefault(what, []).extend(recoveries)
+    known = json.loads(Path(path).read_text()) if Path(path).exists() else describe_measurement() | {"recoveries": {}}
+    now = {"commit": current_commit(), "load": round(os.getloadavg()[0], 1)}
+    known["recoveries"].setdefault(what, []).extend(each | now for each in recoveries)
     Path(path).write_text(json.dumps(known, indent=2) + "\n")
+
+
+def current_commit():
+    """Of the checkout, or "" where there is none."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return found.stdout.strip()
 
 
 def describe_measurement():
     """What a file of figures says about where they are from."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
         "hardware": f"{os.cpu_count()} CPUs ({model[1] if model else platform.machine()}), "
         f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "versions": {"python": platform.python_version(), "ray": ray.__version__, "torch": torch.__version__},
-        "commit": commit.stdout.strip(),
         "command": "DSRAY_RECOVERY_JSON=tests/bench/results/recovery.json pytest -m 'slow or not slow' "
         "tests/ray/test_recovery.py tests/ray/test_nodes.py tests/ray/test_continue.py",
         "unit": "seconds from the kill: until it was told, until new workers were there, had loaded the model, had restored "
-        "the checkpoint, had done a step",
-        "recoveries": {},
+        "the checkpoint, had done a step; load: of the machine, in processes",
     }
 
 
