@@ -229,7 +229,9 @@ class RunDir:
         except (FileNotFoundError, NotADirectoryError):
             known = {"base": None, "location": str(self.checkpoints_dir)}
             if base is not None and not self.checkpoints_dir.exists():
-                known = {"base": base, "location": f"{base.rstrip('/')}/{resolved.run}-{secrets.token_hex(4)}"}
+                folder, mark, options = base.partition("?")  # as in s3://bucket/runs?endpoint_override=...
+                location = f"{folder.rstrip('/')}/{resolved.run}-{secrets.token_hex(4)}{mark}{options}"
+                known = {"base": base, "location": location}
                 write_whole(self.checkpoint_location_path, json.dumps(known))
         if known["base"] != base:
             cure = f"set it to {known['base']!r}" if known["base"] else "remove the key"

@@ -250,6 +250,12 @@ def test_checkpoints_are_in_the_folder_unless_another_place_is_named(tmp_path: P
     location = run_dir.checkpoint_location(elsewhere)
     assert location.startswith(f"s3://bucket/here/{resolved.run}-")
     assert run_dir.checkpoint_location(elsewhere) == location, "every attempt has the same"
+    options = "?scheme=http&endpoint_override=minio:9000"
+    with_options = with_checkpoint_path(resolved, f"s3://bucket/here/{options}")
+    (tmp_path / "other").mkdir()
+    found = RunDir(tmp_path / "other").checkpoint_location(with_options)
+    assert found.startswith(f"s3://bucket/here/{resolved.run}-")
+    assert found.endswith(options)
     run_dir.begin_attempt(elsewhere, "a1")
     run_dir.move_aside()
     assert run_dir.checkpoint_location(elsewhere) != location, "--new does not go on from the old ones"
