@@ -10,7 +10,8 @@ from typing import Any
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.config.zero import read_zero_config
-from diffsynth_ray.data.metadata import PROMPT_COLUMN, read_metadata
+from diffsynth_ray.data.holdout import held_out_rows
+from diffsynth_ray.data.metadata import PROMPT_COLUMN, Metadata, read_metadata
 from diffsynth_ray.errors import JobFileError, Problem
 from diffsynth_ray.models.inspection import ModelFiles, inspect_model
 from diffsynth_ray.schedule import build_schedule, export_file_names, trained_components
@@ -46,6 +47,8 @@ class Plan:
     notes: list[str]
     encode: dict[str, Any] | None = None
     """Stage one of split training: its workers, their resources, and the cache."""
+    num_held_out: int = 0
+    """Samples of the validation loss."""
 
     @property
     def num_samples(self) -> int:
@@ -79,6 +82,7 @@ class Plan:
             f"batch     {batch} samples a step",
             f"steps     ceil({self.num_samples} / {self.global_batch_size}) = {self.steps_per_epoch} an epoch, "
             f"{self.num_steps} in all ({epochs:.3g} epochs)",
+            *([f"validate  the loss of {self.num_held_out} samples that are held out"] if self.num_held_out else []),
             f"output    {self.output_path}",
             f"files     {shown}{more} ({self.num_exports} exports), job.json, loss.csv, checkpoints/",
             *(f"note      {note}" for note in self.notes),
@@ -100,7 +104,7 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
     """Plan a run; reads the metadata. Raises DataError where they cannot be used."""
     job = resolved.job
     models = _inspect_model(resolved) if check_files else []
-    num_rows, notes = _count_rows(resolved, check_files=check_files)
+    num_rows, num_held_out, notes = _count_rows(resolved, check_files=check_files)
     schedule = build_schedule(
         job, num_samples=num_rows * job.dataset.repeat, global_batch_size=resolved.global_batch_size
     )
@@ -135,18 +139,38 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
         output_path=str(resolved.output_path),
         notes=notes,
         encode=None if resolved.encode is None else resolved.encode.model_dump() | {"cache_path": job.split.cache_path},
+        num_held_out=num_held_out,
     )
 
 
-def _count_rows(resolved: ResolvedJob, *, check_files: bool) -> tuple[int, list[str]]:
-    """Rows of the data set and notes about it; without [dataset], of the one that the cache holds."""
-    dataset = resolved.job.dataset
+def _count_held_out(resolved: ResolvedJob, metadata: Metadata, *, check_files: bool) -> int:
+    """Samples of the validation loss; reads their metadata file where they have one."""
+    job, holdout = resolved.job, resolved.job.validation.holdout
+    if holdout is None:
+        return 0
+    if isinstance(holdout, float):
+        return len(held_out_rows(metadata, share=holdout, seed=job.seed))
+    assert job.dataset.base_path is not None  # resolve has checked it
+    return len(
+        read_metadata(
+            job.dataset.base_path,
+            holdout,
+            data_file_keys=job.dataset.data_file_keys,
+            required_columns=[PROMPT_COLUMN],
+            check_files=check_files,
+        )
+    )
+
+
+def _count_rows(resolved: ResolvedJob, *, check_files: bool) -> tuple[int, int, list[str]]:
+    """Rows to train on and held out, and notes about the data set; without [dataset], of the one that the cache holds."""
+    job, dataset = resolved.job, resolved.job.dataset
     if dataset.base_path is None:
         from diffsynth_ray.data.cache import Cache
         from diffsynth_ray.data.manifest import only_manifest
 
-        manifest = only_manifest(Cache(resolved.job.split.cache_path))
-        return len(manifest.rows), [f"trains from the data set {manifest.id} in the cache"]
+        manifest = only_manifest(Cache(job.split.cache_path))
+        return len(manifest.rows), 0, [f"trains from the data set {manifest.id} in the cache"]
     metadata = read_metadata(
         dataset.base_path,
         dataset.metadata_path,
@@ -155,7 +179,9 @@ def _count_rows(resolved: ResolvedJob, *, check_files: bool) -> tuple[int, list[
         # Under "skip" a missing file is a bad sample like any other.
         check_files=check_files and dataset.bad_sample == "error",
     )
-    return len(metadata.rows), list(metadata.notes)
+    num_held_out = _count_held_out(resolved, metadata, check_files=check_files)
+    num_rows = len(metadata.rows) - (num_held_out if isinstance(job.validation.holdout, float) else 0)
+    return num_rows, num_held_out, list(metadata.notes)
 
 
 def _strategy(job: Job) -> str:
@@ -180,6 +206,7 @@ def _inspect_model(resolved: ResolvedJob) -> list[ModelFiles]:
         for key, value in (
             ("model.tokenizer_path", resolved.job.model.tokenizer_path),
             ("training.resume_from_checkpoint", resolved.job.training.resume_from_checkpoint),
+            ("validation.inputs", resolved.job.validation.inputs),
             ("lora.checkpoint", resolved.job.lora.checkpoint),
             ("distributed.deepspeed_config", resolved.job.distributed.deepspeed_config),
             ("lora.preset_path", resolved.job.lora.preset_path),

@@ -114,6 +114,20 @@ class Attempt:
     submission_id: str
 
 
+@dataclass(frozen=True)
+class ValidationEntry:
+    """One validation of a run: a line of validation.jsonl."""
+
+    step: int
+    """Optimizer steps done before it."""
+    loss: float
+    """Mean over samples and timesteps, weighted as in training."""
+    quantiles: list[float]
+    """The mean of each timestep, from most to least noise."""
+    num_samples: int
+    seconds: float
+
+
 class RunDir:
     """Paths and small files of one run's output directory."""
 
@@ -129,7 +143,11 @@ class RunDir:
         self.encode_path = path / "encode.json"
         self.stop_path = path / "stop.json"
         self.checkpoint_request_path = path / "checkpoint.json"
+        self.environment_path = path / "environment.json"
         self.loss_path = path / "loss.csv"
+        self.validation_path = path / "validation.jsonl"
+        self.samples_dir = path / "samples"
+        self.contact_sheet_path = self.samples_dir / "contact_sheet.png"
         self.tensorboard_dir = path / "tensorboard"
         self.checkpoints_dir = path / "checkpoints"
         self.checkpoint_location_path = path / "checkpoint_location.json"
@@ -292,6 +310,33 @@ class RunDir:
     def write_progress(self, progress: Progress) -> None:
         """Keep the newest progress for `dsray status`."""
         write_whole(self.progress_path, json.dumps(asdict(progress)))
+
+    def note_validation(self, entry: ValidationEntry) -> None:
+        """Append one line to validation.jsonl."""
+        append_line(self.validation_path, json.dumps(asdict(entry)))
+
+    def validations(self) -> list[ValidationEntry]:
+        """The run's validations in order."""
+        return [ValidationEntry(**entry) for entry in read_jsonl(self.validation_path)]
+
+    def forget_validations(self, *, after_step: int) -> None:
+        """Drop what a run that goes on after this step will do again; a run from the start begins with a validation."""
+        if self.validation_path.exists():
+            kept = [entry for entry in self.validations() if 0 < after_step >= entry.step]
+            write_whole(self.validation_path, "".join(json.dumps(asdict(entry)) + "\n" for entry in kept))
+
+    def sample_path(self, step: int, number: int, *, is_clip: bool) -> Path:
+        """Of the sample of a prompt (from 0) after a step."""
+        return self.samples_dir / f"step-{step}" / f"step-{step}-{number}.{'mp4' if is_clip else 'png'}"
+
+    def find_sample(self, step: int, number: int) -> Path | None:
+        """The sample of a prompt (from 0) after a step, where it was made."""
+        paths = (self.sample_path(step, number, is_clip=is_clip) for is_clip in (False, True))
+        return next((path for path in paths if path.exists()), None)
+
+    def sample_steps(self) -> list[int]:
+        """Steps that samples were made after, ascending."""
+        return sorted(int(path.name.removeprefix("step-")) for path in self.samples_dir.glob("step-*") if path.is_dir())
 
     def progress(self) -> Progress | None:
         """The newest progress, or None before the first logged step."""

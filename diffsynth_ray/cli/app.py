@@ -11,7 +11,19 @@ from typing import Annotated
 import typer
 
 from diffsynth_ray import __version__
-from diffsynth_ray.cli import control, data, doctor, download, export, foreground, import_script, inspect, render, submit
+from diffsynth_ray.cli import (
+    control,
+    data,
+    doctor,
+    download,
+    export,
+    foreground,
+    import_script,
+    inspect,
+    render,
+    report,
+    submit,
+)
 from diffsynth_ray.cli.cache import cache_app, import_cache
 from diffsynth_ray.errors import DsrayError, ExitCode
 
@@ -56,6 +68,7 @@ app.command("import")(import_script.import_script)
 app.add_typer(data.app, name="data")
 app.command("download")(download.download)
 app.command("export")(export.export)
+app.command("report")(report.report)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from diffsynth_ray.config import schema
 from diffsynth_ray.config.load import lookup
 from diffsynth_ray.config.origins import parse_origin
 from diffsynth_ray.config.schema import Job, ModelSection
+from diffsynth_ray.config.validation import check_validation
 from diffsynth_ray.config.zero import check_zero_keys
 from diffsynth_ray.errors import JobFileError, ModelError, Problem
 
@@ -154,6 +155,9 @@ def identity(job: Job, global_batch_size: int) -> dict[str, Any]:
     """The keys that change what a step computes, by dotted name (DESIGN: identity of a run)."""
     given = {dotted: lookup(job, dotted) for dotted, field in schema.keys().items() if schema.mark(field, "identity")}
     given["dataset.global_batch_size"] = global_batch_size
+    if isinstance(job.validation.holdout, float):
+        # Only where it is used, so that other runs keep their names; a file takes no row from the training.
+        given["validation.holdout"] = job.validation.holdout
     return given
 
 
@@ -292,7 +296,7 @@ def _check_rules(job: Job) -> list[Problem]:
     if isinstance(asked, list) and not 1 <= asked[0] <= asked[1]:
         message = f"got {asked}; [min, max] of an elastic run, with 1 <= min <= max, as in [1, 4]"
         problems.append(Problem("distributed.num_workers", message))
-    return problems + check_zero_keys(job) + _check_model(job)
+    return problems + check_zero_keys(job) + _check_model(job) + check_validation(job)
 
 
 def _check_offload(job: Job) -> list[Problem]:
@@ -402,7 +406,7 @@ def _absolute_paths(job: Job, *, remote: bool) -> tuple[Job, list[Problem]]:
     sections: dict[str, dict[str, Any]] = {}
     for dotted, field in schema.keys().items():
         value = lookup(job, dotted)
-        if not schema.mark(field, "path") or value in (None, []):
+        if not schema.mark(field, "path") or value in (None, []) or isinstance(value, float):
             continue
         section, _, leaf = dotted.partition(".")
         if dotted == "output.path":

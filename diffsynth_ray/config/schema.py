@@ -266,26 +266,28 @@ class LoggingSection(Section):
 class ValidationSection(Section):
     """Samples and validation loss during training."""
 
-    prompts: list[str] = _key([], not_built="validation")
-    """Prompts of the sample pictures."""
-    inputs: list[str] = _key([], not_built="validation")
-    """Input media of the sample pictures."""
-    every_steps: int | None = _key(ge=1, not_built="validation")
-    """Steps between two validations."""
-    num_inference_steps: int = _key(30, ge=1, not_built="validation")
+    prompts: list[str] = _key([])
+    """Prompts of the sample pictures: made before the first step, with every validation and at the end; {path}/samples."""
+    inputs: list[str] = _key([], path=True)
+    """Input pictures of the samples, one for each prompt or one for all: a picture to edit, or the first frame of a clip."""
+    every_steps: int | None = _key(ge=1)
+    """Optimizer steps between two validations; unset = with every export. One is before the first step, one at the end."""
+    num_inference_steps: int = _key(30, ge=1)
     """Denoising steps of a sample."""
-    guidance_scale: float = _key(4.0, ge=0, not_built="validation")
-    """Classifier-free guidance of a sample."""
-    size: list[int] | None = _key(not_built="validation")
-    """Height and width of a sample."""
-    seed: int = _key(0, not_built="validation")
-    """Seed of the samples' noise."""
-    holdout: float | str | None = _key(not_built="validation")
-    """Share of the rows, or a metadata file, kept for the validation loss."""
-    early_stopping: int | None = _key(ge=1, not_built="validation")
-    """Validations without improvement after which training ends."""
-    keep_best: bool = _key(False, not_built="validation")
-    """Export the weights with the best validation loss."""
+    guidance_scale: float = _key(4.0, ge=0)
+    """Classifier-free guidance of a sample, 1 or less = none; for FLUX.1-dev the guidance that it is told."""
+    size: Annotated[list[int], Field(min_length=2, max_length=2)] | None = _key()
+    """Height and width of a sample in pixels; unset = the dataset's fixed size, else a square of dataset.max_pixels. A clip has
+    dataset.num_frames frames."""
+    seed: int = _key(0, ge=0, lt=2**63)
+    """Seed of the noise of samples and of the validation loss: the same in two runs makes them comparable."""
+    holdout: float | str | None = _key(path=True)
+    """What the validation loss is computed on: a share of the files, as 0.1 (their rows are not trained on; part of the run's
+    name), or a metadata file of its own (its paths are relative to dataset.base_path)."""
+    early_stopping: int | None = _key(ge=1)
+    """Validations in a row that do not lower the loss after which the training ends, as if it had done all its steps."""
+    keep_best: bool = _key(False)
+    """Export the weights with the lowest validation loss as best.safetensors."""
 
 
 class Job(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,8 @@ import numpy as np
 
 from diffsynth_ray.config.schema import DatasetSection
 from diffsynth_ray.data.bad_samples import BadSample, check_limit
-from diffsynth_ray.data.batches import MicroBatch, SampleOrder, build_buckets, deal
+from diffsynth_ray.data.batches import Bucket, MicroBatch, SampleOrder, build_buckets, deal
+from diffsynth_ray.data.holdout import held_out_rows
 from diffsynth_ray.data.media import (
     SIDE_MULTIPLE,
     STATIC_IMAGE_EXTENSIONS,
@@ -23,7 +24,7 @@ from diffsynth_ray.data.media import (
     read_info,
     target_size,
 )
-from diffsynth_ray.data.metadata import DEFAULT_DATA_FILE_KEYS, PROMPT_COLUMN, Metadata, Value, read_metadata
+from diffsynth_ray.data.metadata import PROMPT_COLUMN, Metadata, Value, media_column, media_path, read_metadata
 from diffsynth_ray.data.order import IntArray, KeyedPermutation, derive_key
 from diffsynth_ray.data.sizes import index_places, read_media_infos
 from diffsynth_ray.errors import DataError, JobFileError, Problem
@@ -75,6 +76,8 @@ class SampleIndex:
     extra_columns: tuple[str, ...] = ()
     unusable: dict[int, str] = field(default_factory=dict)
     """Rows whose header shows that they cannot be trained on, and why; only under `bad_sample = "skip"`."""
+    holdout: SampleIndex | None = None
+    """Samples of the validation loss. A bad one is always an error there: another in its place would be another loss."""
 
     def prompt(self, row: int) -> str:
         """The caption of a row; an empty cell is the empty prompt."""
@@ -106,6 +109,15 @@ class SampleIndex:
         size = min(self.order.batch_size, len(bucket.rows) * self.order.repeat)
         rows = tuple(int(bucket.rows[n % len(bucket.rows)]) for n in range(size))
         return MicroBatch(number, bucket.height, bucket.width, bucket.num_frames, rows, tuple(range(size)))
+
+    def singles(self) -> list[MicroBatch]:
+        """Every row once, as a micro batch of one, in the order of the metadata."""
+        rows = sorted((int(row), number) for number, bucket in enumerate(self.order.buckets) for row in bucket.rows)
+        buckets = self.order.buckets
+        return [
+            MicroBatch(n, buckets[n].height, buckets[n].width, buckets[n].num_frames, (row,), (index,))
+            for index, (row, n) in enumerate(rows)
+        ]
 
     def decode(self, micro_batch: MicroBatch, *, step: int, out: Frames | None = None) -> DecodedBatch:
         """Decode a micro batch, into `out` (uint8 [b, f, h, w, 3]) where given.
@@ -162,7 +174,7 @@ class SampleIndex:
     def _candidates(self, row: int, micro: MicroBatch, *, step: int, index: int) -> Iterator[int]:
         """Rows to take instead: of the same bucket first, in an order that follows from seed, step and index."""
         key = derive_key(self.order.seed, step, "substitute", index)
-        for pool in (self.order.buckets[micro.bucket_index].rows, np.arange(len(self.metadata))):
+        for pool in (self.order.buckets[micro.bucket_index].rows, self.order.rows):
             shuffled = KeyedPermutation(len(pool), key)
             for position in range(min(_CANDIDATES, len(pool))):
                 candidate = int(pool[shuffled([position])[0]])
@@ -199,17 +211,6 @@ def decode_extra(path: str, dataset: DatasetSection, rule: SampleRule) -> Frames
     return decode(path, height=height, width=width, num_frames=num_frames, frame_rate=dataset.frame_rate)
 
 
-def media_column(metadata: Metadata, row: int) -> str:
-    """The column whose file is trained on: the first of image and video, else of all file columns, that is not empty."""
-    own = [column for column in metadata.file_columns if column in DEFAULT_DATA_FILE_KEYS] or metadata.file_columns
-    return next((column for column in own if metadata.rows[row][column]), own[0])
-
-
-def media_path(metadata: Metadata, row: int) -> str:
-    """The file that is trained on; read_metadata has checked that there is one."""
-    return metadata.files(row, media_column(metadata, row))[0]
-
-
 def target_of(info: MediaInfo, dataset: DatasetSection, rule: SampleRule) -> tuple[int, int, int]:
     """(height, width, frames) that a file is trained at. Raises DataError where it is too small."""
     height, width = target_size(
@@ -244,21 +245,63 @@ def build_sample_index(resolved: ResolvedJob, say: Callable[[str], None], *, rul
         say(note)
     _check_one_file(metadata)
     sizes, unusable = _target_sizes(metadata, resolved, rule, say)
-    order = SampleOrder(
-        buckets=build_buckets(sizes),
-        repeat=dataset.repeat,
-        batch_size=dataset.batch_size,
-        global_batch_size=resolved.global_batch_size,
-        seed=resolved.job.seed,
-    )
-    return SampleIndex(
+    rows = np.arange(len(metadata))
+    whole = SampleIndex(
         metadata=metadata,
-        order=order,
+        order=_build_order(resolved, sizes, rows),
         dataset=dataset,
         rule=rule,
         extra_columns=tuple(name for name in resolved.job.model.extra_inputs if name in metadata.columns),
         unusable=unusable,
     )
+    holdout = resolved.job.validation.holdout
+    if isinstance(holdout, str):
+        return replace(whole, holdout=_read_holdout(holdout, whole, resolved, say))
+    if holdout is None:
+        return whole
+    held = held_out_rows(metadata, share=holdout, seed=resolved.job.seed)
+    say(f"{len(held)} of {len(rows)} rows are held out for the validation loss")
+    return replace(
+        whole,
+        order=_build_order(resolved, sizes, np.setdiff1d(rows, held)),
+        holdout=_for_validation(replace(whole, order=_build_order(resolved, sizes, held))),
+    )
+
+
+def _build_order(resolved: ResolvedJob, sizes: IntArray, rows: IntArray) -> SampleOrder:
+    """The order of these rows; `sizes` [num_rows, 3] are those of the whole metadata."""
+    buckets = [Bucket(b.height, b.width, b.num_frames, rows[b.rows]) for b in build_buckets(sizes[rows])]
+    dataset = resolved.job.dataset
+    return SampleOrder(
+        buckets=buckets,
+        repeat=dataset.repeat,
+        batch_size=dataset.batch_size,
+        global_batch_size=resolved.global_batch_size,
+        seed=resolved.job.seed,
+    )
+
+
+def _read_holdout(path: str, trained: SampleIndex, resolved: ResolvedJob, say: Callable[[str], None]) -> SampleIndex:
+    """The samples of a metadata file of their own."""
+    dataset = trained.dataset.model_copy(update={"metadata_path": path, "bad_sample": "error"})
+    validation = resolved.job.validation.model_copy(update={"holdout": None})
+    job = resolved.job.model_copy(update={"dataset": dataset, "validation": validation})
+    try:
+        index = build_sample_index(resolved.model_copy(update={"job": job}), say, rule=trained.rule)
+    except DataError as error:
+        raise DataError(f"validation.holdout: {error.message}", hint=error.hint) from error
+    files = {trained.path(row) for row in range(len(trained.metadata))}
+    common = sum(index.path(row) in files for row in range(len(index.metadata)))
+    if common:
+        say(
+            f"note: {common} of the {len(index.metadata)} validation samples are trained on too: their loss shows what is "
+            "memorised, not what is learned in general"
+        )
+    return index
+
+
+def _for_validation(index: SampleIndex) -> SampleIndex:
+    return replace(index, dataset=index.dataset.model_copy(update={"bad_sample": "error"}))
 
 
 def _check_one_file(metadata: Metadata) -> None:

@@ -11,6 +11,7 @@ import ray
 
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.config.schema import Job
+from diffsynth_ray.config.validation import check_sample_size
 from diffsynth_ray.data.cached import open_cached_samples
 from diffsynth_ray.data.samples import SampleRule, build_sample_index
 from diffsynth_ray.launch.fetch import bring_model, bring_to_worker
@@ -114,6 +115,7 @@ def train_stage(
     if (resolved.encode is not None and manifest_id is None) or not bring_model(resolved, board):
         return stopped
     rule = sample_rule(resolved.job)
+    check_sample_size(resolved.job, multiple=rule.size_multiple)
     if manifest_id is None:
         index, cached, components = build_sample_index(resolved, say, rule=rule), None, None
     else:

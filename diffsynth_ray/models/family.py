@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import layouts
 from diffsynth_ray.models.layer_names import LayerNames
 from diffsynth_ray.models.layouts import KeyLayout
+
+if TYPE_CHECKING:
+    from diffsynth_ray.models.sampling import Frames, SampleRequest
 
 MASK_SUFFIX = "_mask"
 FIRST_FRAME = "first_frame_latents"
@@ -287,6 +290,10 @@ class ModelFamily(ABC):
         """Prompts, uint8 pixels [b, f, h, w, 3] and extra inputs -> one encoded batch."""
         conditions = self.encode_conditions(prompts, pixels=pixels, extra=extra or {})
         return EncodedBatch(self.encode_image(pixels), conditions, tuple(sample_ids))
+
+    def sample(self, request: SampleRequest) -> Frames:
+        """One picture or clip, uint8 [f, h, w, 3], made by diffusers' pipeline with the weights as they are."""
+        raise ModelError(f"the family {self.name} makes no sample pictures; remove validation.prompts")
 
     def to(self, device: torch.device | str) -> ModelFamily:
         """Move every component, in place."""

@@ -7,9 +7,10 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import psutil
 import torch
 
 from diffsynth_ray.errors import RunError
@@ -17,6 +18,9 @@ from diffsynth_ray.run_dir import Progress, RunDir
 from diffsynth_ray.train.feed import FedStep
 from diffsynth_ray.train.figures import FigureWriter
 from diffsynth_ray.train.trainer import StepResult, Trainer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _SPEED_WINDOW = 20
 """Steps that the shown speed is averaged over."""
@@ -69,6 +73,19 @@ class Reporter:
             )
         self._publish(step, loss=loss, lr=result.lr, grad_norm=grad_norm)
 
+    def publish_validation(self, step: int, figures: Mapping[str, float]) -> None:
+        """Called on rank 0 after a validation."""
+        if not self.may_commit():
+            raise superseded()
+        assert self.figures is not None  # rank 0's
+        self.figures.write(step, figures)
+        self.gauges["validation_loss"].set(figures["validation_loss"])
+
+    def show_samples(self, step: int, pictures: Mapping[str, Image]) -> None:
+        """Called on rank 0 after samples were made."""
+        assert self.figures is not None  # rank 0's
+        self.figures.write_pictures(step, pictures)
+
     def _publish(self, step: int, *, loss: float, lr: float, grad_norm: float) -> None:
         # The first step of an attempt waits for everything to start: it says nothing about speed once there are others.
         times = list(self.times)[1:] or list(self.times)
@@ -84,13 +101,15 @@ class Reporter:
         for name, value in figures.items():
             self.gauges[name].set(value)
         self.gauges["step"].set(step)
+        memory = {"host_memory_gib": psutil.Process().memory_info().rss / 2**30}
         if torch.cuda.is_available():
-            self.gauges["gpu_memory_gib"].set(torch.cuda.max_memory_allocated() / 2**30)
+            memory["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            self.gauges["gpu_memory_gib"].set(memory["gpu_memory_gib"])
         if self.figures is None:
             return
         if not self.may_commit():
             raise superseded()
-        self.figures.write(step, figures)
+        self.figures.write(step, figures | memory)
         num_steps = self.trainer.schedule.num_steps
         progress = Progress(step=step, num_steps=num_steps, left_s=round((num_steps - step) * step_s), **figures)
         self.say(progress.line())

@@ -349,6 +349,21 @@ class Trainer:
         _, num_frames, height, width, _ = pixels.shape
         return self.family.latents_shape(height, width, num_frames)
 
+    @torch.no_grad()
+    def encode(self, batch: SampleBatch) -> EncodedBatch:
+        """Decoded samples -> encoded ones, outside of a step and without gradients."""
+        self.residency.begin()
+        with fastest_attention():
+            return self.graph.encode(batch)
+
+    @torch.no_grad()
+    def evaluate(self, batch: SampleBatch | EncodedBatch, noise: Tensor, timestep_ids: Tensor) -> Tensor:
+        """Weighted losses [b] at this noise and these timesteps, without gradients; changes nothing."""
+        assert self.strategy is not None, "start() comes first"
+        self.residency.begin()
+        with fastest_attention():
+            return self.strategy.evaluate(batch, noise, timestep_ids)
+
     def lr(self, step: int) -> float:
         """Learning rate of a step (from 0)."""
         training = self.job.training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -23,10 +24,11 @@ from diffsynth_ray.data.samples import SampleIndex
 from diffsynth_ray.data.stream import StreamedBatch, build_stream
 from diffsynth_ray.errors import DsrayError, RunError, is_lost_connection
 from diffsynth_ray.memory.host import NodePlace
-from diffsynth_ray.run_dir import RunDir
+from diffsynth_ray.run_dir import RunDir, write_whole
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.cached_input import CachedInput
 from diffsynth_ray.train.checkpoint import Checkpoint, damage_of, find_checkpoints, find_restorable, read_checkpoint
+from diffsynth_ray.train.environment import describe_environment
 from diffsynth_ray.train.export import export_weights
 from diffsynth_ray.train.feed import DeviceFeed
 from diffsynth_ray.train.figures import FigureWriter
@@ -47,6 +49,7 @@ from diffsynth_ray.train.trainer import (
     probe_inputs,
     select_trained,
 )
+from diffsynth_ray.train.validation import Surroundings, Validation
 
 _STOP, _CHECKPOINT, _LOOK_FOR_PREEMPTION = 1, 2, 4
 _LOOK_EVERY_S = 2.0
@@ -284,12 +287,17 @@ class _Worker:
             may_commit=self.may_commit,
             say=self.say,
         )
+        if self.rank == 0:
+            environment = describe_environment(self.device, world_size=self.world_size)
+            write_whole(self.run_dir.environment_path, json.dumps(environment, indent=2))
         self.saver = self._build_saver()
         self.last_checkpoint = self.last_look = time.monotonic()
         self.preempted_nodes: set[str] = set()
-        self.say("waiting for the first samples")
+        self.validation = self._build_validation(reporter)
         try:
-            while (step := self.trainer.step) < self.schedule.num_steps:
+            self.validation.start()
+            self.say("waiting for the first samples")
+            while (step := self.trainer.step) < self.schedule.num_steps and not self.validation.has_ended:
                 started = time.monotonic()
                 self.heartbeat.enter("waiting for samples", step)
                 fed = next(feed)
@@ -300,6 +308,7 @@ class _Worker:
                 self.computed = f"step {step + 1} ({'; '.join(micro.describe() for micro in fed.micro_inputs)})"
                 result = self.trainer.train_step(fed.micro_inputs, num_samples=fed.num_samples)
                 reporter.after_step(result, fed, started=started, data_wait_s=data_wait_s)
+                self.validation.after_step()
                 self._export()
                 flags = self._flags()
                 if flags & _CHECKPOINT:
@@ -312,7 +321,8 @@ class _Worker:
         finally:
             if figures is not None:
                 figures.close()
-        return "SUCCEEDED" if self.trainer.step == self.schedule.num_steps else "STOPPED"
+        is_done = self.trainer.step == self.schedule.num_steps or self.validation.has_ended
+        return "SUCCEEDED" if is_done else "STOPPED"
 
     def _flags(self) -> int:
         """What rank 0 wants after this step, the same on all ranks."""
@@ -333,7 +343,7 @@ class _Worker:
         due = output.checkpoint_minutes is not None and (now - self.last_checkpoint) / 60 >= output.checkpoint_minutes
         due = (due or self.run_dir.is_checkpoint_requested()) and not self.saver.in_flight
         due |= output.checkpoint_steps is not None and step % output.checkpoint_steps == 0
-        if due or step == self.schedule.num_steps:
+        if due or step == self.schedule.num_steps or self.validation.has_ended:
             flags |= _CHECKPOINT
         if now - self.last_look >= _LOOK_EVERY_S:
             self.last_look = now
@@ -368,10 +378,30 @@ class _Worker:
         self.saver.start(self.trainer.step, self.trainer.strategy.state_slices())
         self.last_checkpoint = time.monotonic()
 
+    def _build_validation(self, reporter: Reporter) -> Validation:
+        around = Surroundings(
+            run_dir=self.run_dir,
+            group=self.control,
+            rank=self.rank,
+            world_size=self.world_size,
+            enter=self.heartbeat.enter,
+            say=self.say,
+            publish=reporter.publish_validation,
+            export=self._export_as,
+            show=reporter.show_samples,
+            may_write=self.may_commit,
+        )
+        return Validation(self.job, self.trainer, self.index, around)
+
     def _export(self) -> None:
-        stem = self.schedule.export_stem(self.trainer.step)
-        if stem is None:
-            return
+        step = self.trainer.step
+        stem = self.schedule.export_stem(step)
+        if stem is None and self.validation.has_ended:
+            stem = self.schedule.last_stem(step)
+        if stem is not None:
+            self._export_as(stem)
+
+    def _export_as(self, stem: str) -> None:
         assert self.trainer.strategy is not None  # built by start()
         self.heartbeat.enter("exporting", self.trainer.step)
         masters = self.trainer.strategy.full_masters()
@@ -386,7 +416,8 @@ class _Worker:
 def _gauges(run: str, rank: int) -> dict[str, Gauge]:
     """Ray's metrics of a worker by name."""
     tags = {"run": run, "stage": "train", "rank": str(rank)}
-    names = ("loss", "lr", "grad_norm", "step_s", "samples_per_s", "data_wait_s", "step", "gpu_memory_gib")
+    names = ("loss", "lr", "grad_norm", "step_s", "samples_per_s", "data_wait_s", "step", "gpu_memory_gib",
+             "validation_loss")  # fmt: skip
     gauges = {name: Gauge(f"dsray_{name}", tag_keys=tuple(tags)) for name in names}
     for gauge in gauges.values():
         gauge.set_default_tags(tags)

@@ -68,6 +68,10 @@ class Strategy(Protocol):
         """Losses [b] of one micro batch; `last`: its backward completes the step's gradients."""
         ...
 
+    def evaluate(self, *inputs: Any) -> Tensor:
+        """Losses [b] of one micro batch, called without gradients between two steps, equally often on all ranks."""
+        ...
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Backward of one micro batch's share of the step's mean loss (the shares of all workers sum up to it)."""
         ...

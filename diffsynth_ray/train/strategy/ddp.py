@@ -64,6 +64,11 @@ class DDPStrategy:
         with self._no_sync(last):
             return self.ddp(*inputs)
 
+    def evaluate(self, *inputs: Any) -> Tensor:
+        """See Strategy. The plain module: no worker waits for another."""
+        losses: Tensor = self.module(*inputs)
+        return losses
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """See Strategy. DDP averages over the workers, so that the share is scaled up by their number first."""
         if self.ddp is None:

@@ -148,6 +148,10 @@ class DeepSpeedStrategy:
         self.engine.set_gradient_accumulation_boundary(last)
         return self.engine(*inputs)
 
+    def evaluate(self, *inputs: Any) -> Tensor:
+        """See Strategy. Through the engine, which at stage 3 gathers the parameters."""
+        return self.engine(*inputs)
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """See Strategy."""
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)

@@ -436,3 +436,47 @@ def test_a_remote_cache_must_be_named_in_full() -> None:
     resolved = resolve(build_job(split=in_a_bucket, output=output), BOX, remote=True)
     assert resolved.job.split.cache_path == "s3://bucket/cache"
     assert resolve(build_job(output=output), BOX, remote=True)
+
+
+# Validation
+
+
+def test_only_a_share_that_is_held_out_is_part_of_the_name() -> None:
+    names = {
+        holdout: resolve(build_job(validation={} if holdout is None else {"holdout": holdout}), BOX).run
+        for holdout in (None, "held.csv", 0.1, 0.2)
+    }
+    assert names["held.csv"] == names[None]
+    assert len(set(names.values())) == 3
+
+
+@pytest.mark.parametrize(
+    ("validation", "key"),
+    [
+        ({"holdout": 1.5}, "validation.holdout"),
+        ({"early_stopping": 3}, "validation.early_stopping"),
+        ({"keep_best": True}, "validation.keep_best"),
+        ({"every_steps": 10}, "validation.every_steps"),
+        ({"inputs": ["a.png"], "prompts": ["one"]}, "validation.inputs"),
+    ],
+)
+def test_rules_of_validation(validation: dict[str, object], key: str) -> None:
+    assert list(problems_of(build_job(validation=validation))) == [key]
+
+
+def test_split_training_has_no_encoders_to_validate_with() -> None:
+    validation = {"prompts": ["a"], "holdout": 0.1}
+    problems = problems_of(build_job(validation=validation, split={"enabled": True}))
+    assert list(problems) == ["validation.holdout", "validation.prompts"]
+    assert "split.enabled = false" in problems["validation.holdout"]
+
+
+def test_samples_and_what_the_model_takes() -> None:
+    edit = {"model": {"extra_inputs": ["edit_image"]}}
+    assert "required with prompts" in problems_of(build_job(validation={"prompts": ["a", "b"]}, **edit))["validation.inputs"]
+    two = {"prompts": ["a", "b", "c"], "inputs": ["a.png", "b.png"]}
+    assert "2 files for 3 prompts" in problems_of(build_job(validation=two, **edit))["validation.inputs"]
+    job = build_job(validation={"prompts": ["a", "b"], "inputs": ["a.png"]}, **edit)
+    assert resolve(job, BOX).job.validation.inputs == [str(Path.cwd() / "a.png")]
+    zero = {"distributed": {"strategy": "deepspeed", "zero_stage": 3}}
+    assert "zero_stage = 2" in problems_of(build_job(validation={"prompts": ["a"]}, **zero))["validation.prompts"]
