@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.util.metrics import Gauge
 
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.config.schema import Job
@@ -75,8 +76,11 @@ def encode_stage(resolved_json: str, board: Any, place: QueuePlace | None) -> st
     if place is not None:
         wait_for_turn(place, need_to_encode(resolved), waits=board.wait.remote)
 
+    shown = Gauge("dsray_stage_progress", tag_keys=("run", "stage", "rank"))
+
     def report(progress: EncodeProgress) -> None:
         say(progress.line())
+        shown.set(progress.done / max(progress.total, 1), tags={"run": resolved.run, "stage": "encode", "rank": "0"})
         run_dir.write_encode_progress(progress)
 
     return cache_dataset(resolved, found, board=board, say=say, report=report)

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.data.samples import Extra
 from diffsynth_ray.errors import JobFileError, ModelError, Problem
+from diffsynth_ray.memory.timing import DeviceTimer
 from diffsynth_ray.models.family import FIRST_FRAME, EncodedBatch, ModelFamily, get_family
 from diffsynth_ray.models.flow_matching import (
     draw_noise_and_timestep,
@@ -118,6 +119,8 @@ class StepResult:
     """Sum of this worker's real samples' losses."""
     grad_norm: Tensor
     lr: float
+    num_tokens: int
+    """Latent tokens (2x2 patches) of this worker's real samples."""
 
 
 def fastest_attention() -> AbstractContextManager[None]:
@@ -143,6 +146,8 @@ class TrainGraph(nn.Module):
         self.components = nn.ModuleDict(family.components)
         self.family = family
         self.table = flow_matching_table(family.scheduler_table)
+        self.encoding = DeviceTimer(family.device)
+        """The encoders' part of the steps."""
         self.text_is_trained = any(name in trained for name in family.text_components)
         self.image_is_trained = any(name in trained for name in family.image_components)
 
@@ -172,7 +177,8 @@ class TrainGraph(nn.Module):
 
     def forward(self, batch: AnyBatch, noise: Tensor, timestep_ids: Tensor) -> Tensor:
         """Weighted losses [b], float32; noise is shaped like the latents, timestep_ids [b] index the table."""
-        encoded = self.encode(batch)
+        with self.encoding.stretch():
+            encoded = self.encode(batch)
         targets = make_targets(encoded.latents, noise, timestep_ids, self.table)
         noisy_latents, target = targets.noisy_latents.to(self.family.dtype), targets.target
         first_frame = encoded.conditions.get(FIRST_FRAME)
@@ -382,7 +388,7 @@ class Trainer:
 
     def _train_step(self, micro_inputs: Sequence[MicroInput], *, num_samples: int) -> StepResult:
         assert self.strategy is not None, "start() comes first"
-        loss_sum = torch.zeros((), device=self.family.device)
+        loss_sum, num_tokens = torch.zeros((), device=self.family.device), 0
         for number, micro in enumerate(micro_inputs, start=1):
             last = number == len(micro_inputs)
             noise, timestep_ids = self._draw(micro, step=self.step)
@@ -391,7 +397,8 @@ class Trainer:
             micro_loss = losses.sum() * (0.0 if micro.is_dummy else 1.0)
             self.strategy.backward(micro_loss / num_samples, last=last)
             loss_sum += micro_loss.detach()
+            num_tokens += 0 if micro.is_dummy else noise.numel() // noise.shape[1] // 4
         lr = self.lr(self.step)
         grad_norm = self.strategy.step(lr)
         self.step += 1
-        return StepResult(loss_sum=loss_sum, grad_norm=grad_norm, lr=lr)
+        return StepResult(loss_sum=loss_sum, grad_norm=grad_norm, lr=lr, num_tokens=num_tokens)

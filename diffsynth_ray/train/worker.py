@@ -416,8 +416,10 @@ class _Worker:
 def _gauges(run: str, rank: int) -> dict[str, Gauge]:
     """Ray's metrics of a worker by name."""
     tags = {"run": run, "stage": "train", "rank": str(rank)}
-    names = ("loss", "lr", "grad_norm", "step_s", "samples_per_s", "data_wait_s", "step", "gpu_memory_gib",
-             "validation_loss")  # fmt: skip
+    names = (
+        *("loss", "lr", "grad_norm", "validation_loss", "step", "stage_progress", "samples_per_s", "tokens_per_s"),
+        *("step_s", "data_wait_s", "encode_s", "transfer_s", "moved_gib", "gpu_memory_gib"),
+    )
     gauges = {name: Gauge(f"dsray_{name}", tag_keys=tuple(tags)) for name in names}
     for gauge in gauges.values():
         gauge.set_default_tags(tags)
