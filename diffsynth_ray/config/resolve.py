@@ -258,7 +258,6 @@ def _check_rules(job: Job) -> list[Problem]:
     if "://" in job.output.path:
         message = f"got {job.output.path!r}; a folder that all nodes see; only checkpoints can be at a URL (checkpoint_path)"
         problems.append(Problem("output.path", message))
-    problems += _check_split(job)
     if (dataset.height is None) != (dataset.width is None):
         problems.append(Problem("dataset.height", "height and width go together; give both or none"))
     if training.min_timestep_boundary >= training.max_timestep_boundary:
@@ -329,14 +328,6 @@ def _check_presets(job: Job) -> list[Problem]:
     if isinstance(models, list) and len(models) not in (1, num_paths):
         message = f"names {len(models)} components for {num_paths} files of lora.preset_path; give one, or one for each"
         return [Problem("lora.preset_model", message)]
-    return []
-
-
-def _check_split(job: Job) -> list[Problem]:
-    """What stage one does not do must not be left out in silence."""
-    if job.split.enabled and job.dataset.bad_sample == "skip":
-        message = '"skip" has no effect with split.enabled in this version: stage one names all bad files at once; remove it'
-        return [Problem("dataset.bad_sample", message)]
     return []
 
 

@@ -37,8 +37,10 @@ class CachedRows:
     cache_path: str
     index: Index
     """The entries of this data set alone."""
+    bad: dict[int, BadSample]
+    """Rows that cannot be used, and why; only where images are cached."""
     places: dict[Kind, Positions]
-    """Kind -> [num_rows] place in `index`; a kind that is not cached is not there."""
+    """Kind -> [num_rows] place in `index`, -1 for bad rows; a kind that is not cached is not there."""
 
     def has(self, kind: Kind) -> bool:
         """Whether this kind is cached."""
@@ -55,31 +57,28 @@ class CachedBatch:
     is_last: bool
     """The worker's last micro batch of the step."""
     micro_batch: MicroBatch
+    """As planned."""
+    rows: tuple[int, ...]
+    """[b] rows that are really there."""
     images: tuple[Entry, ...]
     """[b]."""
     texts: tuple[Entry, ...]
     """[b], empty where texts are not cached."""
     extras: tuple[Entry, ...]
     """[b], empty without extra inputs."""
-    prompts: tuple[str, ...]
-    """[b]."""
-
-    @property
-    def rows(self) -> tuple[int, ...]:
-        """[b] rows of the data set."""
-        return self.micro_batch.rows
 
     @property
     def bad(self) -> tuple[BadSample, ...]:
-        """Nothing is replaced: what could not be read ended stage one."""
+        """Nothing new: stage one has told all of them."""
         return ()
 
 
 def locate_rows(cache: Cache, manifest: Manifest, *, kinds: Sequence[Kind]) -> CachedRows:
     """Find every row's entries of these kinds. Raises DataError with the number of those that are not there."""
     index = cache.index()
+    bad = _bad_rows(manifest) if "image" in kinds else {}
     names = {kind: [row.key(kind) for row in manifest.rows] for kind in kinds}
-    if lacking := [kind for kind, found in names.items() if None in found]:
+    if lacking := [kind for kind, found in names.items() if {n for n, key in enumerate(found) if key is None} - bad.keys()]:
         raise DataError(
             f"{cache.path}: the data set {manifest.id} has no encoded {' and '.join(PLURAL[kind] for kind in lacking)}",
             hint="submit the job where the media are, with [dataset]",
@@ -92,8 +91,34 @@ def locate_rows(cache: Cache, manifest: Manifest, *, kinds: Sequence[Kind]) -> C
             hint="submit the job where the media are, with [dataset]: what is missing is encoded anew",
         )
     own = index.select(index.positions(keys))
-    places = {kind: own.positions([key for key in found if key is not None]) for kind, found in names.items()}
-    return CachedRows(cache_path=cache.path, index=own, places=places)
+    places = {kind: own.positions([key or "" for key in found]) for kind, found in names.items()}
+    return CachedRows(cache_path=cache.path, index=own, bad=bad, places=places)
+
+
+def _bad_rows(manifest: Manifest) -> dict[int, BadSample]:
+    return {
+        number: BadSample(number, len(manifest.rows), path=row.bad[0], cause=row.bad[1])
+        for number, row in enumerate(manifest.rows)
+        if row.bad is not None
+    }
+
+
+def usable_rows(samples: SampleIndex, rows: CachedRows, micro: MicroBatch, *, step: int) -> tuple[int, ...]:
+    """[b] rows of a micro batch; in place of a bad one what combined training takes, as far as it has the same size.
+
+    Raises DataError where none has.
+    """
+    if not any(row in rows.bad for row in micro.rows):
+        return micro.rows
+    same_size = samples.order.buckets[micro.bucket_index].rows
+    found = []
+    for row, index in zip(micro.rows, micro.indices, strict=True):
+        candidates = (row,) if row not in rows.bad else samples.candidates(row, micro, step=step, index=index)
+        usable = next((each for each in candidates if each not in rows.bad and each in same_size), None)
+        if usable is None:
+            raise DataError(f"{rows.bad[row]}; and none of the rows tried in its place can be used either")
+        found.append(usable)
+    return tuple(found)
 
 
 def open_cached_samples(
@@ -153,15 +178,16 @@ def read_batches(
     reader = CacheReader(rows)
 
     def read(step: int, num_samples: int, is_last: bool, micro: MicroBatch) -> CachedBatch:
+        used = usable_rows(samples, rows, micro, step=step)
         return CachedBatch(
             step=step,
             num_samples=num_samples,
             is_last=is_last,
             micro_batch=micro,
-            images=reader.entries("image", micro.rows),
-            texts=reader.entries("text", micro.rows),
-            extras=reader.entries("extra", micro.rows),
-            prompts=tuple(samples.prompt(row) for row in micro.rows),
+            rows=used,
+            images=reader.entries("image", used),
+            texts=reader.entries("text", used),
+            extras=reader.entries("extra", used),
         )
 
     found = samples.micro_batches(start_step=start_step, num_steps=num_steps, rank=rank, world_size=world_size)

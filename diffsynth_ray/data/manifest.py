@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
@@ -25,6 +25,7 @@ _SCHEMA = pa.schema(
         ("height", pa.int64()),
         ("width", pa.int64()),
         ("num_frames", pa.int64()),
+        ("bad", pa.list_(pa.string())),
     ]
 )
 _MARK = b"dsray"
@@ -45,6 +46,8 @@ class ManifestRow:
     num_frames: int
     extra_key: str | None = None
     """None without model.extra_inputs."""
+    bad: Sequence[str] | None = None
+    """File and cause where it cannot be used: `bad_sample = "skip"` takes other rows in its place."""
 
     def key(self, kind: Kind) -> str | None:
         """Of its entry of a kind."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -162,7 +162,7 @@ class SampleIndex:
             if self.dataset.bad_sample == "error":
                 raise DataError(f"row {row + 1}, column {self._column(row)}: {error.message}", hint=error.hint) from error
             cause = error.message
-        for candidate in self._candidates(row, micro, step=step, index=index):
+        for candidate in self.candidates(row, micro, step=step, index=index):
             try:
                 frames, extra = self._decode_row(candidate, micro)
             except DataError:
@@ -171,7 +171,7 @@ class SampleIndex:
             return candidate, frames, extra, bad
         raise DataError(f"row {row + 1} is bad ({cause}), and none of the rows tried in its place can be read either")
 
-    def _candidates(self, row: int, micro: MicroBatch, *, step: int, index: int) -> Iterator[int]:
+    def candidates(self, row: int, micro: MicroBatch, *, step: int, index: int) -> Iterator[int]:
         """Rows to take instead: of the same bucket first, in an order that follows from seed, step and index."""
         key = derive_key(self.order.seed, step, "substitute", index)
         for pool in (self.order.buckets[micro.bucket_index].rows, self.order.rows):
@@ -349,11 +349,16 @@ def _target_sizes(
             problems[row] = cause if path in cause else f"{path}: {cause}"
     if problems:
         _check_problems(problems, dataset, num_rows=len(paths))
-        usable = np.setdiff1d(np.arange(len(paths)), list(problems))
-        pick = KeyedPermutation(len(usable), derive_key(resolved.job.seed, 0, "size of a bad sample"))
-        for row in problems:
-            sizes[row] = sizes[usable[pick([row % len(usable)])[0]]]
+        for row, lender in lenders(problems, num_rows=len(paths), seed=resolved.job.seed).items():
+            sizes[row] = sizes[lender]
     return sizes, problems
+
+
+def lenders(bad: Collection[int], *, num_rows: int, seed: int) -> dict[int, int]:
+    """For every bad row a usable one whose size it gets."""
+    usable = np.setdiff1d(np.arange(num_rows), list(bad))
+    pick = KeyedPermutation(len(usable), derive_key(seed, 0, "size of a bad sample"))
+    return {row: int(usable[pick([row % len(usable)])[0]]) for row in bad}
 
 
 def _are_images(paths: Sequence[str], rule: SampleRule) -> bool:

@@ -126,6 +126,8 @@ def train_stage(
         parts = split_parts(_family_of(resolved.job), resolved.job)
         index, cached = open_cached_samples(resolved, manifest_id, kinds=parts.kinds, rule=rule, say=say)
         components = parts.train
+        if cached.bad:
+            board.note_bad.remote(list(cached.bad.values()))
         say(f"stage train loads {', '.join(components)}")
     if index.unusable:
         board.note_bad.remote(index.bad_headers())

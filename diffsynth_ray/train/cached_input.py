@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffsynth_ray.data.batches import MicroBatch
 from diffsynth_ray.data.cache import Entry
-from diffsynth_ray.data.cached import CachedBatch, CachedRows, CacheReader
+from diffsynth_ray.data.cached import CachedBatch, CachedRows, CacheReader, usable_rows
 from diffsynth_ray.data.samples import SampleIndex
 from diffsynth_ray.models.family import EncodedBatch, stack_conditions
 from diffsynth_ray.train.split import LATENTS, bytes_tensor
@@ -27,31 +27,37 @@ class CachedInput:
 
     def from_cache(self, batch: CachedBatch) -> MicroInput:
         """A micro batch whose images, at least, were read from the cache."""
-        return self._micro_input(batch.micro_batch, self._latents(batch.images), batch.texts, batch.extras)
+        return self._micro_input(batch.micro_batch, batch.rows, self._latents(batch.images), batch.texts, batch.extras)
 
-    def from_pixels(self, micro: MicroBatch, pixels: Tensor) -> MicroInput:
-        """A micro batch with decoded images, uint8 [b, f, h, w, 3]; its texts are read here."""
-        return self._micro_input(micro, pixels, self._reader.entries("text", micro.rows))
+    def from_pixels(self, micro: MicroBatch, rows: tuple[int, ...], pixels: Tensor) -> MicroInput:
+        """A micro batch with the decoded images of these rows, uint8 [b, f, h, w, 3]; its texts are read here."""
+        return self._micro_input(micro, rows, pixels, self._reader.entries("text", rows))
 
     def probe(self, micro: MicroBatch) -> MicroInput:
         """The costliest micro batch; noise in place of images that are not cached."""
-        read = self._reader.entries
+        read, rows = self._reader.entries, usable_rows(self.samples, self.rows, micro, step=0)
         if self.rows.has("image"):
-            images = self._latents(read("image", micro.rows))
-            return self._micro_input(micro, images, read("text", micro.rows), read("extra", micro.rows))
-        shape = (len(micro.rows), micro.num_frames, micro.height, micro.width, 3)
-        return self.from_pixels(micro, torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)))
+            images = self._latents(read("image", rows))
+            return self._micro_input(micro, rows, images, read("text", rows), read("extra", rows))
+        shape = (len(rows), micro.num_frames, micro.height, micro.width, 3)
+        noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        return self.from_pixels(micro, rows, torch.from_numpy(noise))
 
     def _micro_input(
-        self, micro: MicroBatch, images: Tensor, texts: Sequence[Entry], extras: Sequence[Entry] = ()
+        self,
+        micro: MicroBatch,
+        rows: tuple[int, ...],
+        images: Tensor,
+        texts: Sequence[Entry],
+        extras: Sequence[Entry] = (),
     ) -> MicroInput:
         conditions = self._conditions(texts, extras) if texts or extras else None
         batch: EncodedBatch | HalfEncodedBatch
         if self.rows.has("image") and conditions is not None:
-            batch = EncodedBatch(images, conditions, micro.rows)
+            batch = EncodedBatch(images, conditions, rows)
         else:
-            prompts = tuple(self.samples.prompt(row) for row in micro.rows)
-            batch = HalfEncodedBatch(images, prompts if conditions is None else conditions, micro.rows)
+            prompts = tuple(self.samples.prompt(row) for row in rows)
+            batch = HalfEncodedBatch(images, prompts if conditions is None else conditions, rows)
         return MicroInput(batch, micro.indices, micro.is_dummy)
 
     def _latents(self, entries: Sequence[Entry]) -> Tensor:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_ray.config.resolve import ResolvedJob
-from diffsynth_ray.config.schema import Job
+from diffsynth_ray.config.schema import DatasetSection, Job
+from diffsynth_ray.data.bad_samples import check_limit
 from diffsynth_ray.data.cache import Cache, Kind
 from diffsynth_ray.data.cached import PLURAL, locate_rows
 from diffsynth_ray.data.digests import file_digests
@@ -19,7 +20,7 @@ from diffsynth_ray.errors import DataError
 from diffsynth_ray.models.family import ComponentFiles, ModelFamily
 from diffsynth_ray.run_dir import EncodeProgress
 from diffsynth_ray.train.encode import encode_missing
-from diffsynth_ray.train.named_rows import name_rows
+from diffsynth_ray.train.named_rows import NamedRows, name_rows
 from diffsynth_ray.train.split import encoder_digests, split_parts
 
 _SHOWN_PROBLEMS = 10
@@ -67,7 +68,9 @@ def cache_dataset(
         )
     rule = SampleRule(family.size_multiple, family.clip_step)
     index = build_sample_index(resolved, say, rule=rule)
-    rows = name_rows(resolved, family, index, encoders=encoders, digest=partial(_digests, cache=cache, say=say))
+    rows = name_rows(
+        resolved, family, index, encoders=encoders, digest=partial(_digests, cache=cache, dataset=job.dataset, say=say)
+    )
     items = rows.found
     known = cache.index()
     lack = set(known.missing([key for found in items.values() for key in found]))
@@ -80,12 +83,29 @@ def cache_dataset(
         assert resolved.encode is not None  # resolve has made it
         say(f"starting {resolved.encode.num_workers} encoder(s) that load {', '.join(components)}")
         errors = encode_missing(resolved, new, rule=rule, components=components, encoders=encoders, board=board, report=report)
-        if errors:
-            raise DataError(_summary(errors, "files cannot be encoded; all others are in the cache"))
+        if errors and job.dataset.bad_sample == "error":
+            raise DataError(_summary([str(each) for each in errors], "files cannot be encoded; all others are in the cache"))
+        unreadable = {each.key: each.cause for each in errors}
+        rows.mark_bad(unreadable)
+        new = {kind: [item for item in found if item.key not in unreadable] for kind, found in new.items()}
     say(f"encoded {_count({kind: len(found) for kind, found in new.items()})}, reused {_count(reused)}")
+    _replace_bad(resolved, rows, say)
     manifest = rows.manifest(resolved, family, encoders)
     write_manifest(cache, manifest)
     return manifest.id
+
+
+def _replace_bad(resolved: ResolvedJob, rows: NamedRows, say: Say) -> None:
+    """Make rows that cannot be used replaceable; raises DataError where there are too many."""
+    bad = rows.bad()
+    if not bad:
+        return
+    dataset, listed = resolved.job.dataset, [f"row {row + 1}: {cause}" for row, cause in bad.items()]
+    if len(bad) == len(rows.rows):
+        raise DataError(_summary(listed, "rows, and none can be used"))
+    check_limit(listed, num_bad=len(bad), num_rows=len(rows.rows), limit=dataset.bad_sample_limit)
+    say(f"{len(bad)} of {len(rows.rows)} rows cannot be used; others are trained on in their place")
+    rows.lend_sizes(resolved.job.seed)
 
 
 def _count(counts: Mapping[Kind, int]) -> str:
@@ -93,15 +113,20 @@ def _count(counts: Mapping[Kind, int]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]])
 
 
-def _digests(paths: Sequence[str], places: Sequence[str], *, cache: Cache, say: Say) -> list[str]:
-    """Hash of each file; `places` say where in the metadata it is. Raises DataError with all that cannot be read."""
+def _digests(
+    paths: Sequence[str], places: Sequence[str], *, cache: Cache, dataset: DatasetSection, say: Say
+) -> list[str | DataError]:
+    """Hash of each file, or why it cannot be read; `places` say where in the metadata it is.
+
+    Under `bad_sample = "error"` raises DataError with all that cannot be read.
+    """
     say(f"hashing {len(set(paths))} media files, where that was not done before")
     found = file_digests(paths, cache.store, say)
     named = [(place, each) for place, each in zip(places, found, strict=True) if isinstance(each, DataError)]
-    if named:
+    if named and dataset.bad_sample == "error":
         problems = [f"{place}: {error.message}" for place, error in named]
         raise DataError(_summary(problems, f"of {len(paths)} files cannot be read"))
-    return [digest for digest in found if isinstance(digest, str)]
+    return found
 
 
 def _check_cached(
@@ -131,6 +156,12 @@ def _check_cached(
         raise DataError(
             "an image encoder is trained, so that the images themselves are needed, and dataset.base_path is unset",
             hint="set dataset.base_path",
+        )
+    num_bad = sum(row.bad is not None for row in manifest.rows)
+    if num_bad and resolved.job.dataset.bad_sample == "error":
+        raise DataError(
+            f"{where} has {num_bad} rows that could not be encoded",
+            hint='dataset.bad_sample = "skip" takes other rows in their place; or mend them and submit with [dataset]',
         )
     say(f"training from {where}, {len(manifest.rows)} rows")
     if unknown := [kind for kind in kinds if kind not in encoders or kind not in manifest.encoders]:

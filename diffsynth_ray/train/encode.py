@@ -14,6 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from diffsynth_ray.data.samples import SampleRule
 from diffsynth_ray.errors import DsrayError, RunError
 from diffsynth_ray.run_dir import EncodeProgress
 from diffsynth_ray.train.split import SampleEncoder, load_encoders
-from diffsynth_ray.train.units import ImageItem, Item, decode_unit, extra_item, units_of, unpack_extra
+from diffsynth_ray.train.units import ImageItem, Item, Unreadable, decode_unit, extra_item, units_of, unpack_extra
 
 WRITE_CPUS = 0.1
 """CPUs of a task that writes a shard."""
@@ -51,16 +52,16 @@ def encode_missing(
     encoders: dict[Kind, str],
     board: Any,
     report: Callable[[EncodeProgress], None],
-) -> list[str]:
+) -> list[Unreadable]:
     """Encode these items into the job's cache with `components`; `encoders` are their digests, for the index.
 
-    Returns an error for every file that could not be read. A DsrayError in an encoder goes to the board, which ends the run.
+    Returns those that could not be read. A DsrayError in an encoder goes to the board, which ends the run.
     """
     assert resolved.encode is not None  # resolve has made it
     cache = Cache(str(resolved.job.split.cache_path))
     total = sum(len(found) for found in items.values())
     index_files: list[str] = []
-    errors: list[str] = []
+    errors: list[Unreadable] = []
     done = 0
     progress = _Progress(total, report)
     dataset = _build_dataset(
@@ -75,7 +76,7 @@ def encode_missing(
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for name, count, found in zip(*(block[column].to_pylist() for column in _WRITTEN.names), strict=True):
             index_files += [name] if name else []
-            errors += found
+            errors += [Unreadable(**json.loads(text)) for text in found]
             done += count + len(found)
         progress.show(done)
     cache.merge_index_files(index_files)
@@ -217,7 +218,8 @@ def _decode_units(block: pa.Table, *, dataset_json: str, rule: SampleRule) -> pa
     rows = []
     for text in block["unit"].to_pylist():
         unit, pixels, extra, errors = decode_unit(json.loads(text), dataset, rule)
-        rows.append({"unit": json.dumps(unit), "pixels": pixels, "extra": extra, "errors": errors})
+        told = [json.dumps(asdict(each)) for each in errors]
+        rows.append({"unit": json.dumps(unit), "pixels": pixels, "extra": extra, "errors": told})
     return pa.Table.from_pylist(rows, schema=_DECODED)
 
 
@@ -250,6 +252,9 @@ class _EncodeUnit:
                 failure = _out_of_memory(unit["items"][0], error)
                 ray.get(self.board.fail.remote(None, failure))
                 raise failure from error
+            except DsrayError as error:
+                ray.get(self.board.fail.remote(None, error))
+                raise
         return pa.Table.from_pylist(rows, schema=_ENCODED)
 
     def _encode(self, unit: dict[str, Any], pixels: pa.Scalar, extra: pa.Scalar) -> Iterator[dict[str, Any]]:

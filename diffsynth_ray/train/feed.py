@@ -128,7 +128,7 @@ class DeviceFeed(Iterator[FedStep]):
         decoded, micro = batch.decoded, batch.micro_batch
         pixels = _to_host(batch.pixels, pinned=self._copies is not None).to(self._device, non_blocking=True)
         if self._cached is not None:
-            return self._cached.from_pixels(micro, pixels)
+            return self._cached.from_pixels(micro, decoded.rows, pixels)
         samples = SampleBatch(pixels, decoded.prompts, decoded.rows, decoded.extra)
         return MicroInput(samples, micro.indices, micro.is_dummy)
 

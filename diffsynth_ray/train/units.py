@@ -74,6 +74,19 @@ class ExtraItem:
 Item = TextItem | ImageItem | ExtraItem
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """An item whose files cannot be read."""
+
+    key: str
+    where: str
+    """In the metadata."""
+    cause: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.cause}"
+
+
 def text_units(texts: Sequence[TextItem]) -> Iterator[dict[str, Any]]:
     """Units of texts."""
     for first in range(0, len(texts), _UNIT_TEXTS):
@@ -108,8 +121,8 @@ def units_of(items: Mapping[Kind, Sequence[Any]]) -> list[dict[str, Any]]:
 
 def decode_unit(
     unit: dict[str, Any], dataset: DatasetSection, rule: SampleRule
-) -> tuple[dict[str, Any], bytes | None, bytes | None, list[str]]:
-    """(the unit without what cannot be read, its pixels, its extra files packed, an error for each that cannot be read)."""
+) -> tuple[dict[str, Any], bytes | None, bytes | None, list[Unreadable]]:
+    """(the unit without what cannot be read, its pixels, its extra files packed, and that)."""
     if unit["kind"] == "text":
         return unit, None, None, []
     if unit["kind"] == "extra":
@@ -121,7 +134,7 @@ def decode_unit(
             frames.append(_decode_image(item))
             items.append(fields)
         except DataError as error:
-            errors.append(f"row {item.row + 1}: {error.message}")
+            errors.append(Unreadable(item.key, f"row {item.row + 1}", error.message))
     return {**unit, "items": items}, np.stack(frames).tobytes() if frames else None, None, errors
 
 
@@ -141,7 +154,7 @@ def _check_unchanged(path: str, digest: str) -> None:
 
 def _decode_extra_unit(
     unit: dict[str, Any], dataset: DatasetSection, rule: SampleRule
-) -> tuple[dict[str, Any], bytes | None, bytes | None, list[str]]:
+) -> tuple[dict[str, Any], bytes | None, bytes | None, list[Unreadable]]:
     item = extra_item(unit)
     files: dict[str, Frames] = {}
     column = ""
@@ -153,7 +166,7 @@ def _decode_extra_unit(
                 _check_unchanged(path, digest)
     except DataError as error:
         where = f"row {item.image.row + 1}" + (f", column {column}" if column else "")
-        return {**unit, "items": []}, None, None, [f"{where}: {error.message}"]
+        return {**unit, "items": []}, None, None, [Unreadable(item.key, where, error.message)]
     packed = io.BytesIO()
     np.savez(packed, **files)  # type: ignore[arg-type]  # a name of numpy's own has no slash
     return unit, frames.tobytes() if frames is not None else None, packed.getvalue(), []

@@ -87,11 +87,11 @@ class Run(training_runs.Run):
     def weights(self):
         return load_file(self.output / "step-3.safetensors")
 
-    def undisturbed_losses(self):
+    def undisturbed_losses(self, steps=3):
         """Those of combined training in this process, with as many threads as the worker has, as loss.csv has them."""
         torch.set_num_threads(os.cpu_count())
         # Nine digits tell one float32 from every other.
-        return {step: float(f"{loss:.9g}") for step, loss in train_in_process(self.dir.owner(), steps=3)[0].items()}
+        return {step: float(f"{loss:.9g}") for step, loss in train_in_process(self.dir.owner(), steps=steps)[0].items()}
 
     def counts(self):
         return [line.strip() for line in self.said if line.startswith("encoded ")]
@@ -303,3 +303,33 @@ def test_changed_texts_damage_and_bad_files(tmp_path, photos):
     cause = json.loads(run.dir.error_path.read_text())["cause"]
     assert "1 files cannot be encoded" in cause
     assert "cat.jpg" in cause
+
+
+@pytest.mark.slow
+def test_a_run_is_continued_in_one_stage_and_in_two(tmp_path, photos):
+    run = Run(tmp_path, photos)
+    assert run.start("training.max_steps=1") == ExitCode.DONE, run.said
+    assert run.start("training.max_steps=2", split=False) == ExitCode.DONE, run.said
+    assert run.start() == ExitCode.DONE, run.said
+    assert run.losses() == run.undisturbed_losses()
+
+
+@pytest.mark.slow
+def test_stage_two_under_zero_3_on_two_workers(tmp_path, photos):
+    run = Run(tmp_path, photos)
+    zero = ["distributed.strategy=deepspeed", "distributed.zero_stage=3", "distributed.num_workers=2"]
+    assert run.start(*zero) == ExitCode.DONE, run.said
+    assert "stage train loads dit" in run.said
+    assert run.losses() == pytest.approx(run.undisturbed_losses(), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_of_an_elastic_run_goes_on_in_stage_two(tmp_path, photos):
+    run = Run(tmp_path, photos)
+    run.begin("distributed.num_workers=[1, 2]", "output.checkpoint_steps=1", "training.max_steps=16", "output.save_steps=16")
+    run.wait_for("step 3/16", 200)
+    os.kill(run.pids()[0], signal.SIGKILL)
+    assert run.end(300) == ExitCode.DONE, run.said
+    assert len(run.lost()) == 1
+    assert run.counts() == ["encoded 5 texts and 5 images, reused 0 texts and 0 images"]
+    assert run.losses() == pytest.approx(run.undisturbed_losses(steps=16), abs=1e-5)

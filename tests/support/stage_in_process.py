@@ -7,7 +7,7 @@ from typing import Any
 from diffsynth_ray.config.resolve import ResolvedJob, Resources, resolve
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.models.family import ComponentFiles, get_family
-from diffsynth_ray.train import caching, encode
+from diffsynth_ray.train import caching, encode, units
 
 
 class Stage:
@@ -61,5 +61,5 @@ def encode_here(resolved, items, *, rule, components, encoders, board, report):
         block = encode.pa.table({"unit": [encode.json.dumps(unit)]})
         decoded = encode._decode_units(block, dataset_json=resolved.job.dataset.model_dump_json(), rule=rule)
         written = encode._write_shard(worker(decoded), cache_path=resolved.job.split.cache_path, encoders=encoders, board=board)
-        errors += [error for found in written["errors"].to_pylist() for error in found]
+        errors += [units.Unreadable(**encode.json.loads(text)) for found in written["errors"].to_pylist() for text in found]
     return errors

@@ -51,7 +51,7 @@ def _inputs(index, cached, steps):
     for step, num_samples, _, micro in index.micro_batches(**bounds):
         decoded = index.decode(micro, step=step)
         if cached is not None:
-            yield step, num_samples, cached.from_pixels(micro, torch.from_numpy(decoded.pixels))
+            yield step, num_samples, cached.from_pixels(micro, decoded.rows, torch.from_numpy(decoded.pixels))
         else:
             samples = SampleBatch(decoded.pixels, decoded.prompts, decoded.rows, decoded.extra)
             yield step, num_samples, MicroInput(samples, micro.indices)

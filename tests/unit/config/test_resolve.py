@@ -409,11 +409,6 @@ def test_an_encode_stage_that_would_wait_forever_is_refused() -> None:
     assert "0 or more" in problems_of(build_job(split=split))["split.resources_per_worker"]
 
 
-def test_what_stage_one_does_not_do_is_refused() -> None:
-    problems = problems_of(build_job(split={"enabled": True}, dataset={"bad_sample": "skip"}))
-    assert "names all bad files at once" in problems["dataset.bad_sample"]
-
-
 def test_split_training_is_the_same_run() -> None:
     assert resolve(build_job(split={"enabled": True}), LAPTOP).run == resolve(build_job(), LAPTOP).run
 

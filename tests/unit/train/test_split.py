@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from stage_in_process import Stage
 from training_in_process import train_in_process
 
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.data.cache import Cache
 from diffsynth_ray.data.cached import open_cached_samples, read_batches
-from diffsynth_ray.data.manifest import manifest_ids
+from diffsynth_ray.data.manifest import manifest_ids, read_manifest
 from diffsynth_ray.data.samples import SampleRule, build_sample_index
 from diffsynth_ray.errors import DataError, JobFileError, ModelError
 from diffsynth_ray.models.family import EncodedBatch
@@ -37,6 +38,7 @@ LORA = {"lora": {"base_model": "dit", "rank": 4}}
 FULL = {"training": {"trainable_models": ["dit"]}}
 TEXT_TRAINED = LORA | {"training": {"trainable_models": ["text_encoder"]}}
 MEMORY = LORA | {"model": {"fp8_models": ["dit", "text_encoder"]}, "offload": {"cpu_offload": True}}
+ON_HOST = LORA | {"offload": {"cpu_offload": True, "optimize_on_cpu": True}, "gradient": {"checkpointing_offload": True}}
 VAE_TRAINED = LORA | {"training": {"trainable_models": ["vae"]}}
 
 
@@ -47,8 +49,8 @@ def stage(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> Stag
 
 @pytest.mark.parametrize(
     ("trained", "batch_size"),
-    [(LORA, 1), (FULL, 2), (TEXT_TRAINED, 2), (VAE_TRAINED, 1), (MEMORY, 1)],
-    ids=["lora", "full", "text_encoder", "vae", "fp8 and offload"],
+    [(LORA, 1), (FULL, 2), (TEXT_TRAINED, 2), (VAE_TRAINED, 1), (MEMORY, 1), (ON_HOST, 1)],
+    ids=["lora", "full", "text_encoder", "vae", "fp8 and offload", "optimizer on the host"],
 )
 def test_split_and_combined_are_bit_identical(stage: Stage, trained: dict[str, Any], batch_size: int) -> None:
     size = {"height": 32, "width": 32} if batch_size == 2 else {}  # one bucket: texts of different lengths are padded
@@ -236,15 +238,57 @@ def test_damage_is_told_with_row_and_cure_and_encoded_anew(stage: Stage) -> None
 
 
 def test_files_that_cannot_be_read_are_all_told_and_the_others_are_kept(stage: Stage) -> None:
-    for name in ("cat.jpg", "rocket.jpg"):
-        content = (stage.photos / name).read_bytes()
-        (stage.photos / name).write_bytes(content[: len(content) // 2])
+    damage(stage, "cat.jpg", "rocket.jpg")
     with pytest.raises(DataError, match="2 files cannot be encoded") as caught:
         stage.run(stage.job(**LORA))
     assert "cat.jpg" in caught.value.message
     assert "rocket.jpg" in caught.value.message
     assert len(Cache(str(stage.cache_path)).index()) == 8
     assert manifest_ids(Cache(str(stage.cache_path))) == []
+
+
+def damage(stage: Stage, *names: str) -> None:
+    for name in names:
+        content = (stage.photos / name).read_bytes()
+        (stage.photos / name).write_bytes(content[: len(content) // 2])
+
+
+def test_under_skip_bad_files_are_replaced_as_in_combined_training(stage: Stage) -> None:
+    base = stage.job(**LORA).job.dataset.model_dump()
+    skipping = {"bad_sample": "skip", "bad_sample_limit": 0.6, "height": 32, "width": 32, "batch_size": 2}
+    resolved = stage.job(**LORA, dataset=base | skipping)
+    damage(stage, "cat.jpg", "rocket.jpg")
+    (stage.photos / "coffee.jpg").unlink()
+    manifest_id = stage.run(resolved)
+    assert stage.counts == "encoded 5 texts and 2 images, reused 0 texts and 0 images"
+    assert "3 of 5 rows cannot be used; others are trained on in their place" in stage.said
+    split = train_in_process(resolved, manifest_id=manifest_id)
+    combined = train_in_process(resolved)
+    assert split[0] == combined[0]
+    assert all(torch.equal(split[1][name], combined[1][name]) for name in combined[1])
+    bad = [row.bad for row in read_manifest(Cache(str(stage.cache_path)), manifest_id).rows if row.bad is not None]
+    assert {Path(path).name for path, _ in bad} == {"cat.jpg", "rocket.jpg", "coffee.jpg"}
+    assert sorted("damaged" in cause for _, cause in bad) == [False, True, True]
+
+    strict = stage.job(**LORA, dataset=base | skipping | {"bad_sample_limit": 0.5})
+    with pytest.raises(DataError, match=r"3 of 5 rows are bad, above dataset\.bad_sample_limit"):
+        stage.run(strict)
+    alone = stage.job(**LORA, dataset=base | skipping | {"base_path": None, "metadata_path": None})
+    assert train_in_process(alone, manifest_id=stage.run(alone))[0] == split[0]
+    with pytest.raises(DataError, match="has 3 rows that could not be encoded"):
+        stage.run(stage.job(**LORA, dataset=base | {"base_path": None, "metadata_path": None}))
+
+
+def test_a_bad_file_that_alone_has_its_size_gets_another_one(stage: Stage) -> None:
+    base = stage.job(**LORA).job.dataset.model_dump()
+    resolved = stage.job(**LORA, dataset=base | {"bad_sample": "skip", "bad_sample_limit": 0.5, "batch_size": 1})
+    Image.effect_noise((96, 16), 40).convert("RGB").save(stage.photos / "cat.jpg")
+    damage(stage, "cat.jpg")
+    manifest_id = stage.run(resolved)
+    rows = read_manifest(Cache(str(stage.cache_path)), manifest_id).rows
+    (bad,) = [row for row in rows if row.bad is not None]
+    assert (bad.height, bad.width) in {(row.height, row.width) for row in rows if row.bad is None}
+    assert len(train_in_process(resolved, manifest_id=manifest_id)[0]) == 2
 
 
 def test_a_file_that_changes_under_stage_one_is_not_encoded_under_its_old_name(stage: Stage, monkeypatch) -> None:
