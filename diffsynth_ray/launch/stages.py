@@ -53,8 +53,9 @@ def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -
     Ray Train would otherwise take up what it finds under the name of an earlier run; our checkpoints alone say where a run is.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
+    from diffsynth_ray.launch.elastic import ElasticTrainer
     from diffsynth_ray.launch.watch import Watch
     from diffsynth_ray.train.services import check_services
 
@@ -72,7 +73,7 @@ def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -
         board.note_bad.remote(index.bad_headers())
     count = f"{resolved.min_workers} to {resolved.num_workers}" if resolved.is_elastic else f"{resolved.num_workers}"
     say(f"starting {count} training worker(s)")
-    trainer = TorchTrainer(
+    trainer = ElasticTrainer(
         _train_loop,
         # Ray's dashboard shows it: JSON and handles, no secrets.
         train_loop_config={"resolved_json": resolved_json, "token": token, "index": ray.put(index), "board": board},
