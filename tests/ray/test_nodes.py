@@ -170,6 +170,7 @@ def test_an_elastic_run_shrinks_when_a_node_dies_and_grows_when_it_comes_back(tm
 
 def test_a_node_that_will_be_taken_away_means_a_checkpoint_first(tmp_path, photos, nodes):
     overrides = [each.replace("checkpoint_steps=5", "checkpoint_steps=1000") for each in ELASTIC]
+    overrides.append("distributed.max_failures=0")  # it is no failure
     run = DrivenRun(tmp_path, photos, nodes, *overrides)
     at = run.wait_for(r"2 training worker\(s\): rank 0 .*rank 1 .*")
     at = run.wait_for(r"step \d+/1000", after=at)
@@ -181,12 +182,17 @@ def test_a_node_that_will_be_taken_away_means_a_checkpoint_first(tmp_path, photo
          "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test"],
         env=nodes.environment, check=True, capture_output=True,
     )  # fmt: skip
+    drained = time.monotonic()
     at = run.wait_for(r"the nodes of ranks \[\d\] will go: checkpoint after step (\d+)", after=at)
     step = int(re.findall(r"will go: checkpoint after step (\d+)", run.log())[0])
     at = run.wait_for(rf"checkpoint after step {step}:", after=at)
+    # The node is used to its end. It is there even longer than it said, but nothing starts on it any more.
     at = run.wait_for(r"1 training worker\(s\): rank 0", after=at)
-    at = run.wait_for(rf"continuing after step {step} of 1000", after=at)
+    saved = [int(found) for found in re.findall(r"checkpoint after step (\d+):", run.log()[:at])]
+    at = run.wait_for(rf"continuing after step {saved[-1]} of 1000", after=at)
     run.wait_for(r"step \d+/1000", after=at)
+    note_recovery("a node that goes 30 s after it said so: on one worker", [run.recovery(drained, "will go: checkpoint")])
+    assert "127.0.0.2" not in re.findall(r"1 training worker\(s\): (.*)", run.log())[-1]
     run.dir.request_stop(reason="the test has seen enough")
     assert run.process.wait(120) == ExitCode.STOPPED, run.log()
     assert sorted(run.losses()) == list(range(1, len(run.losses()) + 1))

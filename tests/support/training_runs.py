@@ -117,7 +117,7 @@ PARTS = {
     "detected_s": "lost rank", "workers_started_s": r"\d+ training worker\(s\)", "model_loaded_s": "model loaded",
     "restored_s": "continuing after step", "training_s": r"step \d+/",
 }  # fmt: skip
-"""Seconds from the kill to the first such line."""
+"""Seconds from the kill to the first such line, each after the one before."""
 
 
 def recovery(told, *, start, killed):
@@ -125,12 +125,13 @@ def recovery(told, *, start, killed):
 
     `steps_redone` had been done before the loss and were done again after it.
     """
-    found = {}
+    found, position, group = {}, start, start
     for key, pattern in PARTS.items():
-        at = next((when for when, line in told[start:] if re.match(pattern, line)), None)
+        at = next((number for number in range(position, len(told)) if re.match(pattern, told[number][1])), None)
         if at is not None:
-            found[key] = round(at - killed, 1)
-    parts = (told[:start], told[start:])
+            found[key], position = round(told[at][0] - killed, 1), at
+            group = at if key == "workers_started_s" else group
+    parts = (told[:group], told[group:])
     steps = [[int(step) for _, line in part for step in re.findall(r"^step (\d+)/", line)] for part in parts]
     if all(steps):
         found["steps_redone"] = max(max(steps[0]) - steps[1][0] + 1, 0)
