@@ -126,6 +126,8 @@ class ValidationEntry:
     """The mean of each timestep, from most to least noise."""
     num_samples: int
     seconds: float
+    ema_loss: float | None = None
+    """Of the moving average of the weights, where there is one."""
 
 
 class RunDir:

@@ -131,8 +131,9 @@ class TrainingSection(Section):
     """Number format of the computation."""
     master_weights: bool = _key(True, identity=True)
     """Under bf16, keep float32 copies of the trained weights, so that small updates are not rounded away."""
-    ema_decay: float | None = _key(identity=True, gt=0, lt=1, not_built="EMA weights")
-    """Decay of the moving average of the weights."""
+    ema_decay: float | None = _key(identity=True, gt=0, lt=1)
+    """Decay of a moving average of the trained weights, as 0.999: kept in float32, part of the checkpoints, validated, and
+    exported beside the weights themselves as NAME.ema.safetensors. Unset = none."""
     resume_from_checkpoint: str | list[str] | None = _key(identity=True, path=True)
     """Exported weights, one file or several, that the components trained in full start from: no resume."""
     min_timestep_boundary: float = _key(0.0, identity=True, ge=0, le=1)

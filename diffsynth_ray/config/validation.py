@@ -1,4 +1,4 @@
-"""Rules between the keys of [validation]; reads no file."""
+"""Rules between the keys of [validation], and for the moving average of the weights; reads no file."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ def check_validation(job: Job) -> list[Problem]:
         asked = {"holdout": holdout is not None, "prompts": bool(validation.prompts)}
         problems += [Problem(f"validation.{name}", message) for name, is_asked in asked.items() if is_asked]
     problems += _check_samples(job)
+    if job.training.ema_decay is not None and (job.distributed.strategy != "ddp" or job.offload.optimize_on_cpu):
+        message = 'needs distributed.strategy = "ddp" without offload.optimize_on_cpu: elsewhere no worker has all weights'
+        problems.append(Problem("training.ema_decay", message))
     if holdout is None and not validation.prompts and validation.every_steps is not None:
         problems.append(Problem("validation.every_steps", "there is nothing to validate; set validation.holdout or prompts"))
     return problems

@@ -65,6 +65,8 @@ class QwenImage(LibraryFamily):
         "processor_path": ("text_encoder", ("processor",)),
     }
     tiny_tokenizers: ClassVar[dict[str, Path]] = {"tokenizer_path": TINY_DIR / "qwen_image" / "tokenizer"}
+    tiny_weights: ClassVar[dict[str, Path]] = {"vae": TINY_DIR / "qwen_image" / "vae"}
+    """Trained by tests/bench/train_tiny_vae.py, so that the quickstart ends with pictures."""
     config_names: ClassVar[dict[str, str]] = {
         "dit": "QwenImageTransformer2DModel",
         "text_encoder": "qwen2_5_vl",

@@ -136,6 +136,9 @@ def _validation(record: RunRecord, marks: list[tuple[int, str]]) -> Iterator[str
         return
     newest = entries[-1]
     whole = [Curve("mean over all timesteps", [(entry.step, entry.loss) for entry in entries], "b", dots=True)]
+    averaged = [(entry.step, entry.ema_loss) for entry in entries if entry.ema_loss is not None]
+    if averaged:
+        whole.append(Curve("of the averaged weights", averaged, "a", dots=True))
     names = ["most noise", *(f"quantile {number + 1}" for number in range(1, len(newest.quantiles) - 1)), "least noise"]
     parts = [
         Curve(name, [(entry.step, entry.quantiles[number]) for entry in entries], f"q{min(number, 3)}", dots=True)

@@ -6,7 +6,7 @@ Before the first step, every `validation.every_steps` and at the end. All worker
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from diffsynth_ray.config.schema import Job
@@ -118,6 +118,10 @@ class Validation:
     def _compute(self, loss: ValidationLoss) -> None:
         around = self._around
         entry = loss.compute(self._trainer.step)
+        if self._job.training.ema_decay is not None:
+            assert self._trainer.strategy is not None  # built by start()
+            with self._trainer.strategy.averaged():
+                entry = replace(entry, ema_loss=loss.compute(self._trainer.step).loss)
         self._history.append(entry)
         if around.rank == 0:
             around.publish(entry.step, figures_of(entry))

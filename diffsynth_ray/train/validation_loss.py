@@ -152,14 +152,17 @@ def judge(history: Sequence[ValidationEntry], *, early_stopping: int | None) -> 
 def figures_of(entry: ValidationEntry) -> dict[str, float]:
     """As loss.csv and the trackers have them."""
     parts = {f"validation_loss/q{number}": loss for number, loss in enumerate(entry.quantiles)}
-    return {"validation_loss": entry.loss, **parts}
+    averaged = {} if entry.ema_loss is None else {"validation_loss_ema": entry.ema_loss}
+    return {"validation_loss": entry.loss, **averaged, **parts}
 
 
 def describe(entry: ValidationEntry) -> str:
     """One line for the log."""
     parts = ", ".join(f"{loss:.4g}" for loss in entry.quantiles)
     return (
-        f"validation after step {entry.step}: loss {entry.loss:.6g} (from most to least noise {parts}) "
+        f"validation after step {entry.step}: loss {entry.loss:.6g}"
+        + ("" if entry.ema_loss is None else f", of the averaged weights {entry.ema_loss:.6g}")
+        + f" (from most to least noise {parts}) "
         f"on {entry.num_samples} samples in {entry.seconds:.1f} s"
     )
 

@@ -384,7 +384,7 @@ class _Worker:
             group=self.control,
             rank=self.rank,
             world_size=self.world_size,
-            enter=self.heartbeat.enter,
+            enter=self._enter,
             say=self.say,
             publish=reporter.publish_validation,
             export=self._export_as,
@@ -392,6 +392,10 @@ class _Worker:
             may_write=self.may_commit,
         )
         return Validation(self.job, self.trainer, self.index, around)
+
+    def _enter(self, what: str) -> None:
+        self.heartbeat.enter(what)
+        self.computed = what
 
     def _export(self) -> None:
         step = self.trainer.step
@@ -405,11 +409,15 @@ class _Worker:
         assert self.trainer.strategy is not None  # built by start()
         self.heartbeat.enter("exporting", self.trainer.step)
         masters = self.trainer.strategy.full_masters()
+        averages = self.trainer.strategy.full_averages()
         if self.rank != 0:
             return
         if not self.may_commit():
             raise superseded()
-        paths = export_weights(self.trainer.family, self.job, masters=masters, output_dir=self.run_dir.path, stem=stem)
+        family, folder = self.trainer.family, self.run_dir.path
+        paths = export_weights(family, self.job, masters=masters, output_dir=folder, stem=stem)
+        if averages:
+            paths += export_weights(family, self.job, masters=averages, output_dir=folder, stem=f"{stem}.ema")
         self.say(f"wrote {', '.join(str(path.relative_to(self.run_dir.path)) for path in paths)}")
 
 

@@ -17,7 +17,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -183,6 +183,14 @@ class DeepSpeedStrategy:
             if self.rank == 0:
                 masters[name] = full.detach().cpu()
         return masters
+
+    def full_averages(self) -> dict[str, Tensor]:
+        """See Strategy. Refused with this strategy (config.validation)."""
+        return {}
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """See Strategy."""
+        return nullcontext()
 
     def state_slices(self) -> dict[str, StateSlice]:
         """See Strategy."""

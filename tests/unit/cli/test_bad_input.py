@@ -49,7 +49,7 @@ def run(tmp_path, photos, monkeypatch, capsys):
         ("dataset.metadata_path=/nowhere/metadata.csv", ["/nowhere/metadata.csv"]),
         ("dataset.base_path=/nowhere", ["/nowhere", "not a directory"]),
         ('dataset.data_file_keys=["picture"]', ["picture", "image"]),
-        ("training.ema_decay=0.9", ["training.ema_decay", "not in this version"]),
+        ("training.ema_decay=1.0", ["training.ema_decay", "less than 1"]),
         ('validation.inputs=["a.png"]', ["validation.inputs", "needs validation.prompts", "model.extra_inputs"]),
         ("distributed.num_workers=64", ["distributed.num_workers", "CPU", "at most"]),
         ("lora.base_model=", ["lora.base_model"]),

@@ -156,6 +156,7 @@ def test_a_recipe_is_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: py
     job = load_job("quickstart")
     assert job.dataset.base_path is not None
     assert Path(job.dataset.base_path, "metadata.csv").is_file()
+    assert Path(str(job.validation.holdout)).is_file()
     assert "quickstart" in recipe_names()
 
 

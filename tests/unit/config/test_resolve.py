@@ -475,3 +475,9 @@ def test_samples_and_what_the_model_takes() -> None:
     assert resolve(job, BOX).job.validation.inputs == [str(Path.cwd() / "a.png")]
     zero = {"distributed": {"strategy": "deepspeed", "zero_stage": 3}}
     assert "zero_stage = 2" in problems_of(build_job(validation={"prompts": ["a"]}, **zero))["validation.prompts"]
+
+
+def test_moving_averages_need_whole_weights() -> None:
+    assert resolve(build_job(training={"ema_decay": 0.999}), BOX).job.training.ema_decay == 0.999
+    zero = {"distributed": {"strategy": "deepspeed"}}
+    assert "ddp" in problems_of(build_job(training={"ema_decay": 0.999}, **zero))["training.ema_decay"]

@@ -205,3 +205,17 @@ def test_the_size_of_samples():
     assert sample_size(build_job(dataset={"max_pixels": 4096}), multiple=16) == (64, 64)
     assert sample_size(build_job(dataset={"height": 100, "width": 50}), multiple=16) == (96, 48)
     assert sample_size(build_job(validation={"size": [32, 48]}), multiple=16) == (32, 48)
+
+
+@pytest.mark.parametrize("offload", [{"cpu_offload": True}, {"cpu_offload": True, "optimize_on_cpu": True}])
+def test_offloaded_weights_make_the_same_picture_and_loss(offload):
+    plain, offloaded = build_trainer(build_job()), build_trainer(build_job(offload=offload))
+    losses = []
+    for trainer in (plain, offloaded):
+        losses.append(train(trainer, [micro([0, 1])], steps=1))
+        batch = trainer.encode(micro([2]).batch)
+        losses[-1].append(trainer.evaluate(batch, torch.ones_like(batch.latents), torch.tensor([500])).item())
+        trainer.residency.begin()
+        losses[-1].append(trainer.family.sample(request_for()).tolist())
+        losses[-1] += train(trainer, [micro([0, 1])], steps=2)
+    assert losses[0] == losses[1]

@@ -131,9 +131,9 @@ def test_the_best_and_the_end():
     assert not judge(entries(2.0, math.nan), early_stopping=None).is_best
 
 
-def run(tmp_path, **keys):
+def run(tmp_path, *, training=None, **keys):
     """(what was said, exports, published figures, the validation) of six steps."""
-    job = build_job(validation={"holdout": "held.csv", "every_steps": 2, **keys}, training={"max_steps": 6})
+    job = build_job(validation={"holdout": "held.csv", "every_steps": 2, **keys}, training={"max_steps": 6} | (training or {}))
     trainer = build_trainer(job)
     said, exported, published = [], [], {}
     around = Surroundings(
@@ -145,6 +145,8 @@ def run(tmp_path, **keys):
         say=said.append,
         publish=lambda step, figures: published.update({step: figures}),
         export=lambda stem: exported.append((stem, trainer.step)),
+        show=lambda step, pictures: None,
+        may_write=lambda: True,
     )
     validation = Validation(job, trainer, build_index(holdout=build_index()), around)
     validation.start()
@@ -182,3 +184,10 @@ def test_early_stopping_ends_the_run(tmp_path, monkeypatch):
     assert sorted(published) == [0, 2, 4]
     assert "ending after step 4 of 6" in said[-1]
     assert exported == []
+
+
+def test_averaged_weights_are_validated_too(tmp_path):
+    _, _, published, _ = run(tmp_path, training={"ema_decay": 0.9})
+    assert published[0]["validation_loss_ema"] == published[0]["validation_loss"], "they begin alike"
+    assert published[6]["validation_loss_ema"] != published[6]["validation_loss"]
+    assert RunDir(tmp_path).validations()[-1].ema_loss == published[6]["validation_loss_ema"]
