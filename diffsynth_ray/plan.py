@@ -45,6 +45,8 @@ class Plan:
     models: list[ModelFiles]
     output_path: str
     notes: list[str]
+    encode: dict[str, Any] | None = None
+    """Stage one of split training: its workers, their resources, and the cache."""
     num_held_out: int = 0
     """Samples of the validation loss."""
 
@@ -73,6 +75,7 @@ class Plan:
             f"run       {self.run}",
             f"stages    {' -> '.join(self.stages)} on {self.device}, training {', '.join(self.trained)}",
             *(f"model     {entry.line()}" for entry in self.models),
+            *self._encode_lines(),
             f"workers   {count} x ({resources}) under {self.strategy}, {self.decode_tasks} decoding task(s) of "
             f"{self.decode_cpus:g} CPU each",
             f"samples   {self.num_rows} rows x repeat {self.repeat} = {self.num_samples} an epoch",
@@ -85,22 +88,23 @@ class Plan:
             *(f"note      {note}" for note in self.notes),
         ]
 
+    def _encode_lines(self) -> list[str]:
+        if self.encode is None:
+            return []
+        resources = ", ".join(f"{amount:g} {name}" for name, amount in self.encode["resources_per_worker"].items())
+        return [
+            f"encode    {self.encode['num_workers']} x ({resources}) on {self.encode['device']}, loads the encoders that "
+            "are not trained; what is in the cache is not encoded again",
+            f"cache     {self.encode['cache_path']}",
+            f"train     loads what {' and '.join(self.trained)} is trained through; encodes nothing that is cached",
+        ]
+
 
 def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
     """Plan a run; reads the metadata. Raises DataError where they cannot be used."""
     job = resolved.job
-    assert job.dataset.base_path is not None  # resolve has checked it
     models = _inspect_model(resolved) if check_files else []
-    metadata = read_metadata(
-        job.dataset.base_path,
-        job.dataset.metadata_path,
-        data_file_keys=job.dataset.data_file_keys,
-        required_columns=[PROMPT_COLUMN],
-        # Under "skip" a missing file is a bad sample like any other.
-        check_files=check_files and job.dataset.bad_sample == "error",
-    )
-    num_held_out = _count_held_out(resolved, metadata, check_files=check_files)
-    num_rows = len(metadata.rows) - (num_held_out if isinstance(job.validation.holdout, float) else 0)
+    num_rows, num_held_out, notes = _count_rows(resolved, check_files=check_files)
     schedule = build_schedule(
         job, num_samples=num_rows * job.dataset.repeat, global_batch_size=resolved.global_batch_size
     )
@@ -133,7 +137,8 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
         files=[name for stem in stems for name in export_file_names(job, stem).values()],
         models=models,
         output_path=str(resolved.output_path),
-        notes=list(metadata.notes),
+        notes=notes,
+        encode=None if resolved.encode is None else resolved.encode.model_dump() | {"cache_path": job.split.cache_path},
         num_held_out=num_held_out,
     )
 
@@ -155,6 +160,28 @@ def _count_held_out(resolved: ResolvedJob, metadata: Metadata, *, check_files: b
             check_files=check_files,
         )
     )
+
+
+def _count_rows(resolved: ResolvedJob, *, check_files: bool) -> tuple[int, int, list[str]]:
+    """Rows to train on and held out, and notes about the data set; without [dataset], of the one that the cache holds."""
+    job, dataset = resolved.job, resolved.job.dataset
+    if dataset.base_path is None:
+        from diffsynth_ray.data.cache import Cache
+        from diffsynth_ray.data.manifest import only_manifest
+
+        manifest = only_manifest(Cache(job.split.cache_path))
+        return len(manifest.rows), 0, [f"trains from the data set {manifest.id} in the cache"]
+    metadata = read_metadata(
+        dataset.base_path,
+        dataset.metadata_path,
+        data_file_keys=dataset.data_file_keys,
+        required_columns=[PROMPT_COLUMN],
+        # Under "skip" a missing file is a bad sample like any other.
+        check_files=check_files and dataset.bad_sample == "error",
+    )
+    num_held_out = _count_held_out(resolved, metadata, check_files=check_files)
+    num_rows = len(metadata.rows) - (num_held_out if isinstance(job.validation.holdout, float) else 0)
+    return num_rows, num_held_out, list(metadata.notes)
 
 
 def _strategy(job: Job) -> str:

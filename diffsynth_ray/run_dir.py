@@ -78,6 +78,33 @@ def parse_progress(line: str) -> Progress | None:
     return Progress(**{name: int(text) if name in counts else float(text) for name, text in values.items()})  # type: ignore[arg-type]
 
 
+_ENCODE = re.compile(
+    r"encode (?P<done>\d+)/(?P<total>\d+) samples \| (?P<per_s>[\d.]+) samples/s \| (?P<left_s>\d+) s left"
+)
+
+
+@dataclass(frozen=True)
+class EncodeProgress:
+    """Where stage one of split training is; a text and an image count one each. A line of the log, and `encode.json`."""
+
+    done: int
+    total: int
+    per_s: float
+    left_s: int
+
+    def line(self) -> str:
+        """One line of the log; `parse_encode_progress` reads it back."""
+        return f"encode {self.done}/{self.total} samples | {self.per_s:.2f} samples/s | {self.left_s} s left"
+
+
+def parse_encode_progress(line: str) -> EncodeProgress | None:
+    """The progress of stage one that a log line tells, or None."""
+    match = _ENCODE.search(line)
+    if match is None:
+        return None
+    return EncodeProgress(int(match["done"]), int(match["total"]), float(match["per_s"]), int(match["left_s"]))
+
+
 @dataclass(frozen=True)
 class Attempt:
     """One start of a run. `token` is its right to commit."""
@@ -115,6 +142,7 @@ class RunDir:
         self.error_path = path / "error.json"
         self.bad_samples_path = path / "bad_samples.jsonl"
         self.progress_path = path / "progress.json"
+        self.encode_path = path / "encode.json"
         self.stop_path = path / "stop.json"
         self.checkpoint_request_path = path / "checkpoint.json"
         self.environment_path = path / "environment.json"
@@ -201,6 +229,7 @@ class RunDir:
         self.stop_path.unlink(missing_ok=True)
         self.checkpoint_request_path.unlink(missing_ok=True)
         self.error_path.unlink(missing_ok=True)
+        self.encode_path.unlink(missing_ok=True)
         self.note_attempt(attempt, "started", num_workers=resolved.num_workers, device=resolved.device)
         return attempt
 
@@ -220,7 +249,9 @@ class RunDir:
         except (FileNotFoundError, NotADirectoryError):
             known = {"base": None, "location": str(self.checkpoints_dir)}
             if base is not None and not self.checkpoints_dir.exists():
-                known = {"base": base, "location": f"{base.rstrip('/')}/{resolved.run}-{secrets.token_hex(4)}"}
+                folder, mark, options = base.partition("?")  # as in s3://bucket/runs?endpoint_override=...
+                location = f"{folder.rstrip('/')}/{resolved.run}-{secrets.token_hex(4)}{mark}{options}"
+                known = {"base": base, "location": location}
                 write_whole(self.checkpoint_location_path, json.dumps(known))
         if known["base"] != base:
             cure = f"set it to {known['base']!r}" if known["base"] else "remove the key"
@@ -313,6 +344,18 @@ class RunDir:
         """The newest progress, or None before the first logged step."""
         try:
             return Progress(**json.loads(self.progress_path.read_text()))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+    def write_encode_progress(self, progress: EncodeProgress) -> None:
+        """Keep the newest progress of stage one for `dsray status`."""
+        write_whole(self.encode_path, json.dumps(asdict(progress)))
+
+    def encode_progress(self) -> EncodeProgress | None:
+        """The newest progress of this attempt's stage one, or None where it encodes nothing."""
+        try:
+            return EncodeProgress(**json.loads(self.encode_path.read_text()))
         except (FileNotFoundError, NotADirectoryError):
             return None
 

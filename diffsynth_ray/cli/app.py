@@ -24,6 +24,7 @@ from diffsynth_ray.cli import (
     report,
     submit,
 )
+from diffsynth_ray.cli.cache import cache_app, import_cache
 from diffsynth_ray.errors import DsrayError, ExitCode
 
 app = typer.Typer(
@@ -60,6 +61,8 @@ app.command("status")(inspect.status)
 app.command("logs")(inspect.logs)
 app.command("stop")(control.stop)
 app.command("list")(inspect.list_runs)
+app.add_typer(cache_app, name="cache")
+app.command("import-cache")(import_cache)
 app.command("doctor")(doctor.doctor)
 app.command("import")(import_script.import_script)
 app.add_typer(data.app, name="data")

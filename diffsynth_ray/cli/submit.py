@@ -124,18 +124,34 @@ def _find_or_submit(resolved: ResolvedJob, cluster: Cluster, *, new: bool) -> st
     from diffsynth_ray.launch import client
     from diffsynth_ray.launch.runs import claim_output
 
-    active = client.active_job(cluster, resolved.run)
-    if active is not None and not new:
-        render.say(f"{active['submission_id']} is already {active['status'].lower()}: following it")
-        return str(active["submission_id"])
+    # The number before the look: of two submits at once, one either sees the other's job or is refused for its number.
+    attempt = client.next_attempt(cluster, resolved)
+    if not new and (active := _find_active(resolved, cluster)):
+        return active
     moved = claim_output(resolved, cluster, new=new)
     if moved is not None:
         render.say(f"moved the old content to {moved}")
     sent = client.travelling(cluster, resolved.model_dump_json(indent=2))
     render.say(f"sending {sent}; data, weights and outputs stay where they are")
-    submission_id = client.submit(resolved, cluster)
+    try:
+        submission_id = client.submit(resolved, cluster, attempt=attempt)
+    except ClusterError:
+        if active := _find_active(resolved, cluster):
+            return active
+        raise
     render.say(f"submitted {submission_id}; waiting for the cluster to start it ...")
     return submission_id
+
+
+def _find_active(resolved: ResolvedJob, cluster: Cluster) -> str | None:
+    """The run's job on the cluster, told to be followed, or None."""
+    from diffsynth_ray.launch import client
+
+    active = client.active_job(cluster, resolved.run)
+    if active is None:
+        return None
+    render.say(f"{active['submission_id']} is already {active['status'].lower()}: following it")
+    return str(active["submission_id"])
 
 
 def _follow(cluster: Cluster, submission: Submission) -> RunView:

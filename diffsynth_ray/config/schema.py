@@ -227,23 +227,24 @@ class DistributedSection(Section):
     """Ray resources of a worker; default {GPU = 1, CPU = 1} with GPUs, else {CPU = 0.5}."""
     max_failures: int = _key(3, ge=0)
     """Restarts after a lost worker before the run fails."""
-    priority: int = _key(0, not_built="the queue")
-    """Order among waiting jobs."""
+    priority: int = _key(0)
+    """Order among runs that wait for a place on the cluster: the largest goes first, then who has waited longest."""
     timeout_s: float = _key(1800.0, gt=0)
     """Seconds without progress after which a worker counts as hung: it is named, ended and replaced."""
 
 
 class SplitSection(Section):
-    """Two-stage split training."""
+    """Two-stage split training: stage one encodes, stage two trains without the encoders."""
 
-    enabled: bool = _key(False, not_built="split training")
-    """Encode everything first, then train with the trained components alone."""
-    cache_path: str = _key("./cache/dsray", path=True, not_built="split training")
-    """Folder of encoded samples, shared by jobs."""
-    num_workers: int | None = _key(ge=1, not_built="split training")
-    """Encoding workers."""
-    resources_per_worker: dict[str, float] | None = _key(not_built="split training")
-    """Ray resources of an encoding worker."""
+    enabled: bool = _key(False)
+    """Encode every text and image once, into the cache, then train from there with only what is trained through loaded."""
+    cache_path: str = _key("./cache/dsray", path=True)
+    """Folder or URI (s3://...) of encoded samples, shared by jobs. With `enabled`, [dataset] base_path may be left out where it
+    holds one data set."""
+    num_workers: int | None = _key(ge=1)
+    """Encoding workers of stage one; unset = as many as training workers with GPUs, else 1."""
+    resources_per_worker: dict[str, float] | None = _key()
+    """Ray resources of an encoding worker, also parts of a GPU; default {GPU = 1, CPU = 1} with GPUs, else {CPU = 0.5}."""
 
 
 class LoggingSection(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -162,7 +162,7 @@ class SampleIndex:
             if self.dataset.bad_sample == "error":
                 raise DataError(f"row {row + 1}, column {self._column(row)}: {error.message}", hint=error.hint) from error
             cause = error.message
-        for candidate in self._candidates(row, micro, step=step, index=index):
+        for candidate in self.candidates(row, micro, step=step, index=index):
             try:
                 frames, extra = self._decode_row(candidate, micro)
             except DataError:
@@ -171,7 +171,7 @@ class SampleIndex:
             return candidate, frames, extra, bad
         raise DataError(f"row {row + 1} is bad ({cause}), and none of the rows tried in its place can be read either")
 
-    def _candidates(self, row: int, micro: MicroBatch, *, step: int, index: int) -> Iterator[int]:
+    def candidates(self, row: int, micro: MicroBatch, *, step: int, index: int) -> Iterator[int]:
         """Rows to take instead: of the same bucket first, in an order that follows from seed, step and index."""
         key = derive_key(self.order.seed, step, "substitute", index)
         for pool in (self.order.buckets[micro.bucket_index].rows, self.order.rows):
@@ -202,12 +202,13 @@ class SampleIndex:
     def _decode_extra(self, row: int, column: str) -> Extra:
         if column not in self.metadata.file_columns:
             return self.metadata.rows[row][column]
-        found = []
-        for path in self.metadata.files(row, column):
-            height, width, num_frames = target_of(read_info(path), self.dataset, self.rule)
-            rate = self.dataset.frame_rate
-            found.append(decode(path, height=height, width=width, num_frames=num_frames, frame_rate=rate))
-        return tuple(found)
+        return tuple(decode_extra(path, self.dataset, self.rule) for path in self.metadata.files(row, column))
+
+
+def decode_extra(path: str, dataset: DatasetSection, rule: SampleRule) -> Frames:
+    """A file of an extra input at its own target size, uint8 [frames, height, width, 3]."""
+    height, width, num_frames = target_of(read_info(path), dataset, rule)
+    return decode(path, height=height, width=width, num_frames=num_frames, frame_rate=dataset.frame_rate)
 
 
 def target_of(info: MediaInfo, dataset: DatasetSection, rule: SampleRule) -> tuple[int, int, int]:
@@ -229,7 +230,8 @@ def target_of(info: MediaInfo, dataset: DatasetSection, rule: SampleRule) -> tup
 def build_sample_index(resolved: ResolvedJob, say: Callable[[str], None], *, rule: SampleRule | None = None) -> SampleIndex:
     """Read metadata and, where sizes or lengths are not given, every file's header; raises DataError with all problems."""
     dataset, rule = resolved.job.dataset, rule or SampleRule()
-    assert dataset.base_path is not None  # resolve has checked it
+    if dataset.base_path is None:  # split training may go without; whatever reads the media may not
+        raise JobFileError("job", [Problem("dataset.base_path", "required: the folder of the media files")])
     _check_clip_length(dataset, rule)
     metadata = read_metadata(
         dataset.base_path,
@@ -347,11 +349,16 @@ def _target_sizes(
             problems[row] = cause if path in cause else f"{path}: {cause}"
     if problems:
         _check_problems(problems, dataset, num_rows=len(paths))
-        usable = np.setdiff1d(np.arange(len(paths)), list(problems))
-        pick = KeyedPermutation(len(usable), derive_key(resolved.job.seed, 0, "size of a bad sample"))
-        for row in problems:
-            sizes[row] = sizes[usable[pick([row % len(usable)])[0]]]
+        for row, lender in lenders(problems, num_rows=len(paths), seed=resolved.job.seed).items():
+            sizes[row] = sizes[lender]
     return sizes, problems
+
+
+def lenders(bad: Collection[int], *, num_rows: int, seed: int) -> dict[int, int]:
+    """For every bad row a usable one whose size it gets."""
+    usable = np.setdiff1d(np.arange(num_rows), list(bad))
+    pick = KeyedPermutation(len(usable), derive_key(seed, 0, "size of a bad sample"))
+    return {row: int(usable[pick([row % len(usable)])[0]]) for row in bad}
 
 
 def _are_images(paths: Sequence[str], rule: SampleRule) -> bool:

@@ -298,9 +298,12 @@ def entrypoint_of(module: str, *, python: str = sys.executable) -> str:
     return f"{shlex.quote(python)} -m diffsynth_ray.launch.{module} --job job.json"
 
 
-def submit(resolved: ResolvedJob, cluster: Cluster) -> str:
-    """Submit a new attempt; returns its submission id. `job.json` is all that travels."""
-    submission_id = f"{resolved.run}-a{next_attempt(cluster, resolved)}"
+def submit(resolved: ResolvedJob, cluster: Cluster, *, attempt: int) -> str:
+    """Submit a new attempt; returns its submission id. `job.json` is all that travels.
+
+    Raises ClusterError where the cluster has a job of this run and attempt already.
+    """
+    submission_id = f"{resolved.run}-a{attempt}"
     return submit_entrypoint(
         cluster,
         submission_id=submission_id,

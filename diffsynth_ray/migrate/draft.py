@@ -75,6 +75,7 @@ def build_draft(command: TrainingCommand, setup: Setup) -> Draft:
     _set_loggers(draft, switches)
     _set_accumulation(draft, setup)
     _set_offload(draft)
+    _set_unused_parameters(draft)
     _set_lora_targets(draft)
     _read_environment(command, draft)
     _tell_about_precision(draft)
@@ -231,6 +232,12 @@ def _set_offload(draft: Draft) -> None:
         f"param_size_threshold: DiffSynth-Studio's threshold counts millions of parameters (2^20), dsray's MB: "
         f"{millions:g} x 2 bytes (bf16) = {draft.values[key]:g} MB"
     )
+
+
+def _set_unused_parameters(draft: Draft) -> None:
+    key = "training.find_unused_parameters"
+    if draft.values.get("distributed.strategy") == "deepspeed" and draft.values.pop(key, None):
+        draft.notes.append("find_unused_parameters is left out: with DeepSpeed they are found once, before step 0, unasked")
 
 
 def _set_lora_targets(draft: Draft) -> None:

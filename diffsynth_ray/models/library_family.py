@@ -136,8 +136,7 @@ class LibraryFamily(ModelFamily):
         trained = {name: read_folder(folder) for name, folder in cls.tiny_weights.items()} if wants_trained else {}
         configs = {**configs, **{name: files.config for name, files in trained.items()}}
         modules = {}
-        wanted = [name for name in cls.component_names if name in configs] if components is None else components
-        for component in wanted:
+        for component in cls.tiny_components(extra_inputs) if components is None else components:
             module = cls.build_component(component, cls.component_config(component, configs[component], options or {}))
             if component in trained:
                 to_memory = partial(cls.memory_tensors, component)
@@ -147,6 +146,12 @@ class LibraryFamily(ModelFamily):
                 randomize_weights(module, seed=seed, component=component, dtype=dtype, device=device)
             modules[component] = module
         return cls(modules, dtype=dtype, device=device, tokenizer_paths=cls.tiny_tokenizers, options=options)
+
+    @classmethod
+    def tiny_components(cls, extra_inputs: Sequence[str]) -> tuple[str, ...]:
+        """See `ModelFamily.tiny_components`."""
+        configs = cls.tiny_configs(extra_inputs)
+        return tuple(name for name in cls.component_names if name in configs)
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:

@@ -51,11 +51,13 @@ class QwenImage(LibraryFamily):
     scheduler_table = "qwen_image"
     text_components = ("text_encoder",)
     image_components = ("vae",)
+    extra_components = ("vae",)
     predict_components = ("dit",)
     size_multiple = VAE_FACTOR * PATCH
     key_layouts: ClassVar[dict[str, KeyLayout]] = layouts.KEY_LAYOUTS["qwen_image"]
     default_tokenizers: ClassVar[dict[str, str]] = layouts.DEFAULT_TOKENIZERS["qwen_image"]
     extra_inputs = ("edit_image",)
+    text_reads_extra = True
     option_names = ("zero_cond_t", "edit_prompt", TRAINED_TINY)
     names: ClassVar[dict[str, LayerNames]] = {}
     infer_functions: ClassVar[dict[str, InferConfig]] = configs.INFER

@@ -46,6 +46,8 @@ class Wan(LibraryFamily):
     scheduler_table = "wan"
     text_components = ("text_encoder",)
     image_components = ("vae",)
+    extra_components = ("vae", "image_encoder")
+    optional_components = ("image_encoder",)
     predict_components = ("dit",)
     size_multiple = 16
     clip_step = FRAMES_PER_LATENT

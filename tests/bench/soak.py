@@ -10,23 +10,20 @@ before its time is over; `finish` trains to the end and compares losses and weig
 
 import argparse
 import json
-import os
-import platform
 import random
-import signal
+import statistics
 import sys
 import threading
 import time
 from pathlib import Path
 
 import ray
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from training_runs import Run, distance
+from training_runs import PARTS, Run, current_commit, describe_measurement, distance
 
 from diffsynth_ray.errors import ExitCode
-from diffsynth_ray.launch.driver import WORKER_ENV
+from diffsynth_ray.launch.driver import WITHOUT_DASHBOARD_ENV
 
 NUM_STEPS = 240
 SETTINGS = (
@@ -58,7 +55,7 @@ def kill_at_random(run, *, seconds, seed, kills):
             break
         rank = draw.randrange(2)
         try:
-            os.kill(run.pids()[rank], signal.SIGKILL)
+            run.kill(rank)
         except (ProcessLookupError, KeyError):
             continue
         steps = steps_of(run)
@@ -82,11 +79,12 @@ def main():
     options.folder.mkdir(parents=True, exist_ok=True)
     ray.init(
         address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-        object_store_memory=256 << 20, runtime_env={"env_vars": WORKER_ENV},
+        object_store_memory=256 << 20, runtime_env={"env_vars": WITHOUT_DASHBOARD_ENV},
     )  # fmt: skip
     reference, run = Run(options.folder, PHOTOS, "whole"), Run(options.folder, PHOTOS, "killed")
     kills_path = options.folder / "kills.json"
-    kills = json.loads(kills_path.read_text()) if kills_path.exists() else []
+    known = json.loads(kills_path.read_text()) if kills_path.exists() else {"kills": [], "recoveries": []}
+    kills = known["kills"]
     if options.part == "reference":
         assert reference.start(*SETTINGS) == ExitCode.DONE, reference.said
         return
@@ -97,7 +95,8 @@ def main():
         killer.start()
         code = run.start(*SETTINGS)
         killer.join()
-        kills_path.write_text(json.dumps(kills))
+        known["recoveries"] += run.recoveries()
+        kills_path.write_text(json.dumps(known))
         print(f"{len(kills)} kills, at step {steps_of(run)[-1:]} of {NUM_STEPS}, {ExitCode(code).name}", file=sys.stderr)
         return
     assert run.start(*SETTINGS) == ExitCode.DONE, run.said
@@ -114,7 +113,12 @@ def main():
         "attempts": max(entry["attempt"] for entry in run.dir.attempts()),
         "num_steps": NUM_STEPS,
         "weights_and_losses": "bit-identical to the undisturbed run",
-        "versions": {"torch": torch.__version__, "ray": ray.__version__, "python": platform.python_version()},
+        "steps_redone": sum(each.get("steps_redone", 0) for each in known["recoveries"]),
+        "median_s": {
+            key: statistics.median(each[key] for each in known["recoveries"] if key in each) for key in PARTS
+        },
+        **describe_measurement(),
+        "commit": current_commit(),
         "command": "python tests/bench/soak.py reference, kill (repeated), finish",
     }, indent=2))  # fmt: skip
 

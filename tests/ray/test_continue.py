@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 from safetensors.torch import load_file
-from training_runs import JOB, distance, wait_until
+from training_runs import JOB, distance, note_recovery, wait_until
 
 from diffsynth_ray.errors import ExitCode
 from diffsynth_ray.run_dir import RunDir
@@ -72,9 +72,12 @@ def cli(tmp_path, photos):
             process.kill()
 
 
-def finish_and_compare(cli, photos):
-    code, output = cli.run("submit", cli.job, "--set", "output.checkpoint_steps=1")
-    assert code == ExitCode.DONE, output
+def seconds(killed, detected):
+    """From the kill to the end of `submit`, and from there to a step of the next one."""
+    return {"detected_s": round(detected - killed, 1), "training_s": round(time.monotonic() - detected, 1)}
+
+
+def assert_weights_of_an_undisturbed_run(cli, photos):
     other = Cli(cli.tmp_path, photos)
     other.dir = RunDir(cli.tmp_path / "whole")
     code, output = other.run("run", cli.job, "--set", f"output.path={other.dir.path}")
@@ -87,18 +90,30 @@ def test_a_killed_driver_and_then_a_killed_head(cli, photos):
     submit = cli.submit("output.checkpoint_steps=1")
     at = cli.wait_for(r"checkpoint after step 2:")
     cli.driver().kill()
+    killed = time.monotonic()
     output, _ = submit.communicate(timeout=120)
     assert submit.returncode == ExitCode.RUN_FAILED, output
+    detected = time.monotonic()
     submit = cli.submit("output.checkpoint_steps=1")
     at = cli.wait_for(r"continuing after step (\d+) of 10", after=at)
-    cli.wait_for(r"checkpoint after step \d+:", after=at)
+    cli.wait_for(r"step \d+/10", after=at)
+    note_recovery("the driver, going on by the next submit", [seconds(killed, detected)])
+    at = cli.wait_for(r"checkpoint after step \d+:", after=at)
     head = next(each for each in cli.processes() if "ray.scripts.scripts" in " ".join(each.cmdline()))
     head.kill()
+    killed = time.monotonic()
     output, _ = submit.communicate(timeout=200)
     assert submit.returncode != ExitCode.DONE, output
+    detected = time.monotonic()
     wait_until(lambda: not (cli.tmp_path / "state" / "local.json").exists(), 60)
-    finish_and_compare(cli, photos)
+    submit = cli.submit("output.checkpoint_steps=1")
+    at = cli.wait_for(r"continuing after step (\d+) of 10", after=at)
+    cli.wait_for(r"step \d+/10", after=at)
+    note_recovery("the head, with a new one by the next submit", [seconds(killed, detected)])
+    output, _ = submit.communicate(timeout=200)
+    assert submit.returncode == ExitCode.DONE, output
     assert cli.log().count("continuing after step") == 2
+    assert_weights_of_an_undisturbed_run(cli, photos)
 
 
 def test_stop_continue_with_more_epochs_and_workers_and_what_the_folder_belongs_to(cli, photos):

@@ -6,13 +6,15 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 
 import psutil
 import pytest
 import ray
-from training_runs import JOB, note_recovery, wait_until
+from PIL import Image
+from training_runs import JOB, note_recovery, recovery, wait_until
 
 from diffsynth_ray.config.load import load_job
 from diffsynth_ray.config.resolve import Resources, resolve
@@ -99,10 +101,22 @@ class DrivenRun:
         resolved = resolve(load_job(str(job_path), list(overrides)), Resources(cpus=4, gpus=0))
         (tmp_path / f"{name}.json").write_text(resolved.model_dump_json())
         command = ["-m", "diffsynth_ray.launch.driver", "--job", str(tmp_path / f"{name}.json"), "--submission-id", name]
-        self.output = (tmp_path / f"{name}.out").open("w")
+        self.told = []
+        """(when, line) of all that the driver has said."""
         self.process = subprocess.Popen(
-            [sys.executable, *command], env=nodes.environment, stdout=self.output, stderr=subprocess.STDOUT
+            [sys.executable, *command], env=nodes.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self):
+        for line in self.process.stdout:
+            self.told.append((time.monotonic(), line.rstrip()))
+
+    def recovery(self, began, pattern):
+        """What it took to train again after a line with `pattern`, counted from `began`."""
+        told = list(self.told)
+        start = next(number for number, (when, line) in enumerate(told) if when > began and re.search(pattern, line))
+        return recovery(told, start=start, killed=began)
 
     def log(self):
         path = self.dir.path / "log.txt"
@@ -110,6 +124,7 @@ class DrivenRun:
 
     def wait_for(self, pattern, seconds=240, after=0):
         """Until the log has the pattern beyond position `after`; returns the position behind it."""
+
         def found():
             assert self.process.poll() is None or re.search(pattern, self.log()[after:]), self.log()
             return re.search(pattern, self.log()[after:])
@@ -133,16 +148,14 @@ def test_an_elastic_run_shrinks_when_a_node_dies_and_grows_when_it_comes_back(tm
     at = run.wait_for(r"1 training worker\(s\): rank 0", after=at)
     at = run.wait_for(r"continuing after step (\d+) of 1000", after=at)
     at = run.wait_for(r"step \d+/1000", after=at)
-    shrunk_s = time.monotonic() - killed
+    note_recovery("a node, of two, elastic: on one worker", [run.recovery(killed, "lost rank")])
     nodes.start_second()
     back = time.monotonic()
     at = run.wait_for(r"going on with 2 worker\(s\): a checkpoint first", after=at)
     at = run.wait_for(r"2 training worker\(s\): rank 0", after=at)
+    at = run.wait_for(r"continuing after step \d+ of 1000", after=at)
     at = run.wait_for(r"step \d+/1000", after=at)
-    grown_s = time.monotonic() - back
-    note_recovery("a node, of two, elastic: on one worker", [{"seconds": round(shrunk_s, 1)}])
-    note_recovery("a node that comes back, elastic: on two workers", [{"seconds": round(grown_s, 1)}])
-    note_recovery("both of these together", [{"steps_redone": redone(run.log())}])
+    note_recovery("a node that comes back, elastic: on two workers", [run.recovery(back, "going on with 2 worker")])
     run.dir.request_stop(reason="the test has seen enough")
     assert run.process.wait(120) == ExitCode.STOPPED, run.log()
     [loss] = [entry for entry in run.dir.attempts() if entry["event"] == "workers lost"]
@@ -155,33 +168,67 @@ def test_an_elastic_run_shrinks_when_a_node_dies_and_grows_when_it_comes_back(tm
     assert losses == pytest.approx(whole.losses(), abs=1e-5)
 
 
-def redone(log):
-    """Steps that were trained twice."""
-    steps = re.findall(r"^step (\d+)/", log, re.MULTILINE)
-    return len(steps) - len(set(steps))
-
-
 def test_a_node_that_will_be_taken_away_means_a_checkpoint_first(tmp_path, photos, nodes):
     overrides = [each.replace("checkpoint_steps=5", "checkpoint_steps=1000") for each in ELASTIC]
+    overrides.append("distributed.max_failures=0")  # it is no failure
     run = DrivenRun(tmp_path, photos, nodes, *overrides)
     at = run.wait_for(r"2 training worker\(s\): rank 0 .*rank 1 .*")
     at = run.wait_for(r"step \d+/1000", after=at)
     program = "import ray, json; ray.init(address='auto', logging_level='ERROR'); print(json.dumps(ray.nodes()))"
-    listed = subprocess.run(
-        [sys.executable, "-c", program], env=nodes.environment, capture_output=True, text=True, check=True
-    )
+    listed = subprocess.run([sys.executable, "-c", program], env=nodes.environment, capture_output=True, text=True, check=True)
     [node] = [node for node in json.loads(listed.stdout.splitlines()[-1]) if node["NodeManagerAddress"] == "127.0.0.2"]
     subprocess.run(
         [*RAY, "drain-node", f"--address={nodes.address}", f"--node-id={node['NodeID']}", "--deadline-remaining-seconds=30",
          "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test"],
         env=nodes.environment, check=True, capture_output=True,
     )  # fmt: skip
+    drained = time.monotonic()
     at = run.wait_for(r"the nodes of ranks \[\d\] will go: checkpoint after step (\d+)", after=at)
     step = int(re.findall(r"will go: checkpoint after step (\d+)", run.log())[0])
     at = run.wait_for(rf"checkpoint after step {step}:", after=at)
+    # The node is used to its end. It is there even longer than it said, but nothing starts on it any more.
     at = run.wait_for(r"1 training worker\(s\): rank 0", after=at)
-    at = run.wait_for(rf"continuing after step {step} of 1000", after=at)
+    saved = [int(found) for found in re.findall(r"checkpoint after step (\d+):", run.log()[:at])]
+    at = run.wait_for(rf"continuing after step {saved[-1]} of 1000", after=at)
     run.wait_for(r"step \d+/1000", after=at)
+    note_recovery("a node that goes 30 s after it said so: on one worker", [run.recovery(drained, "will go: checkpoint")])
+    assert "127.0.0.2" not in re.findall(r"1 training worker\(s\): (.*)", run.log())[-1]
     run.dir.request_stop(reason="the test has seen enough")
     assert run.process.wait(120) == ExitCode.STOPPED, run.log()
     assert sorted(run.losses()) == list(range(1, len(run.losses()) + 1))
+
+
+def test_stage_one_of_split_training_survives_a_node_that_dies(tmp_path, nodes):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    lines = ["image,prompt"]
+    for number in range(200):
+        Image.effect_noise((64, 64), 20 + number % 50).convert("RGB").save(photos / f"{number}.png")
+        lines.append(f"{number}.png,picture number {number}")
+    (photos / "metadata.csv").write_text("\n".join(lines) + "\n")
+    overrides = ("split.enabled=true", f"split.cache_path={tmp_path}/cache", "split.num_workers=2",
+                 "split.resources_per_worker={CPU = 1.2}", "training.max_steps=3")  # fmt: skip
+    wait_until(lambda: "127.0.0.2" in alive(nodes), 90)
+    run = DrivenRun(tmp_path, photos, nodes, *overrides)
+    at = run.wait_for(r"encode \d+/400 samples")
+    encoders = [process for process in psutil.Process(nodes.second.pid).children(recursive=True) if is_encoder(process)]
+    assert encoders, "the second node encodes too"
+    nodes.kill_second()
+    at = run.wait_for(r"encoded (\d+) texts and (\d+) images, reused 0 texts and 0 images", after=at)
+    run.wait_for(r"step 3/3", after=at)
+    assert run.process.wait(120) == ExitCode.DONE
+    assert "encoded 200 texts and 200 images" in run.log()
+
+
+def is_encoder(process):
+    with suppress(psutil.NoSuchProcess):
+        return any("_EncodeUnit" in argument for argument in process.cmdline())
+
+
+def alive(nodes):
+    program = (
+        "import ray; ray.init(address='auto', logging_level='ERROR'); "
+        "print([node['NodeManagerAddress'] for node in ray.nodes() if node['Alive']])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=nodes.environment, capture_output=True, text=True, check=False)
+    return done.stdout

@@ -41,14 +41,13 @@ def assert_same(run, reference):
 def kill_while_a_checkpoint_is_written(run, rank):
     """SIGKILL when the rank's shard is there and the manifest is not; returns the step."""
     seen = {path.name for path in run.dir.checkpoints_dir.glob("step-*") if (path / "manifest.json").exists()}
-    pid = run.pids()[rank]
     end = time.monotonic() + 60
     while time.monotonic() < end:
         for folder in run.dir.checkpoints_dir.glob("step-*"):
             if folder.name in seen:
                 continue
             if any(f"state-{rank:05d}" in entry.name for entry in os.scandir(folder)):
-                os.kill(pid, signal.SIGKILL)
+                run.kill(rank)
                 return int(folder.name.removeprefix("step-")), (folder / "manifest.json").exists()
         time.sleep(0.0005)
     raise AssertionError(run.said)
@@ -62,7 +61,7 @@ def test_a_worker_killed_while_it_writes_a_checkpoint_and_one_after_a_report(ref
     step, was_committed = kill_while_a_checkpoint_is_written(run, 1)
     run.wait_for("continuing after step")
     run.wait_for("step 7/10")
-    os.kill(run.pids()[0], signal.SIGKILL)
+    run.kill(0)
     assert run.end() == ExitCode.DONE, run.said
     assert_same(run, reference)
     continued = [line for line in run.said if "continuing after step" in line]
@@ -86,7 +85,7 @@ def test_max_failures_ends_the_run_with_rank_step_and_log_and_the_next_submit_co
     run = Run(tmp_path, photos)
     run.begin(*TWO, "distributed.max_failures=0")
     run.wait_for("step 4/10")
-    os.kill(run.pids()[1], signal.SIGKILL)
+    run.kill(1)
     assert run.end() == ExitCode.RUN_FAILED
     error = json.loads(run.dir.error_path.read_text())
     assert error["rank"] == 1
@@ -152,7 +151,7 @@ def test_a_worker_killed_early_and_late(reference, tmp_path, photos, moment):
     run.wait_for("training worker(s): rank" if "before" in moment else "step 10/10")
     if "before" in moment:
         run.wait_for("waiting for the first samples")
-    os.kill(run.pids()[0], signal.SIGKILL)
+    run.kill(0)
     assert run.end() == ExitCode.DONE, run.said
     assert_same(run, reference)
     note_recovery(f"a worker {moment}", run.recoveries())
@@ -219,4 +218,3 @@ def test_stopped_and_continued_on_other_workers(reference, tmp_path, photos, cha
     assert run.losses() == pytest.approx(reference.losses(), abs=1e-5)
     assert distance(reference.weights(), run.weights()) < 1e-3
     assert sum("continuing after step" in line for line in run.said) == len(chain) - 1
-

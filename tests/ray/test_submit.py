@@ -96,6 +96,14 @@ def test_submit_follow_fail_detach_stop(job_file, capsys, monkeypatch):
     assert run(capsys, "status", name)[0] == ExitCode.NOT_FINISHED
     code, out, err = run(capsys, "submit", job_file, "--set", "seed=2", "--detach", "--json")
     assert (code, json.loads(out)["submission_id"]) == (0, f"{name}-a1"), "the running one is found, not repeated"
+    with monkeypatch.context() as patch:
+        look, looks = client.active_job, []
+        # Two submits at once: the other one's job comes after our look.
+        patch.setattr(client, "next_attempt", lambda cluster, resolved: 1)
+        patch.setattr(client, "active_job", lambda *of: looks.append(of) or (look(*of) if len(looks) > 1 else None))
+        code, out, err = run(capsys, "submit", job_file, "--set", "seed=2", "--detach", "--json")
+    assert (code, len(looks), json.loads(out)["submission_id"]) == (0, 2, f"{name}-a1"), err
+    assert f"{name}-a1 is already running: following it" in err
     assert run(capsys, "stop", name, "--now") == (0, f"{name} STOPPED\n", "")
     assert run(capsys, "status", name)[0] == ExitCode.STOPPED
     assert "stopping" in run(capsys, "logs", name)[1]

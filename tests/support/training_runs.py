@@ -3,11 +3,17 @@
 import csv
 import json
 import os
+import platform
 import re
+import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
 
+import psutil
+import ray
+import torch
 from safetensors.torch import load_file
 
 from diffsynth_ray.config.load import load_job
@@ -50,6 +56,8 @@ class Run:
         self.said = []
         self.heard = []
         """When each line was said."""
+        self.killed = []
+        """When `kill` has killed."""
 
     def start(self, *overrides):
         resolved = resolve(load_job(str(self.job_path), list(overrides)), Resources(cpus=2, gpus=0))
@@ -59,19 +67,19 @@ class Run:
         self.heard.append(time.monotonic())
         self.said.append(line)
 
+    def kill(self, rank):
+        """SIGKILL a rank of the newest group; `recoveries` counts from here."""
+        pid = self.pids()[rank]
+        self.killed.append(time.monotonic())
+        os.kill(pid, signal.SIGKILL)
+
     def recoveries(self):
-        """For every loss of workers: seconds until a step was done again, and how many steps were done twice."""
-        found = []
-        for number, line in enumerate(self.said):
-            if not line.startswith("lost rank"):
-                continue
-            before = [int(step) for each in self.said[:number] for step in re.findall(r"^step (\d+)/", each)]
-            after = [(at, re.match(r"step (\d+)/", each)) for at, each in enumerate(self.said) if at > number]
-            at, match = next((pair for pair in after if pair[1]), (None, None))
-            if match is not None:
-                again = max(before, default=0) - int(match[1]) + 1
-                found.append({"seconds": round(self.heard[at] - self.heard[number], 1), "steps_redone": max(again, 0)})
-        return found
+        """For every loss of workers: see `recovery`. Counted from the signal where `kill` sent it."""
+        pairs = list(zip(self.heard, self.said, strict=True))
+        starts = [number for number, line in enumerate(self.said) if line.startswith("lost rank")]
+        killed = self.killed if len(self.killed) == len(starts) else [self.heard[number] for number in starts]
+        ends = [*starts[1:], len(pairs)]
+        return [recovery(pairs[:end], start=start, killed=at) for start, end, at in zip(starts, ends, killed, strict=True)]
 
     def begin(self, *overrides):
         """Start in a thread; `end` waits and gives the exit code."""
@@ -105,14 +113,60 @@ class Run:
         wait_until(lambda: sum(text in line for line in list(self.said)) >= count, seconds, lambda: self.said)
 
 
+PARTS = {
+    "detected_s": "lost rank", "workers_started_s": r"\d+ training worker\(s\)", "model_loaded_s": "model loaded",
+    "restored_s": "continuing after step", "training_s": r"step \d+/",
+}  # fmt: skip
+"""Seconds from the kill to the first such line, each after the one before."""
+
+
+def recovery(told, *, start, killed):
+    """What one loss cost: `told` are (when, line), line `start` tells the loss; a key is left out where its line never came.
+
+    `steps_redone` had been done before the loss and were done again after it.
+    """
+    found, position, group = {}, start, start
+    for key, pattern in PARTS.items():
+        at = next((number for number in range(position, len(told)) if re.match(pattern, told[number][1])), None)
+        if at is not None:
+            found[key], position = round(told[at][0] - killed, 1), at
+            group = at if key == "workers_started_s" else group
+    parts = (told[:group], told[group:])
+    steps = [[int(step) for _, line in part for step in re.findall(r"^step (\d+)/", line)] for part in parts]
+    if all(steps):
+        found["steps_redone"] = max(max(steps[0]) - steps[1][0] + 1, 0)
+    return found
+
+
 def note_recovery(what, recoveries):
     """Add to the figures of the file that the environment names (tests/bench/results/recovery.json is one)."""
     path = os.environ.get("DSRAY_RECOVERY_JSON")
     if path is None:
         return
-    known = json.loads(Path(path).read_text()) if Path(path).exists() else {}
-    known.setdefault(what, []).extend(recoveries)
+    known = json.loads(Path(path).read_text()) if Path(path).exists() else describe_measurement() | {"recoveries": {}}
+    now = {"commit": current_commit(), "load": round(os.getloadavg()[0], 1)}
+    known["recoveries"].setdefault(what, []).extend(each | now for each in recoveries)
     Path(path).write_text(json.dumps(known, indent=2) + "\n")
+
+
+def current_commit():
+    """Of the checkout, or "" where there is none."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return found.stdout.strip()
+
+
+def describe_measurement():
+    """What a file of figures says about where they are from."""
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "hardware": f"{os.cpu_count()} CPUs ({model[1] if model else platform.machine()}), "
+        f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "versions": {"python": platform.python_version(), "ray": ray.__version__, "torch": torch.__version__},
+        "command": "DSRAY_RECOVERY_JSON=tests/bench/results/recovery.json pytest -m 'slow or not slow' "
+        "tests/ray/test_recovery.py tests/ray/test_nodes.py tests/ray/test_continue.py",
+        "unit": "seconds from the kill: until it was told, until new workers were there, had loaded the model, had restored "
+        "the checkpoint, had done a step; load: of the machine, in processes",
+    }
 
 
 def wait_until(condition, seconds=120, explain=lambda: ""):

@@ -36,9 +36,15 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors",
     },
 }
-# plan promises to need no torch: of data it reads the metadata only, of models where files are and what their headers
-# say, so that a wrong file is found before a cluster starts.
-PLAN_READS = {"diffsynth_ray.data.metadata", "diffsynth_ray.data.holdout", "diffsynth_ray.models.inspection"}
+# plan promises to need no torch: of data it reads the metadata, what of them is held out, or the manifest of a cache, of models
+# where files are and what their headers say, so that a wrong file is found before a cluster starts.
+PLAN_READS = {
+    "diffsynth_ray.data.metadata",
+    "diffsynth_ray.data.holdout",
+    "diffsynth_ray.data.cache",
+    "diffsynth_ray.data.manifest",
+    "diffsynth_ray.models.inspection",
+}
 NEED_NO_TORCH = {f"diffsynth_ray.models.{name}" for name in ("inspection", "layouts", "sources", "hubs", "download")}
 
 LIBRARY_HOMES: dict[str, tuple[str, ...]] = {

@@ -140,7 +140,6 @@ def test_problems_of_overrides_and_file_come_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "feature"),
     [
-        ("split.enabled=true", "split training"),
         ("task=direct_distill", "direct distillation"),
         ("gradient.checkpointing=auto", "selective recomputation"),
     ],
@@ -149,11 +148,6 @@ def test_what_is_not_built_is_refused(tmp_path: Path, override: str, feature: st
     message = problems_of(tmp_path, GOOD, override)[override.partition("=")[0]]
     assert feature in message
     assert "not in this version" in message
-
-
-def test_reserved_keys_at_their_default_are_accepted(tmp_path: Path) -> None:
-    overrides = ["split.enabled=false", "distributed.priority=0"]
-    assert load_job(write(tmp_path, GOOD), overrides).split.enabled is False
 
 
 def test_a_recipe_is_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

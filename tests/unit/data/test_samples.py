@@ -297,7 +297,7 @@ def test_no_held_out_row_takes_the_place_of_a_bad_one(dataset: Dataset) -> None:
     held = {micro.rows[0] for micro in index.holdout.singles()}
     bad = min(set(range(6)) - held)
     micro = MicroBatch(0, 48, 64, 1, (bad,), (0,))
-    assert not held & {row for step in range(20) for row in index._candidates(bad, micro, step=step, index=0)}
+    assert not held & {row for step in range(20) for row in index.candidates(bad, micro, step=step, index=0)}
 
 
 def test_a_holdout_of_its_own(dataset: Dataset, tmp_path: Path) -> None:

@@ -89,6 +89,8 @@ def test_zero_2_with_offloaded_parameters_is_accepted_and_noted(jobs):
     assert "offload_param_device cpu is left out" in said("qwen_full_zero2")
     assert "--initialize_model_on_cpu" in said("qwen_full_zero2")
     assert "float32 masters" not in said("qwen_full_zero2")  # DeepSpeed shares them out
+    assert job.training.find_unused_parameters == "auto", "true is refused with DeepSpeed"
+    assert "find_unused_parameters is left out" in said("qwen_full_zero2")
 
 
 def test_two_stages_become_one_split_job(jobs):
