@@ -10,7 +10,8 @@ from typing import Any
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.config.zero import read_zero_config
-from diffsynth_ray.data.metadata import PROMPT_COLUMN, read_metadata
+from diffsynth_ray.data.holdout import held_out_rows
+from diffsynth_ray.data.metadata import PROMPT_COLUMN, Metadata, read_metadata
 from diffsynth_ray.errors import JobFileError, Problem
 from diffsynth_ray.models.inspection import ModelFiles, inspect_model
 from diffsynth_ray.schedule import build_schedule, export_file_names, trained_components
@@ -44,6 +45,10 @@ class Plan:
     models: list[ModelFiles]
     output_path: str
     notes: list[str]
+    encode: dict[str, Any] | None = None
+    """Stage one of split training: its workers, their resources, and the cache."""
+    num_held_out: int = 0
+    """Samples of the validation loss."""
 
     @property
     def num_samples(self) -> int:
@@ -70,32 +75,36 @@ class Plan:
             f"run       {self.run}",
             f"stages    {' -> '.join(self.stages)} on {self.device}, training {', '.join(self.trained)}",
             *(f"model     {entry.line()}" for entry in self.models),
+            *self._encode_lines(),
             f"workers   {count} x ({resources}) under {self.strategy}, {self.decode_tasks} decoding task(s) of "
             f"{self.decode_cpus:g} CPU each",
             f"samples   {self.num_rows} rows x repeat {self.repeat} = {self.num_samples} an epoch",
             f"batch     {batch} samples a step",
             f"steps     ceil({self.num_samples} / {self.global_batch_size}) = {self.steps_per_epoch} an epoch, "
             f"{self.num_steps} in all ({epochs:.3g} epochs)",
+            *([f"validate  the loss of {self.num_held_out} samples that are held out"] if self.num_held_out else []),
             f"output    {self.output_path}",
             f"files     {shown}{more} ({self.num_exports} exports), job.json, loss.csv, checkpoints/",
             *(f"note      {note}" for note in self.notes),
+        ]
+
+    def _encode_lines(self) -> list[str]:
+        if self.encode is None:
+            return []
+        resources = ", ".join(f"{amount:g} {name}" for name, amount in self.encode["resources_per_worker"].items())
+        return [
+            f"encode    {self.encode['num_workers']} x ({resources}) on {self.encode['device']}, loads the encoders that "
+            "are not trained; what is in the cache is not encoded again",
+            f"cache     {self.encode['cache_path']}",
+            f"train     loads what {' and '.join(self.trained)} is trained through; encodes nothing that is cached",
         ]
 
 
 def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
     """Plan a run; reads the metadata. Raises DataError where they cannot be used."""
     job = resolved.job
-    assert job.dataset.base_path is not None  # resolve has checked it
     models = _inspect_model(resolved) if check_files else []
-    metadata = read_metadata(
-        job.dataset.base_path,
-        job.dataset.metadata_path,
-        data_file_keys=job.dataset.data_file_keys,
-        required_columns=[PROMPT_COLUMN],
-        # Under "skip" a missing file is a bad sample like any other.
-        check_files=check_files and job.dataset.bad_sample == "error",
-    )
-    num_rows = len(metadata.rows)
+    num_rows, num_held_out, notes = _count_rows(resolved, check_files=check_files)
     schedule = build_schedule(
         job, num_samples=num_rows * job.dataset.repeat, global_batch_size=resolved.global_batch_size
     )
@@ -128,8 +137,51 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
         files=[name for stem in stems for name in export_file_names(job, stem).values()],
         models=models,
         output_path=str(resolved.output_path),
-        notes=list(metadata.notes),
+        notes=notes,
+        encode=None if resolved.encode is None else resolved.encode.model_dump() | {"cache_path": job.split.cache_path},
+        num_held_out=num_held_out,
     )
+
+
+def _count_held_out(resolved: ResolvedJob, metadata: Metadata, *, check_files: bool) -> int:
+    """Samples of the validation loss; reads their metadata file where they have one."""
+    job, holdout = resolved.job, resolved.job.validation.holdout
+    if holdout is None:
+        return 0
+    if isinstance(holdout, float):
+        return len(held_out_rows(metadata, share=holdout, seed=job.seed))
+    assert job.dataset.base_path is not None  # resolve has checked it
+    return len(
+        read_metadata(
+            job.dataset.base_path,
+            holdout,
+            data_file_keys=job.dataset.data_file_keys,
+            required_columns=[PROMPT_COLUMN],
+            check_files=check_files,
+        )
+    )
+
+
+def _count_rows(resolved: ResolvedJob, *, check_files: bool) -> tuple[int, int, list[str]]:
+    """Rows to train on and held out, and notes about the data set; without [dataset], of the one that the cache holds."""
+    job, dataset = resolved.job, resolved.job.dataset
+    if dataset.base_path is None:
+        from diffsynth_ray.data.cache import Cache
+        from diffsynth_ray.data.manifest import only_manifest
+
+        manifest = only_manifest(Cache(job.split.cache_path))
+        return len(manifest.rows), 0, [f"trains from the data set {manifest.id} in the cache"]
+    metadata = read_metadata(
+        dataset.base_path,
+        dataset.metadata_path,
+        data_file_keys=dataset.data_file_keys,
+        required_columns=[PROMPT_COLUMN],
+        # Under "skip" a missing file is a bad sample like any other.
+        check_files=check_files and dataset.bad_sample == "error",
+    )
+    num_held_out = _count_held_out(resolved, metadata, check_files=check_files)
+    num_rows = len(metadata.rows) - (num_held_out if isinstance(job.validation.holdout, float) else 0)
+    return num_rows, num_held_out, list(metadata.notes)
 
 
 def _strategy(job: Job) -> str:
@@ -154,6 +206,7 @@ def _inspect_model(resolved: ResolvedJob) -> list[ModelFiles]:
         for key, value in (
             ("model.tokenizer_path", resolved.job.model.tokenizer_path),
             ("training.resume_from_checkpoint", resolved.job.training.resume_from_checkpoint),
+            ("validation.inputs", resolved.job.validation.inputs),
             ("lora.checkpoint", resolved.job.lora.checkpoint),
             ("distributed.deepspeed_config", resolved.job.distributed.deepspeed_config),
             ("lora.preset_path", resolved.job.lora.preset_path),

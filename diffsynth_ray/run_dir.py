@@ -78,6 +78,33 @@ def parse_progress(line: str) -> Progress | None:
     return Progress(**{name: int(text) if name in counts else float(text) for name, text in values.items()})  # type: ignore[arg-type]
 
 
+_ENCODE = re.compile(
+    r"encode (?P<done>\d+)/(?P<total>\d+) samples \| (?P<per_s>[\d.]+) samples/s \| (?P<left_s>\d+) s left"
+)
+
+
+@dataclass(frozen=True)
+class EncodeProgress:
+    """Where stage one of split training is; a text and an image count one each. A line of the log, and `encode.json`."""
+
+    done: int
+    total: int
+    per_s: float
+    left_s: int
+
+    def line(self) -> str:
+        """One line of the log; `parse_encode_progress` reads it back."""
+        return f"encode {self.done}/{self.total} samples | {self.per_s:.2f} samples/s | {self.left_s} s left"
+
+
+def parse_encode_progress(line: str) -> EncodeProgress | None:
+    """The progress of stage one that a log line tells, or None."""
+    match = _ENCODE.search(line)
+    if match is None:
+        return None
+    return EncodeProgress(int(match["done"]), int(match["total"]), float(match["per_s"]), int(match["left_s"]))
+
+
 @dataclass(frozen=True)
 class Attempt:
     """One start of a run. `token` is its right to commit."""
@@ -85,6 +112,22 @@ class Attempt:
     number: int
     token: str
     submission_id: str
+
+
+@dataclass(frozen=True)
+class ValidationEntry:
+    """One validation of a run: a line of validation.jsonl."""
+
+    step: int
+    """Optimizer steps done before it."""
+    loss: float
+    """Mean over samples and timesteps, weighted as in training."""
+    quantiles: list[float]
+    """The mean of each timestep, from most to least noise."""
+    num_samples: int
+    seconds: float
+    ema_loss: float | None = None
+    """Of the moving average of the weights, where there is one."""
 
 
 class RunDir:
@@ -99,9 +142,14 @@ class RunDir:
         self.error_path = path / "error.json"
         self.bad_samples_path = path / "bad_samples.jsonl"
         self.progress_path = path / "progress.json"
+        self.encode_path = path / "encode.json"
         self.stop_path = path / "stop.json"
         self.checkpoint_request_path = path / "checkpoint.json"
+        self.environment_path = path / "environment.json"
         self.loss_path = path / "loss.csv"
+        self.validation_path = path / "validation.jsonl"
+        self.samples_dir = path / "samples"
+        self.contact_sheet_path = self.samples_dir / "contact_sheet.png"
         self.tensorboard_dir = path / "tensorboard"
         self.checkpoints_dir = path / "checkpoints"
         self.checkpoint_location_path = path / "checkpoint_location.json"
@@ -181,6 +229,7 @@ class RunDir:
         self.stop_path.unlink(missing_ok=True)
         self.checkpoint_request_path.unlink(missing_ok=True)
         self.error_path.unlink(missing_ok=True)
+        self.encode_path.unlink(missing_ok=True)
         self.note_attempt(attempt, "started", num_workers=resolved.num_workers, device=resolved.device)
         return attempt
 
@@ -264,10 +313,49 @@ class RunDir:
         """Keep the newest progress for `dsray status`."""
         write_whole(self.progress_path, json.dumps(asdict(progress)))
 
+    def note_validation(self, entry: ValidationEntry) -> None:
+        """Append one line to validation.jsonl."""
+        append_line(self.validation_path, json.dumps(asdict(entry)))
+
+    def validations(self) -> list[ValidationEntry]:
+        """The run's validations in order."""
+        return [ValidationEntry(**entry) for entry in read_jsonl(self.validation_path)]
+
+    def forget_validations(self, *, after_step: int) -> None:
+        """Drop what a run that goes on after this step will do again; a run from the start begins with a validation."""
+        if self.validation_path.exists():
+            kept = [entry for entry in self.validations() if 0 < after_step >= entry.step]
+            write_whole(self.validation_path, "".join(json.dumps(asdict(entry)) + "\n" for entry in kept))
+
+    def sample_path(self, step: int, number: int, *, is_clip: bool) -> Path:
+        """Of the sample of a prompt (from 0) after a step."""
+        return self.samples_dir / f"step-{step}" / f"step-{step}-{number}.{'mp4' if is_clip else 'png'}"
+
+    def find_sample(self, step: int, number: int) -> Path | None:
+        """The sample of a prompt (from 0) after a step, where it was made."""
+        paths = (self.sample_path(step, number, is_clip=is_clip) for is_clip in (False, True))
+        return next((path for path in paths if path.exists()), None)
+
+    def sample_steps(self) -> list[int]:
+        """Steps that samples were made after, ascending."""
+        return sorted(int(path.name.removeprefix("step-")) for path in self.samples_dir.glob("step-*") if path.is_dir())
+
     def progress(self) -> Progress | None:
         """The newest progress, or None before the first logged step."""
         try:
             return Progress(**json.loads(self.progress_path.read_text()))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+    def write_encode_progress(self, progress: EncodeProgress) -> None:
+        """Keep the newest progress of stage one for `dsray status`."""
+        write_whole(self.encode_path, json.dumps(asdict(progress)))
+
+    def encode_progress(self) -> EncodeProgress | None:
+        """The newest progress of this attempt's stage one, or None where it encodes nothing."""
+        try:
+            return EncodeProgress(**json.loads(self.encode_path.read_text()))
         except (FileNotFoundError, NotADirectoryError):
             return None
 

@@ -31,12 +31,12 @@ class Schedule:
 
     def export_stem(self, step: int) -> str | None:
         """Name without suffix of the export after optimizer step `step` (counted from 1), or None."""
-        last = step == self.num_steps
-        if self.save_steps is not None:
-            return f"step-{step}" if last or step % self.save_steps == 0 else None
-        if last or step % self.steps_per_epoch == 0:
-            return f"epoch-{(step - 1) // self.steps_per_epoch}"
-        return None
+        every = self.save_steps or self.steps_per_epoch
+        return self.last_stem(step) if step == self.num_steps or step % every == 0 else None
+
+    def last_stem(self, step: int) -> str:
+        """Name of the export of a run that ends early after `step`."""
+        return f"step-{step}" if self.save_steps is not None else f"epoch-{(step - 1) // self.steps_per_epoch}"
 
     def export_stems(self) -> Iterator[str]:
         """All names of the run, in order, without walking through every step."""

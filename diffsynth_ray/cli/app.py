@@ -11,7 +11,20 @@ from typing import Annotated
 import typer
 
 from diffsynth_ray import __version__
-from diffsynth_ray.cli import control, data, doctor, download, export, foreground, import_script, inspect, render, submit
+from diffsynth_ray.cli import (
+    control,
+    data,
+    doctor,
+    download,
+    export,
+    foreground,
+    import_script,
+    inspect,
+    render,
+    report,
+    submit,
+)
+from diffsynth_ray.cli.cache import cache_app, import_cache
 from diffsynth_ray.errors import DsrayError, ExitCode
 
 app = typer.Typer(
@@ -48,11 +61,14 @@ app.command("status")(inspect.status)
 app.command("logs")(inspect.logs)
 app.command("stop")(control.stop)
 app.command("list")(inspect.list_runs)
+app.add_typer(cache_app, name="cache")
+app.command("import-cache")(import_cache)
 app.command("doctor")(doctor.doctor)
 app.command("import")(import_script.import_script)
 app.add_typer(data.app, name="data")
 app.command("download")(download.download)
 app.command("export")(export.export)
+app.command("report")(report.report)
 
 
 def main(arguments: list[str] | None = None) -> int:

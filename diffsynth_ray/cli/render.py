@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
     from diffsynth_ray.launch.runs import RunView
-    from diffsynth_ray.run_dir import Progress
+    from diffsynth_ray.run_dir import EncodeProgress, Progress
 
 _RAYS_OWN = ("Running entrypoint for job ", "Runtime env is setting up.")
 
@@ -57,10 +57,12 @@ def error_json(problem: DsrayError) -> None:
 
 
 class LogView:
-    """The running log: a progress bar on a terminal, else the lines as they are."""
+    """The running log: a progress bar a stage on a terminal, else the lines as they are."""
 
     def __init__(self) -> None:
         self._bar: Bar | None = None
+        self._stages: dict[str, Any] = {}
+        """The bars of the stages by name, as Rich numbers them."""
         self._is_terminal = sys.stderr.isatty()
 
     def __enter__(self) -> LogView:
@@ -77,29 +79,39 @@ class LogView:
         """Show one line of the log."""
         if any(mark in text for mark in _RAYS_OWN):
             return
-        progress = None
-        if self._is_terminal:
-            from diffsynth_ray.run_dir import parse_progress
-
-            progress = parse_progress(text)
-        if progress is not None:
-            self._advance(progress)
-        elif self._bar is not None:
+        if self._is_terminal and self._advance(text):
+            return
+        if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         else:
             say(text)
 
-    def _advance(self, progress: Progress) -> None:
+    def _advance(self, text: str) -> bool:
+        """Move the stage's bar where the line tells progress; whether it does."""
+        from diffsynth_ray.run_dir import parse_encode_progress, parse_progress
+
+        if (encode := parse_encode_progress(text)) is not None:
+            self._move("encode", done=encode.done, total=encode.total, figures=_encode_figures(encode), left_s=encode.left_s)
+        elif (train := parse_progress(text)) is not None:
+            self._move("train", done=train.step, total=train.num_steps, figures=_train_figures(train), left_s=train.left_s)
+        else:
+            return False
+        return True
+
+    def _move(self, stage: str, *, done: int, total: int, figures: str, left_s: float) -> None:
         if self._bar is None:
             self._bar = _start_bar()
-        self._bar.update(
-            self._bar.task_ids[0],
-            total=progress.num_steps,
-            completed=progress.step,
-            loss=f"{progress.loss:.4g}",
-            speed=f"{progress.step_s:.2f} s/step, {progress.samples_per_s:.2f} samples/s",
-            left=duration(progress.left_s),
-        )
+        if stage not in self._stages:
+            self._stages[stage] = self._bar.add_task(stage, figures="", left="")
+        self._bar.update(self._stages[stage], total=total, completed=done, figures=figures, left=duration(left_s))
+
+
+def _encode_figures(progress: EncodeProgress) -> str:
+    return f"{progress.per_s:.2f} samples/s"
+
+
+def _train_figures(progress: Progress) -> str:
+    return f"loss {progress.loss:.4g}  {progress.step_s:.2f} s/step, {progress.samples_per_s:.2f} samples/s"
 
 
 def _start_bar() -> Bar:
@@ -108,15 +120,13 @@ def _start_bar() -> Bar:
     from rich.progress import Progress as Bar
 
     bar = Bar(
-        TextColumn("step"),
+        TextColumn("{task.description}"),
         MofNCompleteColumn(),
         BarColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-        TextColumn("{task.fields[speed]}"),
+        TextColumn("{task.fields[figures]}"),
         TextColumn("{task.fields[left]} left"),
         console=Console(stderr=True),
     )
-    bar.add_task("train", loss="", speed="", left="")
     bar.start()
     return bar
 
@@ -130,6 +140,15 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def num_bytes(count: float) -> str:
+    """Bytes with the unit that leaves up to four digits."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
 def plan(lines: list[str], tell: Callable[[str], None]) -> None:
     """A plan, to stdout or stderr as `tell` has it."""
     for line in lines:
@@ -141,6 +160,8 @@ def status(view: RunView) -> None:
     rows = [("run", view.run), ("state", view.state + (f" (attempt {view.attempt})" if view.attempt else ""))]
     if view.num_steps:
         rows.append(("steps", f"{view.step} of {view.num_steps}"))
+    if view.encode is not None and view.state == "RUNNING" and view.encode.done < view.encode.total:
+        rows.append(("encode", f"{view.encode.done} of {view.encode.total}, {duration(view.encode.left_s)} left"))
     if view.progress is not None:
         left = f", {duration(view.progress.left_s)} left" if view.state == "RUNNING" else ""
         wait = f" ({view.progress.data_wait_s:.2f} s of it waiting for data)"
@@ -189,6 +210,9 @@ def run_list(views: list[RunView]) -> None:
     for row in rows:
         cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)]
         result("  ".join([*cells, row[4]]).rstrip())
+    for view in views:
+        if view.state == "PENDING" and view.note:
+            result(f"{view.run} {view.note}")
 
 
 def close_quietly() -> None:

@@ -69,11 +69,10 @@ def load_job(reference: str, overrides: list[str] | None = None) -> Job:
 
 def _anchor_shipped_data(raw: dict[str, Any]) -> None:
     # A recipe called by its name must find its photographs from any directory.
-    dataset = raw.get("dataset", {})
-    for key in ("base_path", "metadata_path"):
-        value = dataset.get(key)
+    for section, key in (("dataset", "base_path"), ("dataset", "metadata_path"), ("validation", "holdout")):
+        value = raw.get(section, {}).get(key)
         if isinstance(value, str) and value.startswith("jobs/") and not Path(value).exists():
-            dataset[key] = str(recipes_dir() / value.removeprefix("jobs/"))
+            raw[section][key] = str(recipes_dir() / value.removeprefix("jobs/"))
 
 
 def _apply_override(raw: dict[str, Any], text: str) -> Problem | None:

@@ -18,6 +18,7 @@ from diffsynth_ray.config import schema
 from diffsynth_ray.config.load import lookup
 from diffsynth_ray.config.origins import parse_origin
 from diffsynth_ray.config.schema import Job, ModelSection
+from diffsynth_ray.config.validation import check_validation
 from diffsynth_ray.config.zero import check_zero_keys
 from diffsynth_ray.errors import JobFileError, ModelError, Problem
 
@@ -36,6 +37,19 @@ class Resources(BaseModel):
     model_config = ConfigDict(frozen=True)
     cpus: float
     gpus: float
+
+
+class EncodeResources(BaseModel):
+    """What stage one of split training runs on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    num_workers: int
+    device: Literal["cuda", "cpu"]
+    resources_per_worker: dict[str, float]
+    decode_cpus: float
+    """CPUs of one decoding task."""
+    decode_tasks: int
+    """Decoding tasks of one encoding worker."""
 
 
 class ResolvedJob(BaseModel):
@@ -62,6 +76,8 @@ class ResolvedJob(BaseModel):
     """Micro steps of a full optimizer step on each worker."""
     global_batch_size: int
     """Samples of an optimizer step."""
+    encode: EncodeResources | None = None
+    """Of stage one; None without split training."""
 
     @property
     def is_elastic(self) -> bool:
@@ -97,13 +113,14 @@ def resolve(job: Job, resources: Resources, *, source: str = "job", remote: bool
     # An elastic run starts with what fits now, and needs room for its fewest workers only.
     now = max(min_workers, min(num_workers, _most_workers(resources, per_worker)))
     decode_cpus, decode_tasks, starved = _data_cpus(job, resources, num_workers=now, per_worker=per_worker)
+    encode, encode_problems = _encode_resources(job, resources, num_workers=now, device=device)
     global_batch = job.dataset.global_batch_size or (
         job.dataset.batch_size * num_workers * job.gradient.accumulation_steps
     )
     given = identity(job, global_batch)
     job, source_problems = _with_source_where_needed(job, remote=remote)
     located, path_problems = _absolute_paths(job, remote=remote)
-    problems += source_problems + path_problems + starved
+    problems += source_problems + path_problems + starved + encode_problems
     if problems:
         raise JobFileError(source, problems)
     digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:8]
@@ -111,7 +128,7 @@ def resolve(job: Job, resources: Resources, *, source: str = "job", remote: bool
         job=located,
         run=f"{job.name}-{digest}",
         given=given,
-        stages=["train"],
+        stages=["encode", "train"] if encode else ["train"],
         num_workers=num_workers,
         min_workers=min_workers,
         device=device,
@@ -120,6 +137,7 @@ def resolve(job: Job, resources: Resources, *, source: str = "job", remote: bool
         decode_tasks=decode_tasks,
         micro_steps=math.ceil(global_batch / (job.dataset.batch_size * num_workers)),
         global_batch_size=global_batch,
+        encode=encode,
     )
 
 
@@ -137,6 +155,9 @@ def identity(job: Job, global_batch_size: int) -> dict[str, Any]:
     """The keys that change what a step computes, by dotted name (DESIGN: identity of a run)."""
     given = {dotted: lookup(job, dotted) for dotted, field in schema.keys().items() if schema.mark(field, "identity")}
     given["dataset.global_batch_size"] = global_batch_size
+    if isinstance(job.validation.holdout, float):
+        # Only where it is used, so that other runs keep their names; a file takes no row from the training.
+        given["validation.holdout"] = job.validation.holdout
     return given
 
 
@@ -158,8 +179,31 @@ def _most_workers(resources: Resources, per_worker: dict[str, float]) -> int:
     return min(int(resources.cpus / cpus), int(resources.gpus / gpus) if gpus else 1 << 30)
 
 
+def _encode_resources(
+    job: Job, resources: Resources, *, num_workers: int, device: Literal["cuda", "cpu"]
+) -> tuple[EncodeResources | None, list[Problem]]:
+    """What stage one gets: by default what the training workers will have."""
+    split = job.split
+    if not split.enabled:
+        return None, []
+    per_worker = split.resources_per_worker or ({"GPU": 1.0, "CPU": 1.0} if device == "cuda" else {"CPU": 0.5})
+    on_gpus = resources.gpus > 0 and per_worker.get("GPU", 0.0) > 0
+    count = split.num_workers or (num_workers if on_gpus else 1)
+    decode_cpus, decode_tasks, problems = _data_cpus(
+        job, resources, num_workers=count, per_worker=per_worker, section="split"
+    )
+    encode = EncodeResources(
+        num_workers=count,
+        device="cuda" if on_gpus else "cpu",
+        resources_per_worker=per_worker,
+        decode_cpus=decode_cpus,
+        decode_tasks=decode_tasks,
+    )
+    return encode, problems
+
+
 def _data_cpus(
-    job: Job, resources: Resources, *, num_workers: int, per_worker: dict[str, float]
+    job: Job, resources: Resources, *, num_workers: int, per_worker: dict[str, float], section: str = "distributed"
 ) -> tuple[float, int, list[Problem]]:
     """CPUs and number of the decoding tasks of one worker, from what the workers leave free."""
     problems = []
@@ -167,7 +211,7 @@ def _data_cpus(
     if gpus > resources.gpus:
         problems.append(
             Problem(
-                "distributed.num_workers",
+                f"{section}.num_workers",
                 f"{num_workers} workers need {gpus:g} GPUs, there are {resources.gpus:g}; "
                 "use fewer workers or another cluster",
             )
@@ -182,10 +226,10 @@ def _data_cpus(
         cure = f"at most {most} workers of that size fit" if most else "use a larger machine"
         problems.append(
             Problem(
-                "distributed.num_workers",
+                f"{section}.num_workers",
                 f"{num_workers} workers x {worker_cpus:g} CPU leave {max(share, 0) * num_workers:g} of {resources.cpus:g} "
                 f"CPUs for reading and decoding, which needs {READ_CPUS + MIN_DECODE_CPUS:g} a worker, or the run would "
-                f"wait forever; {cure}, or lower distributed.resources_per_worker",
+                f"wait forever; {cure}, or lower {section}.resources_per_worker",
             )
         )
         return MIN_DECODE_CPUS, 1, problems
@@ -209,7 +253,7 @@ def _check_rules(job: Job) -> list[Problem]:
     """Rules between keys."""
     problems = []
     dataset, training = job.dataset, job.training
-    if dataset.base_path is None:
+    if dataset.base_path is None and (not job.split.enabled or dataset.metadata_path is not None):
         problems.append(Problem("dataset.base_path", "required: the folder of the media files"))
     if "://" in job.output.path:
         message = f"got {job.output.path!r}; a folder that all nodes see; only checkpoints can be at a URL (checkpoint_path)"
@@ -239,9 +283,10 @@ def _check_rules(job: Job) -> list[Problem]:
         problems.append(Problem("training.trainable_models", "a component is named twice"))
     if training.precision == "fp32" and not training.master_weights:
         problems.append(Problem("training.master_weights", 'false has no meaning with precision = "fp32"; remove it'))
-    for name, amount in (job.distributed.resources_per_worker or {}).items():
-        if amount < 0:
-            problems.append(Problem("distributed.resources_per_worker", f"{name} = {amount:g}; amounts are 0 or more"))
+    for section in ("distributed", "split"):
+        for name, amount in (getattr(job, section).resources_per_worker or {}).items():
+            if amount < 0:
+                problems.append(Problem(f"{section}.resources_per_worker", f"{name} = {amount:g}; amounts are 0 or more"))
     problems += _check_offload(job)
     problems += _check_plain_values("training.optimizer_args", training.optimizer_args)
     asked = job.distributed.num_workers
@@ -250,7 +295,7 @@ def _check_rules(job: Job) -> list[Problem]:
     if isinstance(asked, list) and not 1 <= asked[0] <= asked[1]:
         message = f"got {asked}; [min, max] of an elastic run, with 1 <= min <= max, as in [1, 4]"
         problems.append(Problem("distributed.num_workers", message))
-    return problems + check_zero_keys(job) + _check_model(job)
+    return problems + check_zero_keys(job) + _check_model(job) + check_validation(job)
 
 
 def _check_offload(job: Job) -> list[Problem]:
@@ -352,7 +397,7 @@ def _absolute_paths(job: Job, *, remote: bool) -> tuple[Job, list[Problem]]:
     sections: dict[str, dict[str, Any]] = {}
     for dotted, field in schema.keys().items():
         value = lookup(job, dotted)
-        if not schema.mark(field, "path") or value in (None, []):
+        if not schema.mark(field, "path") or value in (None, []) or isinstance(value, float):
             continue
         section, _, leaf = dotted.partition(".")
         if dotted == "output.path":
@@ -360,7 +405,7 @@ def _absolute_paths(job: Job, *, remote: bool) -> tuple[Job, list[Problem]]:
         if (
             remote
             and (relative := [path for path in _flat(value) if not _is_absolute(path)])
-            and dotted != "split.cache_path"
+            and (job.split.enabled or dotted != "split.cache_path")
         ):
             problems.append(
                 Problem(

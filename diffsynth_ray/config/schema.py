@@ -131,8 +131,9 @@ class TrainingSection(Section):
     """Number format of the computation."""
     master_weights: bool = _key(True, identity=True)
     """Under bf16, keep float32 copies of the trained weights, so that small updates are not rounded away."""
-    ema_decay: float | None = _key(identity=True, gt=0, lt=1, not_built="EMA weights")
-    """Decay of the moving average of the weights."""
+    ema_decay: float | None = _key(identity=True, gt=0, lt=1)
+    """Decay of a moving average of the trained weights, as 0.999: kept in float32, part of the checkpoints, validated, and
+    exported beside the weights themselves as NAME.ema.safetensors. Unset = none."""
     resume_from_checkpoint: str | list[str] | None = _key(identity=True, path=True)
     """Exported weights, one file or several, that the components trained in full start from: no resume."""
     min_timestep_boundary: float = _key(0.0, identity=True, ge=0, le=1)
@@ -226,23 +227,24 @@ class DistributedSection(Section):
     """Ray resources of a worker; default {GPU = 1, CPU = 1} with GPUs, else {CPU = 0.5}."""
     max_failures: int = _key(3, ge=0)
     """Restarts after a lost worker before the run fails."""
-    priority: int = _key(0, not_built="the queue")
-    """Order among waiting jobs."""
+    priority: int = _key(0)
+    """Order among runs that wait for a place on the cluster: the largest goes first, then who has waited longest."""
     timeout_s: float = _key(1800.0, gt=0)
     """Seconds without progress after which a worker counts as hung: it is named, ended and replaced."""
 
 
 class SplitSection(Section):
-    """Two-stage split training."""
+    """Two-stage split training: stage one encodes, stage two trains without the encoders."""
 
-    enabled: bool = _key(False, not_built="split training")
-    """Encode everything first, then train with the trained components alone."""
-    cache_path: str = _key("./cache/dsray", path=True, not_built="split training")
-    """Folder of encoded samples, shared by jobs."""
-    num_workers: int | None = _key(ge=1, not_built="split training")
-    """Encoding workers."""
-    resources_per_worker: dict[str, float] | None = _key(not_built="split training")
-    """Ray resources of an encoding worker."""
+    enabled: bool = _key(False)
+    """Encode every text and image once, into the cache, then train from there with only what is trained through loaded."""
+    cache_path: str = _key("./cache/dsray", path=True)
+    """Folder or URI (s3://...) of encoded samples, shared by jobs. With `enabled`, [dataset] base_path may be left out where it
+    holds one data set."""
+    num_workers: int | None = _key(ge=1)
+    """Encoding workers of stage one; unset = as many as training workers with GPUs, else 1."""
+    resources_per_worker: dict[str, float] | None = _key()
+    """Ray resources of an encoding worker, also parts of a GPU; default {GPU = 1, CPU = 1} with GPUs, else {CPU = 0.5}."""
 
 
 class LoggingSection(Section):
@@ -265,26 +267,28 @@ class LoggingSection(Section):
 class ValidationSection(Section):
     """Samples and validation loss during training."""
 
-    prompts: list[str] = _key([], not_built="validation")
-    """Prompts of the sample pictures."""
-    inputs: list[str] = _key([], not_built="validation")
-    """Input media of the sample pictures."""
-    every_steps: int | None = _key(ge=1, not_built="validation")
-    """Steps between two validations."""
-    num_inference_steps: int = _key(30, ge=1, not_built="validation")
+    prompts: list[str] = _key([])
+    """Prompts of the sample pictures: made before the first step, with every validation and at the end; {path}/samples."""
+    inputs: list[str] = _key([], path=True)
+    """Input pictures of the samples, one for each prompt or one for all: a picture to edit, or the first frame of a clip."""
+    every_steps: int | None = _key(ge=1)
+    """Optimizer steps between two validations; unset = with every export. One is before the first step, one at the end."""
+    num_inference_steps: int = _key(30, ge=1)
     """Denoising steps of a sample."""
-    guidance_scale: float = _key(4.0, ge=0, not_built="validation")
-    """Classifier-free guidance of a sample."""
-    size: list[int] | None = _key(not_built="validation")
-    """Height and width of a sample."""
-    seed: int = _key(0, not_built="validation")
-    """Seed of the samples' noise."""
-    holdout: float | str | None = _key(not_built="validation")
-    """Share of the rows, or a metadata file, kept for the validation loss."""
-    early_stopping: int | None = _key(ge=1, not_built="validation")
-    """Validations without improvement after which training ends."""
-    keep_best: bool = _key(False, not_built="validation")
-    """Export the weights with the best validation loss."""
+    guidance_scale: float = _key(4.0, ge=0)
+    """Classifier-free guidance of a sample, 1 or less = none; for FLUX.1-dev the guidance that it is told."""
+    size: Annotated[list[int], Field(min_length=2, max_length=2)] | None = _key()
+    """Height and width of a sample in pixels; unset = the dataset's fixed size, else a square of dataset.max_pixels. A clip has
+    dataset.num_frames frames."""
+    seed: int = _key(0, ge=0, lt=2**63)
+    """Seed of the noise of samples and of the validation loss: the same in two runs makes them comparable."""
+    holdout: float | str | None = _key(path=True)
+    """What the validation loss is computed on: a share of the files, as 0.1 (their rows are not trained on; part of the run's
+    name), or a metadata file of its own (its paths are relative to dataset.base_path)."""
+    early_stopping: int | None = _key(ge=1)
+    """Validations in a row that do not lower the loss after which the training ends, as if it had done all its steps."""
+    keep_best: bool = _key(False)
+    """Export the weights with the lowest validation loss as best.safetensors."""
 
 
 class Job(Section):

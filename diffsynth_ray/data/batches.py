@@ -111,6 +111,11 @@ class SampleOrder:
         """Samples of an epoch: rows x repeat."""
         return sum(len(bucket.rows) for bucket in self.buckets) * self.repeat
 
+    @cached_property
+    def rows(self) -> IntArray:
+        """[num_rows] all rows, ascending."""
+        return np.sort(np.concatenate([bucket.rows for bucket in self.buckets]))
+
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.num_samples // self.global_batch_size)

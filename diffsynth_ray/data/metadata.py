@@ -67,6 +67,17 @@ class Metadata:
         return [join(self.base_path, path) for path in _cell_files(self.rows[row_index][column])]
 
 
+def media_column(metadata: Metadata, row: int) -> str:
+    """The column whose file is trained on: the first of image and video, else of all file columns, that is not empty."""
+    own = [column for column in metadata.file_columns if column in DEFAULT_DATA_FILE_KEYS] or metadata.file_columns
+    return next((column for column in own if metadata.rows[row][column]), own[0])
+
+
+def media_path(metadata: Metadata, row: int) -> str:
+    """The file that is trained on; read_metadata has checked that there is one."""
+    return metadata.files(row, media_column(metadata, row))[0]
+
+
 def read_metadata(
     base_path: str | Path,
     metadata_path: str | Path | None,

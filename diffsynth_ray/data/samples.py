@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,8 @@ import numpy as np
 
 from diffsynth_ray.config.schema import DatasetSection
 from diffsynth_ray.data.bad_samples import BadSample, check_limit
-from diffsynth_ray.data.batches import MicroBatch, SampleOrder, build_buckets, deal
+from diffsynth_ray.data.batches import Bucket, MicroBatch, SampleOrder, build_buckets, deal
+from diffsynth_ray.data.holdout import held_out_rows
 from diffsynth_ray.data.media import (
     SIDE_MULTIPLE,
     STATIC_IMAGE_EXTENSIONS,
@@ -23,7 +24,7 @@ from diffsynth_ray.data.media import (
     read_info,
     target_size,
 )
-from diffsynth_ray.data.metadata import DEFAULT_DATA_FILE_KEYS, PROMPT_COLUMN, Metadata, Value, read_metadata
+from diffsynth_ray.data.metadata import PROMPT_COLUMN, Metadata, Value, media_column, media_path, read_metadata
 from diffsynth_ray.data.order import IntArray, KeyedPermutation, derive_key
 from diffsynth_ray.data.sizes import index_places, read_media_infos
 from diffsynth_ray.errors import DataError, JobFileError, Problem
@@ -75,6 +76,8 @@ class SampleIndex:
     extra_columns: tuple[str, ...] = ()
     unusable: dict[int, str] = field(default_factory=dict)
     """Rows whose header shows that they cannot be trained on, and why; only under `bad_sample = "skip"`."""
+    holdout: SampleIndex | None = None
+    """Samples of the validation loss. A bad one is always an error there: another in its place would be another loss."""
 
     def prompt(self, row: int) -> str:
         """The caption of a row; an empty cell is the empty prompt."""
@@ -106,6 +109,15 @@ class SampleIndex:
         size = min(self.order.batch_size, len(bucket.rows) * self.order.repeat)
         rows = tuple(int(bucket.rows[n % len(bucket.rows)]) for n in range(size))
         return MicroBatch(number, bucket.height, bucket.width, bucket.num_frames, rows, tuple(range(size)))
+
+    def singles(self) -> list[MicroBatch]:
+        """Every row once, as a micro batch of one, in the order of the metadata."""
+        rows = sorted((int(row), number) for number, bucket in enumerate(self.order.buckets) for row in bucket.rows)
+        buckets = self.order.buckets
+        return [
+            MicroBatch(n, buckets[n].height, buckets[n].width, buckets[n].num_frames, (row,), (index,))
+            for index, (row, n) in enumerate(rows)
+        ]
 
     def decode(self, micro_batch: MicroBatch, *, step: int, out: Frames | None = None) -> DecodedBatch:
         """Decode a micro batch, into `out` (uint8 [b, f, h, w, 3]) where given.
@@ -150,7 +162,7 @@ class SampleIndex:
             if self.dataset.bad_sample == "error":
                 raise DataError(f"row {row + 1}, column {self._column(row)}: {error.message}", hint=error.hint) from error
             cause = error.message
-        for candidate in self._candidates(row, micro, step=step, index=index):
+        for candidate in self.candidates(row, micro, step=step, index=index):
             try:
                 frames, extra = self._decode_row(candidate, micro)
             except DataError:
@@ -159,10 +171,10 @@ class SampleIndex:
             return candidate, frames, extra, bad
         raise DataError(f"row {row + 1} is bad ({cause}), and none of the rows tried in its place can be read either")
 
-    def _candidates(self, row: int, micro: MicroBatch, *, step: int, index: int) -> Iterator[int]:
+    def candidates(self, row: int, micro: MicroBatch, *, step: int, index: int) -> Iterator[int]:
         """Rows to take instead: of the same bucket first, in an order that follows from seed, step and index."""
         key = derive_key(self.order.seed, step, "substitute", index)
-        for pool in (self.order.buckets[micro.bucket_index].rows, np.arange(len(self.metadata))):
+        for pool in (self.order.buckets[micro.bucket_index].rows, self.order.rows):
             shuffled = KeyedPermutation(len(pool), key)
             for position in range(min(_CANDIDATES, len(pool))):
                 candidate = int(pool[shuffled([position])[0]])
@@ -190,23 +202,13 @@ class SampleIndex:
     def _decode_extra(self, row: int, column: str) -> Extra:
         if column not in self.metadata.file_columns:
             return self.metadata.rows[row][column]
-        found = []
-        for path in self.metadata.files(row, column):
-            height, width, num_frames = target_of(read_info(path), self.dataset, self.rule)
-            rate = self.dataset.frame_rate
-            found.append(decode(path, height=height, width=width, num_frames=num_frames, frame_rate=rate))
-        return tuple(found)
+        return tuple(decode_extra(path, self.dataset, self.rule) for path in self.metadata.files(row, column))
 
 
-def media_column(metadata: Metadata, row: int) -> str:
-    """The column whose file is trained on: the first of image and video, else of all file columns, that is not empty."""
-    own = [column for column in metadata.file_columns if column in DEFAULT_DATA_FILE_KEYS] or metadata.file_columns
-    return next((column for column in own if metadata.rows[row][column]), own[0])
-
-
-def media_path(metadata: Metadata, row: int) -> str:
-    """The file that is trained on; read_metadata has checked that there is one."""
-    return metadata.files(row, media_column(metadata, row))[0]
+def decode_extra(path: str, dataset: DatasetSection, rule: SampleRule) -> Frames:
+    """A file of an extra input at its own target size, uint8 [frames, height, width, 3]."""
+    height, width, num_frames = target_of(read_info(path), dataset, rule)
+    return decode(path, height=height, width=width, num_frames=num_frames, frame_rate=dataset.frame_rate)
 
 
 def target_of(info: MediaInfo, dataset: DatasetSection, rule: SampleRule) -> tuple[int, int, int]:
@@ -228,7 +230,8 @@ def target_of(info: MediaInfo, dataset: DatasetSection, rule: SampleRule) -> tup
 def build_sample_index(resolved: ResolvedJob, say: Callable[[str], None], *, rule: SampleRule | None = None) -> SampleIndex:
     """Read metadata and, where sizes or lengths are not given, every file's header; raises DataError with all problems."""
     dataset, rule = resolved.job.dataset, rule or SampleRule()
-    assert dataset.base_path is not None  # resolve has checked it
+    if dataset.base_path is None:  # split training may go without; whatever reads the media may not
+        raise JobFileError("job", [Problem("dataset.base_path", "required: the folder of the media files")])
     _check_clip_length(dataset, rule)
     metadata = read_metadata(
         dataset.base_path,
@@ -242,21 +245,63 @@ def build_sample_index(resolved: ResolvedJob, say: Callable[[str], None], *, rul
         say(note)
     _check_one_file(metadata)
     sizes, unusable = _target_sizes(metadata, resolved, rule, say)
-    order = SampleOrder(
-        buckets=build_buckets(sizes),
-        repeat=dataset.repeat,
-        batch_size=dataset.batch_size,
-        global_batch_size=resolved.global_batch_size,
-        seed=resolved.job.seed,
-    )
-    return SampleIndex(
+    rows = np.arange(len(metadata))
+    whole = SampleIndex(
         metadata=metadata,
-        order=order,
+        order=_build_order(resolved, sizes, rows),
         dataset=dataset,
         rule=rule,
         extra_columns=tuple(name for name in resolved.job.model.extra_inputs if name in metadata.columns),
         unusable=unusable,
     )
+    holdout = resolved.job.validation.holdout
+    if isinstance(holdout, str):
+        return replace(whole, holdout=_read_holdout(holdout, whole, resolved, say))
+    if holdout is None:
+        return whole
+    held = held_out_rows(metadata, share=holdout, seed=resolved.job.seed)
+    say(f"{len(held)} of {len(rows)} rows are held out for the validation loss")
+    return replace(
+        whole,
+        order=_build_order(resolved, sizes, np.setdiff1d(rows, held)),
+        holdout=_for_validation(replace(whole, order=_build_order(resolved, sizes, held))),
+    )
+
+
+def _build_order(resolved: ResolvedJob, sizes: IntArray, rows: IntArray) -> SampleOrder:
+    """The order of these rows; `sizes` [num_rows, 3] are those of the whole metadata."""
+    buckets = [Bucket(b.height, b.width, b.num_frames, rows[b.rows]) for b in build_buckets(sizes[rows])]
+    dataset = resolved.job.dataset
+    return SampleOrder(
+        buckets=buckets,
+        repeat=dataset.repeat,
+        batch_size=dataset.batch_size,
+        global_batch_size=resolved.global_batch_size,
+        seed=resolved.job.seed,
+    )
+
+
+def _read_holdout(path: str, trained: SampleIndex, resolved: ResolvedJob, say: Callable[[str], None]) -> SampleIndex:
+    """The samples of a metadata file of their own."""
+    dataset = trained.dataset.model_copy(update={"metadata_path": path, "bad_sample": "error"})
+    validation = resolved.job.validation.model_copy(update={"holdout": None})
+    job = resolved.job.model_copy(update={"dataset": dataset, "validation": validation})
+    try:
+        index = build_sample_index(resolved.model_copy(update={"job": job}), say, rule=trained.rule)
+    except DataError as error:
+        raise DataError(f"validation.holdout: {error.message}", hint=error.hint) from error
+    files = {trained.path(row) for row in range(len(trained.metadata))}
+    common = sum(index.path(row) in files for row in range(len(index.metadata)))
+    if common:
+        say(
+            f"note: {common} of the {len(index.metadata)} validation samples are trained on too: their loss shows what is "
+            "memorised, not what is learned in general"
+        )
+    return index
+
+
+def _for_validation(index: SampleIndex) -> SampleIndex:
+    return replace(index, dataset=index.dataset.model_copy(update={"bad_sample": "error"}))
 
 
 def _check_one_file(metadata: Metadata) -> None:
@@ -304,11 +349,16 @@ def _target_sizes(
             problems[row] = cause if path in cause else f"{path}: {cause}"
     if problems:
         _check_problems(problems, dataset, num_rows=len(paths))
-        usable = np.setdiff1d(np.arange(len(paths)), list(problems))
-        pick = KeyedPermutation(len(usable), derive_key(resolved.job.seed, 0, "size of a bad sample"))
-        for row in problems:
-            sizes[row] = sizes[usable[pick([row % len(usable)])[0]]]
+        for row, lender in lenders(problems, num_rows=len(paths), seed=resolved.job.seed).items():
+            sizes[row] = sizes[lender]
     return sizes, problems
+
+
+def lenders(bad: Collection[int], *, num_rows: int, seed: int) -> dict[int, int]:
+    """For every bad row a usable one whose size it gets."""
+    usable = np.setdiff1d(np.arange(num_rows), list(bad))
+    pick = KeyedPermutation(len(usable), derive_key(seed, 0, "size of a bad sample"))
+    return {row: int(usable[pick([row % len(usable)])[0]]) for row in bad}
 
 
 def _are_images(paths: Sequence[str], rule: SampleRule) -> bool:

@@ -58,6 +58,16 @@ class StreamedBatch:
         """uint8 [b, f, h, w, 3], read-only: they lie in the object store."""
         return self.decoded.pixels
 
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """[b] rows that are really there."""
+        return self.decoded.rows
+
+    @property
+    def bad(self) -> tuple[BadSample, ...]:
+        """What was replaced."""
+        return self.decoded.bad
+
 
 class PositionSource(Datasource):
     """The micro batches of one worker, from a step on."""

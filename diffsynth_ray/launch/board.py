@@ -57,6 +57,10 @@ class News:
     hung: Hung | None
     idle_s: float
     """Seconds without a group of workers; 0 while there is one, and after one that was done."""
+    waits_for: str | None
+    """What the run's next stage waits for in the cluster's queue."""
+    has_turn: bool
+    """Whether a stage holds a place in that queue, which the driver keeps."""
 
 
 @dataclass
@@ -88,6 +92,13 @@ class Board:
         self._losses: list[Loss] = []
         self._group: _Group | None = None
         self._is_finished = False
+        self._idle_since = time.monotonic()
+        self._waits_for: str | None = None
+        self._has_turn = False
+
+    def wait(self, reason: str | None) -> None:
+        """A stage waits in the cluster's queue, and what for; None: it goes on."""
+        self._waits_for, self._has_turn = reason, reason is None
         self._idle_since = time.monotonic()
 
     def say(self, line: str) -> None:
@@ -150,7 +161,7 @@ class Board:
         bad, self._bad = self._bad, []
         is_idle = self._group is None and not self._is_finished
         idle_s = time.monotonic() - self._idle_since if is_idle else 0.0
-        return News(lines, self._failure, losses, bad, self._find_hung(timeout_s), idle_s)
+        return News(lines, self._failure, losses, bad, self._find_hung(timeout_s), idle_s, self._waits_for, self._has_turn)
 
     def _place(self, rank: int) -> WorkerPlace:
         if self._group is not None and rank in self._group.workers:

@@ -90,7 +90,9 @@ def check_data(resolved: ResolvedJob, say: Say) -> CheckReport:
     started = time.monotonic()
     # Whatever is wrong with a file is a finding here, and no reason to stop looking at the others.
     tolerant = resolved.job.dataset.model_copy(update={"bad_sample": "skip", "bad_sample_limit": 1.0})
-    job = resolved.job.model_copy(update={"dataset": tolerant})
+    # Rows that are held out are looked at like all others.
+    validation = resolved.job.validation.model_copy(update={"holdout": None})
+    job = resolved.job.model_copy(update={"dataset": tolerant, "validation": validation})
     index = build_sample_index(resolved.model_copy(update={"job": job}), say, rule=sample_rule(job))
     problems = _decode_all(index, say)
     bad = [{"row": row + 1, "file": index.path(row), "cause": cause} for row, cause in sorted(problems.items())[:_MOST_LISTED]]

@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import IO, Any
 
 import ray
-from ray.train import WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.data.bad_samples import BadSample, BadSampleList
 from diffsynth_ray.errors import DataError, DsrayError, ExitCode
 from diffsynth_ray.launch.board import Board, Failure, Loss, News
+from diffsynth_ray.launch.early import start_early
 from diffsynth_ray.launch.failures import WorkerPlace, describe, with_hint
-from diffsynth_ray.launch.stages import train_stage
+from diffsynth_ray.launch.queue import RENEW_EVERY_S, QueuePlace, join_queue, need_to_encode, need_to_train
+from diffsynth_ray.launch.stages import encode_stage, train_stage
 from diffsynth_ray.launch.visibility import check_visible
 from diffsynth_ray.plan import build_plan
 from diffsynth_ray.run_dir import Attempt, RunDir, write_whole
@@ -52,6 +53,8 @@ _ELASTIC_ENV = {
 }
 """What is different where fewer workers will do."""
 WITHOUT_DASHBOARD_ENV = WORKER_ENV | {
+    # Nobody takes away a cluster's only node and lets it live.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Nobody shows what it would track.
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     # Ray Train asks the dashboard whether its controller lives. Where there is none it looks for its address for 40 s, and a
@@ -69,8 +72,11 @@ _TELL_IDLE_S = 30.0
 Say = Callable[[str], None]
 
 
-def run_job(resolved: ResolvedJob, *, submission_id: str, say: Say) -> ExitCode:
-    """Run one attempt on the Ray that this process is connected to; never raises for a failed run."""
+def run_job(resolved: ResolvedJob, *, submission_id: str, say: Say, is_shared: bool = False) -> ExitCode:
+    """Run one attempt on the Ray that this process is connected to; never raises for a failed run.
+
+    `is_shared`: other runs may be on the same Ray, so that this one takes its turn.
+    """
     run_dir = RunDir(resolved.output_path)
     try:
         attempt = run_dir.begin_attempt(resolved, submission_id)
@@ -86,7 +92,7 @@ def run_job(resolved: ResolvedJob, *, submission_id: str, say: Say) -> ExitCode:
         watcher = _Watcher(resolved, attempt, tell)
         failed: dict[str, Any] | None = None
         try:
-            outcome = _run_stages(resolved, attempt, watcher)
+            outcome = _run_stages(resolved, attempt, watcher, is_shared=is_shared)
             code = ExitCode.STOPPED if outcome["state"] == "STOPPED" else ExitCode.DONE
         except Exception as raised:  # noqa: BLE001  the process boundary: however the run ends, it is recorded
             code, failed = ExitCode.RUN_FAILED, watcher.explain(raised)
@@ -106,31 +112,58 @@ def build_plan_lines(resolved: ResolvedJob) -> list[str]:
         return []
 
 
-def _run_stages(resolved: ResolvedJob, attempt: Attempt, watcher: _Watcher) -> dict[str, Any]:
+def _run_stages(resolved: ResolvedJob, attempt: Attempt, watcher: _Watcher, *, is_shared: bool) -> dict[str, Any]:
     check_visible(resolved, watcher.tell)
+    place = join_queue(attempt.submission_id) if is_shared else None
+    try:
+        return _chain_stages(resolved, attempt, watcher, place)
+    finally:
+        if place is not None:
+            place.leave()
+
+
+def _chain_stages(
+    resolved: ResolvedJob, attempt: Attempt, watcher: _Watcher, place: QueuePlace | None
+) -> dict[str, Any]:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    resolved_json, name = resolved.model_dump_json(), f"attempt-{attempt.number}"
+    stages = []
+    if resolved.encode is not None:
+        stages.append(encode_stage.options(scheduling_strategy=here).remote(resolved_json, board, place))
+    # Stage two takes what stage one returns, so that Ray starts it when that is there.
     environment = {"runtime_env": {"env_vars": _ELASTIC_ENV}} if resolved.is_elastic else {}
-    stage = train_stage.options(scheduling_strategy=here, **environment).remote(
-        resolved.model_dump_json(), attempt.token, f"attempt-{attempt.number}", board
-    )
+    train = train_stage.options(scheduling_strategy=here, **environment)
+    stages.append(train.remote(resolved_json, attempt.token, name, board, place, *stages))
+    start_early()
+    kept = time.monotonic()
     while True:
-        done, _ = ray.wait([stage], timeout=_POLL_S)
+        done, _ = ray.wait(stages[-1:], timeout=_POLL_S)
         news: News = ray.get(board.take.remote(resolved.job.distributed.timeout_s))
-        failure = watcher.tell_news(news)
+        is_encoding = len(stages) > 1 and not ray.wait(stages[:1], timeout=0)[0]
+        failure = watcher.tell_news(news, is_encoding=is_encoding)
         if failure is not None:
             # Ray Train would restart the workers; a user's mistake, or a full device, stays what it is.
-            ray.cancel(stage, recursive=True)
+            _cancel(stages)
             raise failure.error
         if done:
-            return ray.get(stage)
+            return ray.get(stages[-1])
         if news.hung is not None:
             for handle in news.hung.handles:
                 ray.kill(handle)
+        if place is not None and news.has_turn and time.monotonic() - kept > RENEW_EVERY_S:
+            kept = time.monotonic()
+            place.keep(need_to_encode(resolved) if is_encoding else need_to_train(resolved))
         if news.idle_s > _IDLE_S and (reason := watcher.run_dir.stop_reason()) is not None:
             watcher.tell(f"stopping while no worker runs: {reason}")
-            ray.cancel(stage, recursive=True)
+            _cancel(stages)
             return {"state": "STOPPED", "step": 0, "num_steps": 0}
+
+
+def _cancel(stages: list[ray.ObjectRef]) -> None:
+    """The last one first: stage two must not begin with the end of stage one."""
+    for stage in reversed(stages):
+        ray.cancel(stage, recursive=True)
 
 
 class _Watcher:
@@ -140,23 +173,29 @@ class _Watcher:
         self.resolved, self.attempt, self.tell = resolved, attempt, tell
         self.run_dir = RunDir(resolved.output_path)
         self.losses: list[Loss] = []
-        self.told_idle_s = 0.0
+        self.told_idle_s = self.encoding_s = 0.0
+        self.waits_for: str | None = None
         self.failure: Failure | None = None
         self.bad = BadSampleList(self.run_dir.bad_samples_path, limit=resolved.job.dataset.bad_sample_limit)
 
-    def tell_news(self, news: News) -> Failure | None:
+    def tell_news(self, news: News, *, is_encoding: bool = False) -> Failure | None:
         """Pass the board's news on; returns what ends the run, if anything."""
         for line in news.lines:
             self.tell(line)
+        self._note_waiting(news.waits_for)
+        if is_encoding or news.waits_for is not None:
+            # Nobody waits for training workers yet.
+            self.encoding_s = self.told_idle_s = news.idle_s
         if news.idle_s < self.told_idle_s:
-            self.told_idle_s = 0.0
+            self.encoding_s = self.told_idle_s = 0.0
         progress = self.run_dir.progress()
         # Ray Train takes a while to end after the last step: nobody waits for a worker then.
         is_trained = progress is not None and progress.step >= progress.num_steps
         if news.idle_s - self.told_idle_s > _TELL_IDLE_S and not is_trained:
             self.told_idle_s = news.idle_s
             needed = ", ".join(f"{amount:g} {name}" for name, amount in self.resolved.resources_per_worker.items())
-            self.tell(f"no training worker for {news.idle_s:.0f} s; needed: {self.resolved.min_workers} x ({needed})")
+            idle_s = news.idle_s - self.encoding_s
+            self.tell(f"no training worker for {idle_s:.0f} s; needed: {self.resolved.min_workers} x ({needed})")
         self.failure = news.failure or self._note_bad(news.bad) or self.failure
         if news.hung is not None:
             self.tell(f"ending what hangs: {news.hung.text}")
@@ -173,6 +212,18 @@ class _Watcher:
         except DataError as error:
             return Failure(error, None)
         return None
+
+    def _note_waiting(self, reason: str | None) -> None:
+        """Keep for `status` and `list` what the run waits for in the queue."""
+        if reason == self.waits_for:
+            return
+        self.waits_for = reason
+        with _tolerating_full_disk(self.tell):
+            self.run_dir.note_attempt(self.attempt, "waiting" if reason else "admitted", reason=reason)
+        if reason is None:
+            self.tell("its turn has come")
+        else:
+            self.tell(f"waiting for a place on the cluster: {reason}")
 
     def _note(self, loss: Loss) -> None:
         self.losses.append(loss)
@@ -192,7 +243,7 @@ class _Watcher:
         place = self.failure.worker if self.failure is not None else None
         if self.failure is not None:
             cause = with_hint(self.failure.error)
-        elif last is not None and isinstance(getattr(error, "cause", error), WorkerGroupError):
+        elif last is not None and _is_of_workers(error):
             place = last.worker
             cause = f"{place} failed at step {last.step}: {last.cause}\n  " + (
                 f"it was loss {len(self.losses)} of this attempt, more than distributed.max_failures = "
@@ -207,6 +258,12 @@ class _Watcher:
             found |= _where(place) | {"step": step}
         found["losses"] = [{"cause": loss.cause, **_where(loss.worker), "step": loss.step} for loss in self.losses]
         return found | {"details": "".join(traceback.format_exception(error))}
+
+
+def _is_of_workers(error: Exception) -> bool:
+    from ray.train import WorkerGroupError  # seconds of imports that a run does not wait for
+
+    return isinstance(getattr(error, "cause", error), WorkerGroupError)
 
 
 def _where(place: WorkerPlace) -> dict[str, Any]:
@@ -302,7 +359,7 @@ def main(arguments: list[str]) -> int:
     resolved = ResolvedJob.model_validate_json(options.job.read_text())
     join_cluster()
     with _stop_on_sigterm(RunDir(resolved.output_path)):
-        return run_job(resolved, submission_id=options.submission_id, say=_say_stdout)
+        return run_job(resolved, submission_id=options.submission_id, say=_say_stdout, is_shared=True)
 
 
 def _say_stdout(line: str) -> None:

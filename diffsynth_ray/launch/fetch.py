@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -17,9 +17,10 @@ _ONLINE = {"HF_HUB_OFFLINE": "0"}
 """The training workers are kept offline (driver.WORKER_ENV); this is the one place where a hub may be asked."""
 
 
-def bring_model(resolved: ResolvedJob, board: Any) -> bool:
+def bring_model(resolved: ResolvedJob, board: Any, *, resources: Mapping[str, float] | None = None) -> bool:
     """Download what the job's ids stand for and check what all files say; raises a node's error.
 
+    On the nodes that a worker with these resources fits on: by default a training worker.
     Nodes that share a disk wait for the one that downloads, and then find the files. False = a stop was asked for meanwhile;
     what has come is kept.
     """
@@ -33,7 +34,8 @@ def bring_model(resolved: ResolvedJob, board: Any) -> bool:
             board.say.remote(f"stopping before the first step: {reason}")
         return reason is not None
 
-    return _bring(resolved, board, worker_nodes(resolved), should_end=is_stopped)
+    nodes = worker_nodes(resources or resolved.resources_per_worker)
+    return _bring(resolved, board, nodes, should_end=is_stopped)
 
 
 def bring_to_worker(resolved: ResolvedJob, board: Any, *, rank: int) -> None:
@@ -85,13 +87,13 @@ def _bring(resolved: ResolvedJob, board: Any, nodes: list[tuple[str, str]], *, s
     return True
 
 
-def worker_nodes(resolved: ResolvedJob) -> list[tuple[str, str]]:
-    """(id, address to show; "" where there is one only) of the live nodes that one training worker fits on."""
+def worker_nodes(resources: Mapping[str, float]) -> list[tuple[str, str]]:
+    """(id, address to show; "" where there is one only) of the live nodes that one worker with these resources fits on."""
     fitting = [
         node
         for node in ray.nodes()
         if node["Alive"]
-        and all(node["Resources"].get(name, 0.0) >= amount for name, amount in resolved.resources_per_worker.items())
+        and all(node["Resources"].get(name, 0.0) >= amount for name, amount in resources.items())
     ]
     return [(node["NodeID"], node["NodeManagerAddress"] if len(fitting) > 1 else "") for node in fitting]
 

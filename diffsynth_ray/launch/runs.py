@@ -20,7 +20,7 @@ from diffsynth_ray.launch import client, registry
 from diffsynth_ray.launch.client import ACTIVE, Cluster, Ended
 from diffsynth_ray.launch.diagnosis import Diagnosis, diagnose
 from diffsynth_ray.launch.registry import Submission
-from diffsynth_ray.run_dir import Progress, RunDir
+from diffsynth_ray.run_dir import EncodeProgress, Progress, RunDir
 
 _EXIT_OF_STATE = {"SUCCEEDED": ExitCode.DONE, "FAILED": ExitCode.RUN_FAILED, "STOPPED": ExitCode.STOPPED}
 _DIED = "its process ended without a word (killed, or the machine went down); submit the job again to continue it"
@@ -47,6 +47,8 @@ class RunView:
     note: str | None = None
     """What limits this view, as an unreachable cluster."""
     progress: Progress | None = None
+    encode: EncodeProgress | None = None
+    """Of stage one of split training, where the newest attempt encoded anything."""
     files: list[str] = field(default_factory=list)
     """Exported weights, relative to `output`."""
     diagnosis: Diagnosis | None = None
@@ -142,7 +144,7 @@ def view(submission: Submission, *, cluster: Cluster | None = None) -> RunView:
         return _from_cluster(submission, cluster, newest, note)
     url = cluster.url if cluster else None
     shown = {"address": url}
-    if view_of_files.state == "RUNNING":
+    if view_of_files.state in ACTIVE:
         return _replace(view_of_files, **shown, **_liveness(submission, view_of_files, jobs, note))
     return _replace(view_of_files, **shown)
 
@@ -164,10 +166,11 @@ def _from_files(submission: Submission, run_dir: RunDir, note: str | None) -> Ru
     starts = [entry for entry in attempts if entry["event"] == "started" and entry["attempt"] == last["attempt"]]
     progress = run_dir.progress()
     has_ended = last["event"] == "ended"
+    waits_for = last.get("reason") if last["event"] == "waiting" else None
     parsed = client.run_of(last["submission_id"])
     return RunView(
         run=submission.run,
-        state=last["state"] if has_ended else "RUNNING",
+        state=last["state"] if has_ended else ("PENDING" if waits_for else "RUNNING"),
         output=str(run_dir.path),
         attempt=parsed[1] if parsed else last["attempt"],
         submission_id=last["submission_id"],
@@ -176,8 +179,9 @@ def _from_files(submission: Submission, run_dir: RunDir, note: str | None) -> Ru
         started=starts[-1]["time"] if starts else None,
         ended=last["time"] if has_ended else None,
         cause=last.get("cause"),
-        note=note,
+        note=f"waits for a place on the cluster: {waits_for}" if waits_for else note,
         progress=progress,
+        encode=run_dir.encode_progress(),
         files=exports(run_dir),
         diagnosis=diagnose(run_dir),
     )
@@ -225,7 +229,8 @@ def _liveness(
         end = None if job["status"] in ACTIVE else client.ended(job)
         return {} if end is None else {"state": end.state, "cause": end.message}
     if note is not None:
-        return {"note": f"as its output path shows it; {note}"}
+        limit = f"as its output path shows it; {note}"
+        return {"note": f"{seen.note}; {limit}" if seen.state == "PENDING" else limit}
     return {"state": "FAILED", "cause": _DIED}
 
 

@@ -8,12 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.util.metrics import Gauge
 
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.config.schema import Job
+from diffsynth_ray.config.validation import check_sample_size
+from diffsynth_ray.data.cached import open_cached_samples
 from diffsynth_ray.data.samples import SampleRule, build_sample_index
 from diffsynth_ray.launch.fetch import bring_model, bring_to_worker
-from diffsynth_ray.run_dir import RunDir
+from diffsynth_ray.launch.queue import QueuePlace, need_to_encode, need_to_train, wait_for_turn
+from diffsynth_ray.run_dir import EncodeProgress, RunDir
 
 if TYPE_CHECKING:
     from diffsynth_ray.models.family import ModelFamily
@@ -47,10 +51,55 @@ def _family_of(job: Job) -> type[ModelFamily]:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -> dict[str, Any]:
-    """Train; returns {"state", "step", "num_steps"}. `attempt_name` is fresh for every attempt.
+def encode_stage(resolved_json: str, board: Any, place: QueuePlace | None) -> str | None:
+    """Stage one of split training; returns the id of the data set in the cache, or None where a stop came before it began.
+
+    Its encoders end with it: their GPUs are free for stage two. What it has written stays, however it ends.
+    """
+    from diffsynth_ray.models.weights import find_model
+    from diffsynth_ray.train.caching import FoundModel, cache_dataset
+
+    resolved = ResolvedJob.model_validate_json(resolved_json)
+    assert resolved.encode is not None  # resolve has made it
+    # Downloads end, and what the files say is checked, before any GPU is taken.
+    if not bring_model(resolved, board, resources=resolved.encode.resources_per_worker):
+        return None
+    run_dir, model = RunDir(resolved.output_path), resolved.job.model
+    found = FoundModel(_family_of(resolved.job))
+    if not model.tiny:
+        _, files, tokenizers = find_model(model)
+        found = FoundModel(found.family, files, tokenizers)
+
+    def say(line: str) -> None:
+        board.say.remote(line)
+
+    if place is not None:
+        wait_for_turn(place, need_to_encode(resolved), waits=board.wait.remote)
+
+    shown = Gauge("dsray_stage_progress", tag_keys=("run", "stage", "rank"))
+
+    def report(progress: EncodeProgress) -> None:
+        say(progress.line())
+        shown.set(progress.done / max(progress.total, 1), tags={"run": resolved.run, "stage": "encode", "rank": "0"})
+        run_dir.write_encode_progress(progress)
+
+    return cache_dataset(resolved, found, board=board, say=say, report=report)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def train_stage(
+    resolved_json: str,
+    token: str,
+    attempt_name: str,
+    board: Any,
+    place: QueuePlace | None,
+    manifest_id: str | None = None,
+) -> dict[str, Any]:
+    """Train; returns {"state", "step", "num_steps"}. `attempt_name` is fresh for every attempt, `place` None where no other
+    run can be on this Ray.
 
     Ray Train would otherwise take up what it finds under the name of an earlier run; our checkpoints alone say where a run is.
+    `manifest_id` is what stage one returned.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
@@ -58,25 +107,46 @@ def train_stage(resolved_json: str, token: str, attempt_name: str, board: Any) -
     from diffsynth_ray.launch.elastic import ElasticTrainer
     from diffsynth_ray.launch.watch import Watch
     from diffsynth_ray.train.services import check_services
+    from diffsynth_ray.train.split import split_parts
 
     resolved = ResolvedJob.model_validate_json(resolved_json)
 
     def say(line: str) -> None:
         board.say.remote(line)
 
+    stopped = {"state": "STOPPED", "step": 0, "num_steps": 0}
     check_services(resolved.job.logging)
     # Downloads end, and what the files say is checked, before any GPU is taken.
-    if not bring_model(resolved, board):
-        return {"state": "STOPPED", "step": 0, "num_steps": 0}
-    index = build_sample_index(resolved, say, rule=sample_rule(resolved.job))
+    if (resolved.encode is not None and manifest_id is None) or not bring_model(resolved, board):
+        return stopped
+    rule = sample_rule(resolved.job)
+    check_sample_size(resolved.job, multiple=rule.size_multiple)
+    if manifest_id is None:
+        index, cached, components = build_sample_index(resolved, say, rule=rule), None, None
+    else:
+        parts = split_parts(_family_of(resolved.job), resolved.job)
+        index, cached = open_cached_samples(resolved, manifest_id, kinds=parts.kinds, rule=rule, say=say)
+        components = parts.train
+        if cached.bad:
+            board.note_bad.remote(list(cached.bad.values()))
+        say(f"stage train loads {', '.join(components)}")
     if index.unusable:
         board.note_bad.remote(index.bad_headers())
+    if place is not None:
+        wait_for_turn(place, need_to_train(resolved), waits=board.wait.remote)
     count = f"{resolved.min_workers} to {resolved.num_workers}" if resolved.is_elastic else f"{resolved.num_workers}"
     say(f"starting {count} training worker(s)")
     trainer = ElasticTrainer(
         _train_loop,
         # Ray's dashboard shows it: JSON and handles, no secrets.
-        train_loop_config={"resolved_json": resolved_json, "token": token, "index": ray.put(index), "board": board},
+        train_loop_config={
+            "resolved_json": resolved_json,
+            "token": token,
+            "index": ray.put(index),
+            "cached": ray.put(cached),
+            "components": components,
+            "board": board,
+        },
         # The driver ends what hangs after timeout_s, and names it; torch's own time-out is for what it does not see.
         torch_config=TorchConfig(timeout_s=int(resolved.job.distributed.timeout_s) + _TORCH_TIMEOUT_MARGIN_S),
         scaling_config=ScalingConfig(

@@ -222,6 +222,8 @@ def head_environment(token_path: Path, *, metric_ports: list[int]) -> dict[str, 
         "RAY_JOB_STOP_WAIT_TIME_S": "600",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        # Nobody takes away a cluster's only node; the process that looks for it costs every start seconds of a CPU.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "AUTOSCALER_METRIC_PORT": str(metric_ports[0]),
         "DASHBOARD_METRIC_PORT": str(metric_ports[1]),
         "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"])),

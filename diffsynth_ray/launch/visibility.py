@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from diffsynth_ray.config.resolve import ResolvedJob
@@ -25,14 +25,14 @@ def check_visible(resolved: ResolvedJob, say: Callable[[str], None]) -> None:
     others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here and _can_work(node["Resources"])]
     if not others:
         return
-    probe = write_probe(str(resolved.output_path))
+    probes = {key: probe for key, path in shared_folders(resolved) if (probe := write_probe(path)) is not None}
     named = named_paths(resolved)
     look = ray.remote(num_cpus=0, max_retries=0)(find_invisible)
     try:
         asked = {
             node["NodeManagerAddress"]: look.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(named, probe)
+            ).remote(named, probes)
             for node in others
         }
         ray.wait(list(asked.values()), num_returns=len(asked), timeout=_TIMEOUT_S)
@@ -44,7 +44,7 @@ def check_visible(resolved: ResolvedJob, say: Callable[[str], None]) -> None:
                 last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
                 say(f"node {node} was not asked for the job's paths: {last}")
     finally:
-        if probe is not None:
+        for probe in probes.values():
             Path(probe).unlink(missing_ok=True)
     if problems:
         hint = "every node must mount the same storage at the same place; `dsray doctor JOB.toml` shows all of it"
@@ -53,6 +53,14 @@ def check_visible(resolved: ResolvedJob, say: Callable[[str], None]) -> None:
 
 def _can_work(resources: dict[str, float]) -> bool:
     return resources.get("CPU", 0.0) > 0 or resources.get("GPU", 0.0) > 0
+
+
+def shared_folders(resolved: ResolvedJob) -> list[tuple[str, str]]:
+    """Key and path of the folders that one node writes and others read; URLs are left out."""
+    folders = [("output.path", str(resolved.output_path))]
+    if resolved.encode is not None and "://" not in resolved.job.split.cache_path:
+        folders.append(("split.cache_path", resolved.job.split.cache_path))
+    return folders
 
 
 def named_paths(resolved: ResolvedJob) -> list[tuple[str, str]]:
@@ -72,9 +80,10 @@ def named_paths(resolved: ResolvedJob) -> list[tuple[str, str]]:
     return [(key, path) for key, path in named if "://" not in path]
 
 
-def find_invisible(named: Iterable[tuple[str, str]], probe: str | None) -> list[str]:
-    """What of the paths cannot be read on this node; `probe` is a file that the driver wrote below the output path."""
+def find_invisible(named: Iterable[tuple[str, str]], probes: Mapping[str, str]) -> list[str]:
+    """What of the paths cannot be read on this node; `probes` are files that the driver wrote below the path of a key."""
     problems = [f"{key}: {path} is not there or cannot be read" for key, path in named if not os.access(path, os.R_OK)]
-    if probe is not None and not sees(probe):
-        problems.append(f"output.path: what the driver wrote to {Path(probe).parent} is not seen")
+    problems += [
+        f"{key}: what the driver wrote to {Path(probe).parent} is not seen" for key, probe in probes.items() if not sees(probe)
+    ]
     return problems

@@ -21,6 +21,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from diffsynth_ray.memory.timing import DeviceTimer
+
 ALIGNMENT = 256
 """Bytes; tensors start at multiples of it, as the device's kernels like them."""
 RING_UNITS = 4
@@ -106,6 +108,8 @@ class LayerOffload:
         self.loaded_bytes = 0
         self.moved_bytes = 0
         """Bytes copied to the device since the start."""
+        self.stalls = DeviceTimer(device)
+        """What the computation waits for weights."""
         self._loaded: dict[Unit, None] = {}
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._order: list[Unit] = []
@@ -138,6 +142,12 @@ class LayerOffload:
             return
         self._recorded.append(unit)
         self._follow(unit)
+        if unit.buffer is None or unit.ready is not None:
+            with self.stalls.stretch():
+                self._arrive(unit)
+        self._prefetch()
+
+    def _arrive(self, unit: Unit) -> None:
         if unit.buffer is None:
             # Something must go even if it is needed soon: nothing computes without this one.
             self._make_room(unit.num_bytes, before=None)
@@ -145,7 +155,6 @@ class LayerOffload:
         if unit.ready is not None:
             torch.cuda.current_stream(self.device).wait_event(unit.ready)
             unit.ready = None
-        self._prefetch()
 
     def release(self, unit: Unit) -> None:
         """The unit's last kernel has been launched; it may go when its room is needed."""

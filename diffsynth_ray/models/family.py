@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import layouts
 from diffsynth_ray.models.layer_names import LayerNames
 from diffsynth_ray.models.layouts import KeyLayout
+
+if TYPE_CHECKING:
+    from diffsynth_ray.models.sampling import Frames, SampleRequest
 
 MASK_SUFFIX = "_mask"
 FIRST_FRAME = "first_frame_latents"
@@ -52,19 +55,10 @@ class EncodedBatch:
 
     def samples(self) -> list[EncodedBatch]:
         """The batch as batches of one, padding taken off: what a cache stores."""
-        singles = []
-        for index in range(self.latents.shape[0]):
-            conditions = {}
-            for name, tensor in self.conditions.items():
-                if name.endswith(MASK_SUFFIX):
-                    continue
-                mask = self.conditions.get(name + MASK_SUFFIX)
-                row = tensor[index : index + 1]
-                conditions[name] = row if mask is None else row[:, mask[index]]
-            singles.append(
-                EncodedBatch(self.latents[index : index + 1], conditions, self.sample_ids[index : index + 1])
-            )
-        return singles
+        return [
+            EncodedBatch(self.latents[index : index + 1], conditions, self.sample_ids[index : index + 1])
+            for index, conditions in enumerate(split_conditions(self.conditions, num_samples=self.latents.shape[0]))
+        ]
 
     @staticmethod
     def stack(batches: Sequence[EncodedBatch]) -> EncodedBatch:
@@ -106,6 +100,21 @@ def stack_conditions(conditions: Sequence[Mapping[str, Tensor]]) -> dict[str, Te
     return stacked
 
 
+def split_conditions(conditions: Mapping[str, Tensor], *, num_samples: int) -> list[dict[str, Tensor]]:
+    """The inverse of `stack_conditions`: one [1, n, ...] a sample, padding and masks taken off."""
+    singles = []
+    for index in range(num_samples):
+        single = {}
+        for name, tensor in conditions.items():
+            if name.endswith(MASK_SUFFIX):
+                continue
+            mask = conditions.get(name + MASK_SUFFIX)
+            row = tensor[index : index + 1]
+            single[name] = row if mask is None else row[:, mask[index]]
+        singles.append(single)
+    return singles
+
+
 @dataclass(frozen=True)
 class ComponentFiles:
     """Where one component's weights are."""
@@ -141,14 +150,22 @@ class ModelFamily(ABC):
     """Needed for `encode_text`."""
     image_components: ClassVar[tuple[str, ...]]
     """Needed for `encode_image`."""
+    extra_components: ClassVar[tuple[str, ...]] = ()
+    """Needed for `encode_extra`."""
+    optional_components: ClassVar[tuple[str, ...]] = ()
+    """Not every model of the family has them; what needs one goes without it then."""
     predict_components: ClassVar[tuple[str, ...]]
     """Needed for `predict`."""
+    encode_version: ClassVar[int] = 1
+    """Raised whenever an encoding begins to give other numbers: older caches are then not used."""
     size_multiple: ClassVar[int]
     """Pixels; height and width must be multiples of it."""
     clip_step: ClassVar[int | None] = None
     """Clips have a multiple of this many frames and one more (4: 1, 5, 9 ...); None: the family takes images only."""
     extra_inputs: ClassVar[tuple[str, ...]] = ()
     """Columns that `encode_extra` knows (`[model] extra_inputs`)."""
+    text_reads_extra: ClassVar[bool] = False
+    """Whether `encode_conditions` reads prompt and extra inputs together, so that neither can be cached without the other."""
     option_names: ClassVar[tuple[str, ...]] = ()
     """Keys of `[model] options`."""
 
@@ -189,6 +206,11 @@ class ModelFamily(ABC):
 
         `extra_inputs` and `options` choose the variant, as in a job.
         """
+
+    @classmethod
+    def tiny_components(cls, extra_inputs: Sequence[str]) -> tuple[str, ...]:
+        """The components of the tiny size that takes these extra inputs."""
+        return cls.component_names
 
     @classmethod
     @abstractmethod
@@ -268,6 +290,10 @@ class ModelFamily(ABC):
         """Prompts, uint8 pixels [b, f, h, w, 3] and extra inputs -> one encoded batch."""
         conditions = self.encode_conditions(prompts, pixels=pixels, extra=extra or {})
         return EncodedBatch(self.encode_image(pixels), conditions, tuple(sample_ids))
+
+    def sample(self, request: SampleRequest) -> Frames:
+        """One picture or clip, uint8 [f, h, w, 3], made by diffusers' pipeline with the weights as they are."""
+        raise ModelError(f"the family {self.name} makes no sample pictures; remove validation.prompts")
 
     def to(self, device: torch.device | str) -> ModelFamily:
         """Move every component, in place."""

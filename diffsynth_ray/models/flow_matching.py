@@ -104,11 +104,20 @@ def draw_noise_and_timestep(
 
     A pure function: which worker draws, in which order and in which run, makes no difference.
     """
-    digest = hashlib.blake2b(f"sample {seed} {global_step} {index}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    generator = _generator(f"sample {seed} {global_step} {index}")
     # The id first, so that it does not depend on the sample's size.
     timestep_id = int(torch.randint(*id_range, (1,), generator=generator))
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32), timestep_id
+
+
+def draw_validation_noise(seed: int, sample: int, quantile: int, *, shape: Sequence[int]) -> Tensor:
+    """Noise (float32 on the CPU, `shape`) of a validation sample at one of its timesteps: alike at every step of every run."""
+    return torch.randn(tuple(shape), generator=_generator(f"validation {seed} {sample} {quantile}"), dtype=torch.float32)
+
+
+def _generator(name: str) -> torch.Generator:
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def make_targets(latents: Tensor, noise: Tensor, timestep_ids: Tensor, table: FlowMatchingTable) -> Targets:

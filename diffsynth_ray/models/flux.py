@@ -23,6 +23,7 @@ from diffsynth_ray.models.layer_names import LayerNames
 from diffsynth_ray.models.layouts import KeyLayout
 from diffsynth_ray.models.library_family import TINY_DIR, InferConfig, LibraryFamily, missing_tokenizer
 from diffsynth_ray.models.packing import PATCH, pack_latents, unpack_latents
+from diffsynth_ray.models.sampling import Frames, SampleRequest, build_pipeline, run_pipeline
 from diffsynth_ray.models.weights import meta_parameters
 
 CLIP_TOKENS = 77
@@ -183,6 +184,30 @@ class Flux(LibraryFamily):
             return_dict=False,
         )[0]
         return unpack_latents(output, height=height, width=width)
+
+    def sample(self, request: SampleRequest) -> Frames:
+        """See `ModelFamily.sample`. The guidance is what FLUX.1-dev is told; there is no negative prompt."""
+        from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+        pipeline = build_pipeline(
+            FluxPipeline,
+            device=self.device,
+            transformer=self.component("dit"),
+            vae=self.component("vae"),
+            scheduler=FlowMatchEulerDiscreteScheduler(**configs.SCHEDULER),
+            text_encoder=None,
+            tokenizer=None,
+            text_encoder_2=None,
+            tokenizer_2=None,
+        )
+        text = self.encode_text([request.prompt])
+        return run_pipeline(
+            pipeline,
+            request,
+            prompt_embeds=text["prompt_embeds"],
+            pooled_prompt_embeds=text["pooled_prompt_embeds"],
+            guidance_scale=request.guidance_scale,
+        )
 
     def repeated_blocks(self, component: str) -> list[nn.Module]:
         """See `ModelFamily.repeated_blocks`; the VAE has none."""

@@ -84,3 +84,13 @@ INFER: dict[str, InferConfig] = {
     "text_encoder_2": t5.infer_config,
     "vae": image_vae.infer_config,
 }
+
+SCHEDULER: dict[str, Any] = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}
+"""Of FLUX.1-dev's sampling."""

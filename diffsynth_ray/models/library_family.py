@@ -23,7 +23,7 @@ from diffsynth_ray.models.layer_names import (
     tensors_from_memory,
     tensors_to_memory,
 )
-from diffsynth_ray.models.weights import assign_weights, randomize_weights
+from diffsynth_ray.models.weights import assign_weights, randomize_weights, read_folder
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ class LibraryFamily(ModelFamily):
     """By job key: the component that needs the tokenizer, and folders beside the component's where it may be."""
     tiny_tokenizers: ClassVar[dict[str, Path]]
     """By job key: the tokenizer of the tiny size."""
+    tiny_weights: ClassVar[dict[str, Path]] = {}
+    """By component: folder of the tiny size's weights and config.json, where they are trained and not random."""
 
     def __init__(
         self,
@@ -126,13 +128,25 @@ class LibraryFamily(ModelFamily):
         """See `ModelFamily.build_tiny`."""
         cls.check_options(options or {})
         configs = cls.tiny_configs(extra_inputs)
+        trained = {name: read_folder(folder) for name, folder in cls.tiny_weights.items()}
+        configs = {**configs, **{name: files.config for name, files in trained.items()}}
         modules = {}
-        wanted = [name for name in cls.component_names if name in configs] if components is None else components
-        for component in wanted:
+        for component in cls.tiny_components(extra_inputs) if components is None else components:
             module = cls.build_component(component, cls.component_config(component, configs[component], options or {}))
-            randomize_weights(module, seed=seed, component=component, dtype=dtype, device=device)
+            if component in trained:
+                to_memory = partial(cls.memory_tensors, component)
+                files = trained[component]
+                assign_weights(module, files, component=component, memory_tensors=to_memory, dtype=dtype, device=device)
+            else:
+                randomize_weights(module, seed=seed, component=component, dtype=dtype, device=device)
             modules[component] = module
         return cls(modules, dtype=dtype, device=device, tokenizer_paths=cls.tiny_tokenizers, options=options)
+
+    @classmethod
+    def tiny_components(cls, extra_inputs: Sequence[str]) -> tuple[str, ...]:
+        """See `ModelFamily.tiny_components`."""
+        configs = cls.tiny_configs(extra_inputs)
+        return tuple(name for name in cls.component_names if name in configs)
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:

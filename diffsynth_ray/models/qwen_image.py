@@ -26,6 +26,7 @@ from diffsynth_ray.models.layouts import KeyLayout
 from diffsynth_ray.models.library_family import TINY_DIR, InferConfig, LibraryFamily, missing_tokenizer
 from diffsynth_ray.models.packing import PATCH, pack_latents, unpack_latents
 from diffsynth_ray.models.rotary import JointAttention, RealRope
+from diffsynth_ray.models.sampling import Frames, SampleRequest, build_pipeline, run_pipeline
 from diffsynth_ray.models.weights import meta_parameters
 
 PROMPT_TEMPLATE = (
@@ -49,11 +50,13 @@ class QwenImage(LibraryFamily):
     scheduler_table = "qwen_image"
     text_components = ("text_encoder",)
     image_components = ("vae",)
+    extra_components = ("vae",)
     predict_components = ("dit",)
     size_multiple = VAE_FACTOR * PATCH
     key_layouts: ClassVar[dict[str, KeyLayout]] = layouts.KEY_LAYOUTS["qwen_image"]
     default_tokenizers: ClassVar[dict[str, str]] = layouts.DEFAULT_TOKENIZERS["qwen_image"]
     extra_inputs = ("edit_image",)
+    text_reads_extra = True
     option_names = ("zero_cond_t", "edit_prompt")
     names: ClassVar[dict[str, LayerNames]] = {}
     infer_functions: ClassVar[dict[str, InferConfig]] = configs.INFER
@@ -62,6 +65,8 @@ class QwenImage(LibraryFamily):
         "processor_path": ("text_encoder", ("processor",)),
     }
     tiny_tokenizers: ClassVar[dict[str, Path]] = {"tokenizer_path": TINY_DIR / "qwen_image" / "tokenizer"}
+    tiny_weights: ClassVar[dict[str, Path]] = {"vae": TINY_DIR / "qwen_image" / "vae"}
+    """Trained by tests/bench/train_tiny_vae.py, so that the quickstart ends with pictures."""
     config_names: ClassVar[dict[str, str]] = {
         "dit": "QwenImageTransformer2DModel",
         "text_encoder": "qwen2_5_vl",
@@ -232,6 +237,34 @@ class QwenImage(LibraryFamily):
             return_dict=False,
         )[0]
         return unpack_latents(output[:, :num_tokens], height=height, width=width)
+
+    def sample(self, request: SampleRequest) -> Frames:
+        """See `ModelFamily.sample`; with pictures to edit by the Edit pipeline."""
+        from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPlusPipeline, QwenImagePipeline
+
+        pictures = edit.for_the_vae(request.inputs)
+        # One blank is the negative prompt of the released model's own examples.
+        texts = [request.prompt, " "] if request.is_guided else [request.prompt]
+        embeds = [
+            self._read_prompt(text, pictures)["prompt_embeds"] if pictures else self.encode_text([text])["prompt_embeds"]
+            for text in texts
+        ]
+        masks = [torch.ones(one.shape[:2], dtype=torch.long, device=one.device) for one in embeds]
+        parts = {"text_encoder": None, "tokenizer": None} | ({"processor": None} if pictures else {})
+        pipeline = build_pipeline(
+            QwenImageEditPlusPipeline if pictures else QwenImagePipeline,
+            device=self.device,
+            transformer=self.component("dit"),
+            vae=self.component("vae"),
+            scheduler=FlowMatchEulerDiscreteScheduler(**configs.SCHEDULER),
+            **parts,
+        )
+        arguments: dict[str, Any] = {"prompt_embeds": embeds[0], "prompt_embeds_mask": masks[0]}
+        if request.is_guided:
+            arguments |= {"negative_prompt_embeds": embeds[1], "negative_prompt_embeds_mask": masks[1]}
+        if pictures:
+            arguments["image"] = list(request.inputs)
+        return run_pipeline(pipeline, request, true_cfg_scale=request.guidance_scale, **arguments)
 
     def repeated_blocks(self, component: str) -> list[nn.Module]:
         """See `ModelFamily.repeated_blocks`; the VAE has none."""

@@ -100,6 +100,18 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
+SCHEDULER: dict[str, Any] = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 8192,
+    "max_shift": 0.9,
+    "shift_terminal": 0.02,
+    "time_shift_type": "exponential",
+    "use_dynamic_shifting": True,
+}
+"""Of the released models' sampling."""
+
+
 def _count_blocks(shapes: Shapes, prefix: str) -> int:
     return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in shapes if key.startswith(prefix))
 

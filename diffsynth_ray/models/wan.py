@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from diffsynth_ray.models.family import FIRST_FRAME, EncodedBatch, register_fami
 from diffsynth_ray.models.layer_names import LayerNames, tensors_from_memory
 from diffsynth_ray.models.layouts import KeyLayout
 from diffsynth_ray.models.library_family import InferConfig, LibraryFamily, extra_image, missing_tokenizer
+from diffsynth_ray.models.sampling import Frames, SampleRequest, build_pipeline, padded, run_pipeline
 from diffsynth_ray.models.wan_names import NAMES, VAE_22
 from diffsynth_ray.models.weights import meta_parameters
 
@@ -44,6 +46,8 @@ class Wan(LibraryFamily):
     scheduler_table = "wan"
     text_components = ("text_encoder",)
     image_components = ("vae",)
+    extra_components = ("vae", "image_encoder")
+    optional_components = ("image_encoder",)
     predict_components = ("dit",)
     size_multiple = 16
     clip_step = FRAMES_PER_LATENT
@@ -276,6 +280,32 @@ class Wan(LibraryFamily):
             raise ModelError('this Wan DiT takes a first and a last frame: extra_inputs = ["input_image", "end_image"]')
         # diffusers takes the images of a pair one after the other along the batch.
         return embeds.flatten(0, 1)
+
+    def sample(self, request: SampleRequest) -> Frames:
+        """See `ModelFamily.sample`; with a first (and a last) frame by the image-to-video pipeline."""
+        from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
+
+        parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "expand_timesteps": self._is_ti2v()}
+        texts = [request.prompt, ""] if request.is_guided else [request.prompt]
+        embeds = [padded(self.encode_text([text])["prompt_embeds"], TEXT_TOKENS) for text in texts]
+        arguments: dict[str, Any] = {"prompt_embeds": embeds[0], "num_frames": request.num_frames}
+        if request.is_guided:
+            arguments["negative_prompt_embeds"] = embeds[1]
+        arguments |= dict(zip(("image", "last_image"), request.inputs, strict=False))
+        pipeline = build_pipeline(
+            WanImageToVideoPipeline if request.inputs else WanPipeline,
+            device=self.device,
+            transformer=self.component("dit"),
+            vae=self.component("vae"),
+            scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
+            **parts,
+        )
+        if request.inputs and "image_encoder" in self.components:
+            frames = [torch.from_numpy(np.array(picture))[None, None].to(self.device) for picture in request.inputs]
+            seen = torch.cat([self._image_embeds(frame) for frame in frames])
+            # It takes pictures or their embeddings, and needs both.
+            pipeline.encode_image = lambda *pictures: seen
+        return run_pipeline(pipeline, request, guidance_scale=request.guidance_scale, **arguments)
 
     def repeated_blocks(self, component: str) -> list[nn.Module]:
         """See `ModelFamily.repeated_blocks`; the VAE has none."""

@@ -152,6 +152,13 @@ def find_model(
     return family, files, sources.tokenizer_folders(model, chosen)
 
 
+def read_folder(folder: Path) -> ComponentFiles:
+    """A component's one weight file and its config.json, as diffusers saves them."""
+    config = json.loads((folder / "config.json").read_text())
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    return ComponentFiles({key: value for key, value in config.items() if not key.startswith("_")}, (weights,))
+
+
 def _find_config(
     family: str, component: str, paths: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:

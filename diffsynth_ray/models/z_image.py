@@ -20,6 +20,7 @@ from diffsynth_ray.models.layer_names import LayerNames
 from diffsynth_ray.models.layouts import KeyLayout
 from diffsynth_ray.models.library_family import TINY_DIR, InferConfig, LibraryFamily, missing_tokenizer
 from diffsynth_ray.models.packing import PATCH
+from diffsynth_ray.models.sampling import Frames, SampleRequest, build_pipeline, run_pipeline
 from diffsynth_ray.models.weights import meta_parameters
 
 # Qwen3's chat template for one user message with thinking left on.
@@ -152,6 +153,28 @@ class ZImage(LibraryFamily):
             return_dict=False,
         )[0]
         return -torch.stack(output)[:, :, 0]
+
+    def sample(self, request: SampleRequest) -> Frames:
+        """See `ModelFamily.sample`."""
+        from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
+
+        pipeline = build_pipeline(
+            ZImagePipeline,
+            device=self.device,
+            transformer=self.component("dit"),
+            vae=self.component("vae"),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            text_encoder=None,
+            tokenizer=None,
+        )
+        texts = [request.prompt, ""] if request.is_guided else [request.prompt]
+        embeds = [list(self.encode_text([text])["prompt_embeds"]) for text in texts]
+        negative = embeds[1] if request.is_guided else None
+        # The pipeline guides from 0 on, and counts its scale from there.
+        scale = request.guidance_scale if request.is_guided else 0.0
+        return run_pipeline(
+            pipeline, request, prompt_embeds=embeds[0], negative_prompt_embeds=negative, guidance_scale=scale
+        )
 
     def repeated_blocks(self, component: str) -> list[nn.Module]:
         """See `ModelFamily.repeated_blocks`; the VAE has none."""

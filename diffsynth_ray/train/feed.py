@@ -1,8 +1,8 @@
 """The steps of a stream, fetched ahead: waiting for data and copying them to the device overlap with the computation.
 
-A thread takes step after step from the stream. For a GPU it copies the pixels into pinned memory and from there to the device
-on a stream of its own, so that the copy neither waits for the computation nor holds it up; for a CPU it copies them out of the
-object store only.
+A thread takes step after step from the stream. For a GPU it copies the pixels (or what split training has cached) into pinned
+memory and from there to the device on a stream of its own, so that the copy neither waits for the computation nor holds it up;
+for a CPU it copies them out of the object store only.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from diffsynth_ray.data.bad_samples import BadSample
-from diffsynth_ray.train.trainer import MicroInput, SampleBatch
+from diffsynth_ray.data.cached import CachedBatch
+from diffsynth_ray.train.trainer import MicroInput, SampleBatch, tensors_of
 
 if TYPE_CHECKING:
     from diffsynth_ray.data.media import Frames
     from diffsynth_ray.data.stream import StreamedBatch
+    from diffsynth_ray.train.cached_input import CachedInput
 
 _STEPS_READY = 1
 """Steps that wait to be computed, besides the one that is being fetched: each holds device memory."""
@@ -53,8 +55,10 @@ class _Fetched:
 class DeviceFeed(Iterator[FedStep]):
     """Steps in order; the stream's error is raised where its step is asked for."""
 
-    def __init__(self, stream: Iterator[StreamedBatch], device: torch.device) -> None:
-        self._device = device
+    def __init__(
+        self, stream: Iterator[StreamedBatch | CachedBatch], device: torch.device, *, cached: CachedInput | None = None
+    ) -> None:
+        self._device, self._cached = device, cached
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ready: queue.Queue[_Fetched] = queue.Queue(maxsize=_STEPS_READY)
         self._closed = threading.Event()
@@ -71,18 +75,17 @@ class DeviceFeed(Iterator[FedStep]):
         if fetched.copied is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(fetched.copied)
-            for micro in fetched.step.micro_inputs:
-                assert isinstance(micro.batch, SampleBatch)
-                assert isinstance(micro.batch.pixels, Tensor)
+            tensors = [tensor for micro in fetched.step.micro_inputs for tensor in tensors_of(micro.batch)]
+            for tensor in (tensor for tensor in tensors if tensor.is_cuda):
                 # Its memory was handed out on the other stream: it must not be given away before this one is done with it.
-                micro.batch.pixels.record_stream(current)
+                tensor.record_stream(current)
         return fetched.step
 
     def close(self) -> None:
         """End the thread after what it is fetching."""
         self._closed.set()
 
-    def _fetch_all(self, stream: Iterator[StreamedBatch]) -> None:
+    def _fetch_all(self, stream: Iterator[StreamedBatch | CachedBatch]) -> None:
         last: _Fetched = _Fetched()
         try:
             for group in steps_of(stream):
@@ -101,19 +104,38 @@ class DeviceFeed(Iterator[FedStep]):
             return True
         return False
 
-    def _fetch(self, group: Sequence[StreamedBatch]) -> _Fetched:
+    def _fetch(self, group: Sequence[StreamedBatch | CachedBatch]) -> _Fetched:
         if self._copies is None:
-            return _Fetched(_fed_step(group, [_to_host(batch.pixels, pinned=False) for batch in group]))
+            return _Fetched(self._fed_step(group))
         copied = torch.cuda.Event()
         with torch.cuda.stream(self._copies):
-            pixels = [_to_host(batch.pixels, pinned=True).to(self._device, non_blocking=True) for batch in group]
+            step = self._fed_step(group)
             copied.record()
-        return _Fetched(_fed_step(group, pixels), copied)
+        return _Fetched(step, copied)
+
+    def _fed_step(self, group: Sequence[StreamedBatch | CachedBatch]) -> FedStep:
+        return FedStep(
+            micro_inputs=[self._micro_input(batch) for batch in group],
+            num_samples=group[0].num_samples,
+            rows=tuple(row for batch in group for row in batch.rows),
+            bad=tuple(bad for batch in group for bad in batch.bad),
+        )
+
+    def _micro_input(self, batch: StreamedBatch | CachedBatch) -> MicroInput:
+        if isinstance(batch, CachedBatch):
+            assert self._cached is not None  # it comes from there
+            return self._cached.from_cache(batch)
+        decoded, micro = batch.decoded, batch.micro_batch
+        pixels = _to_host(batch.pixels, pinned=self._copies is not None).to(self._device, non_blocking=True)
+        if self._cached is not None:
+            return self._cached.from_pixels(micro, decoded.rows, pixels)
+        samples = SampleBatch(pixels, decoded.prompts, decoded.rows, decoded.extra)
+        return MicroInput(samples, micro.indices, micro.is_dummy)
 
 
-def steps_of(stream: Iterator[StreamedBatch]) -> Iterator[list[StreamedBatch]]:
+def steps_of(stream: Iterator[StreamedBatch | CachedBatch]) -> Iterator[list[StreamedBatch | CachedBatch]]:
     """The micro batches of one step after the other."""
-    group: list[StreamedBatch] = []
+    group: list[StreamedBatch | CachedBatch] = []
     for batch in stream:
         group.append(batch)
         if batch.is_last:
@@ -126,17 +148,3 @@ def _to_host(pixels: Frames, *, pinned: bool) -> Tensor:
     host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=pinned)
     host.numpy()[...] = pixels
     return host
-
-
-def _fed_step(group: Sequence[StreamedBatch], pixels: Sequence[Tensor]) -> FedStep:
-    micro_inputs = []
-    for batch, tensor in zip(group, pixels, strict=True):
-        decoded, micro = batch.decoded, batch.micro_batch
-        samples = SampleBatch(tensor, decoded.prompts, decoded.rows, decoded.extra)
-        micro_inputs.append(MicroInput(samples, micro.indices, micro.is_dummy))
-    return FedStep(
-        micro_inputs=micro_inputs,
-        num_samples=group[0].num_samples,
-        rows=tuple(row for batch in group for row in batch.decoded.rows),
-        bad=tuple(bad for batch in group for bad in batch.decoded.bad),
-    )

@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from diffsynth_ray.config.schema import LoggingSection
 from diffsynth_ray.run_dir import RunDir, write_whole
 from diffsynth_ray.train.services import open_services
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch.utils.tensorboard import SummaryWriter
 
 _HEADER = "step,key,value\n"
@@ -29,7 +32,8 @@ class FigureWriter:
         if logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(run_dir.tensorboard_dir), purge_step=start_step + 1, flush_secs=10)
+            purge = start_step + 1 if start_step else 0
+            self._tensorboard = SummaryWriter(str(run_dir.tensorboard_dir), purge_step=purge, flush_secs=10)
         self._services = open_services(run_dir, logging)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
@@ -45,6 +49,15 @@ class FigureWriter:
                 self._tensorboard = None  # its writer is broken for good once a write has failed
         for service in self._services:
             service.write(step, figures)
+
+    def write_pictures(self, step: int, pictures: Mapping[str, Image]) -> None:
+        """Show pictures by name, in TensorBoard."""
+        if self._tensorboard is not None:
+            try:
+                for name, picture in pictures.items():
+                    self._tensorboard.add_image(f"samples/{name}", np.asarray(picture), step, dataformats="HWC")
+            except OSError:
+                self._tensorboard = None
 
     def _append_pending(self, path: Path) -> None:
         size = path.stat().st_size if path.exists() else 0
@@ -65,6 +78,8 @@ class FigureWriter:
 
 
 def _rows_up_to(path: Path, step: int) -> list[str]:
+    if step == 0:
+        return []  # a run from the start validates before its first step: there are rows of step 0
     try:
         lines = path.read_text().splitlines(keepends=True)[1:]
     except FileNotFoundError:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,6 +91,11 @@ class MasterOptimizer:
         self.keeps_masters = keep_masters
         self.max_grad_norm = training.max_grad_norm
         self.optimizer = build_optimizer(self.masters, training)
+        self.ema_decay = training.ema_decay
+        self.averages: list[Tensor] = []
+        """Float32 moving averages of the masters, where the job wants them; they begin with the first weights."""
+        if self.ema_decay is not None:
+            self.averages = [master.detach().clone().float() for master in self.masters]
 
     def collect_gradients(self) -> None:
         """Add the parameters' gradients to their masters' in float32 and drop them."""
@@ -128,7 +134,28 @@ class MasterOptimizer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.write_back()
+        self._average()
         return norm
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self.ema_decay is not None:
+            torch._foreach_lerp_(self.averages, [master.detach().float() for master in self.masters], 1 - self.ema_decay)
+
+    def named_averages(self) -> dict[str, Tensor]:
+        """Moving averages of the trained weights by name; empty where the job has none."""
+        return dict(zip(self.names, self.averages, strict=True)) if self.averages else {}
+
+    @contextmanager
+    @torch.no_grad()
+    def averaged(self) -> Iterator[None]:
+        """The parameters hold their moving averages inside, and exactly what they held afterwards."""
+        kept = [param.detach().clone() for param in self.params]
+        torch._foreach_copy_([*self.params], self.averages)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_([*self.params], kept)
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -141,12 +168,13 @@ class MasterOptimizer:
         return {name: master.detach() for name, master in zip(self.names, self.masters, strict=True)}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Masters ("master/NAME") and the optimizer's state ("KEY/NAME") by parameter name.
+        """Masters ("master/NAME"), moving averages ("ema/NAME") and the optimizer's state ("KEY/NAME") by parameter name.
 
         Python numbers of the state travel as 0-d tensors, "KEY#int/NAME" or "KEY#float/NAME"; numbers of the parameter group
         that the optimizer has changed as "group.KEY#int/" or "group.KEY#float/".
         """
         tensors = {f"master/{name}": master for name, master in self.named_masters().items()}
+        tensors |= {f"ema/{name}": average for name, average in self.named_averages().items()}
         for name, master in zip(self.names, self.masters, strict=True):
             for key, value in self.optimizer.state.get(master, {}).items():
                 tensors |= _as_tensor(key, name, value)
@@ -160,6 +188,7 @@ class MasterOptimizer:
     def load_state(self, state: StateReader) -> None:
         """Restore what `state_tensors` gave; the caller has checked that the names agree."""
         by_name = dict(zip(self.names, self.masters, strict=True))
+        averages = self.named_averages()
         for master in self.masters:
             self.optimizer.state[master] = {}
         for full_name, shape in state.names().items():
@@ -170,6 +199,9 @@ class MasterOptimizer:
                 self.optimizer.param_groups[0][key.removeprefix("group.")] = _NUMBERS[number](tensor.item())
             elif key == "master":
                 by_name[name].copy_(tensor)
+            elif key == "ema":
+                if averages:
+                    averages[name].copy_(tensor)
             elif number:
                 self.optimizer.state[by_name[name]][key] = _NUMBERS[number](tensor.item())
             else:  # AdamW keeps its step count on the CPU

@@ -40,6 +40,15 @@ class Residency:
     activations: ActivationStore | None = None
     place: NodePlace = field(default_factory=NodePlace)
 
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes that offload has copied to the device, and activations to the host, since the start."""
+        return sum(each.moved_bytes for each in (self.offload, self.activations) if each is not None)
+
+    def take_stall_s(self) -> float:
+        """Seconds since the last call that the computation waited for offloaded weights."""
+        return self.offload.stalls.take_s() if self.offload is not None else 0.0
+
     def begin(self) -> None:
         """A micro step begins."""
         if self.offload is not None:

@@ -5,7 +5,7 @@ b batch of a micro step, c latent channels, f frames, h/w height and width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.data.samples import Extra
 from diffsynth_ray.errors import JobFileError, ModelError, Problem
+from diffsynth_ray.memory.timing import DeviceTimer
 from diffsynth_ray.models.family import FIRST_FRAME, EncodedBatch, ModelFamily, get_family
 from diffsynth_ray.models.flow_matching import (
     draw_noise_and_timestep,
@@ -56,14 +57,58 @@ class SampleBatch:
 
 
 @dataclass(frozen=True)
+class HalfEncodedBatch:
+    """Samples of which one half comes from a cache, and the other goes through an encoder that is trained."""
+
+    images: Tensor
+    """Latents [b, c, (f,) h, w] from the cache, or uint8 pixels [b, f, h, w, 3] to encode."""
+    texts: dict[str, Tensor] | tuple[str, ...]
+    """Conditions from the cache, or [b] prompts to encode."""
+    rows: tuple[int, ...]
+    """Positions in the metadata."""
+
+    @property
+    def has_pixels(self) -> bool:
+        """Whether the images are still to be encoded."""
+        return self.images.dtype == torch.uint8
+
+
+AnyBatch = SampleBatch | EncodedBatch | HalfEncodedBatch
+
+
+def tensors_of(batch: AnyBatch) -> list[Tensor]:
+    """Everything of a batch that is already a tensor."""
+    if isinstance(batch, SampleBatch):
+        return [batch.pixels] if isinstance(batch.pixels, Tensor) else []
+    images, texts = (
+        (batch.latents, batch.conditions) if isinstance(batch, EncodedBatch) else (batch.images, batch.texts)
+    )
+    return [images, *(texts.values() if isinstance(texts, dict) else ())]
+
+
+@dataclass(frozen=True)
 class MicroInput:
     """What one worker computes in one micro step."""
 
-    batch: SampleBatch | EncodedBatch
+    batch: AnyBatch
     indices: tuple[int, ...]
     """[b] positions in the global batch: with seed and step they name each sample's noise and timestep."""
     is_dummy: bool = False
     """Computed only to keep collectives in step with the other workers; counts nothing."""
+
+    def describe(self) -> str:
+        """The samples, for an error."""
+        batch = self.batch
+        if isinstance(batch, EncodedBatch):
+            shape = "x".join(str(side) for side in batch.latents.shape[1:])
+            rows = [int(row) + 1 for row in batch.sample_ids]
+            return f"{len(rows)} x latents {shape} from the cache, metadata rows {rows}"
+        rows = [row + 1 for row in batch.rows]
+        if isinstance(batch, HalfEncodedBatch):
+            return f"{len(rows)} samples, half of each from the cache, metadata rows {rows}"
+        height, width, num_frames = batch.size
+        size = f"{height}x{width}" + (f", {num_frames} frames" if num_frames > 1 else "")
+        return f"{len(rows)} x {size}, metadata rows {rows}"
 
 
 @dataclass(frozen=True)
@@ -74,6 +119,8 @@ class StepResult:
     """Sum of this worker's real samples' losses."""
     grad_norm: Tensor
     lr: float
+    num_tokens: int
+    """Latent tokens (2x2 patches) of this worker's real samples."""
 
 
 def fastest_attention() -> AbstractContextManager[None]:
@@ -99,23 +146,39 @@ class TrainGraph(nn.Module):
         self.components = nn.ModuleDict(family.components)
         self.family = family
         self.table = flow_matching_table(family.scheduler_table)
+        self.encoding = DeviceTimer(family.device)
+        """The encoders' part of the steps."""
         self.text_is_trained = any(name in trained for name in family.text_components)
         self.image_is_trained = any(name in trained for name in family.image_components)
 
-    def encode(self, batch: SampleBatch) -> EncodedBatch:
-        """Decoded samples -> encoded ones."""
-        pixels = torch.as_tensor(batch.pixels).to(self.family.device, non_blocking=True)
-        with torch.set_grad_enabled(self.image_is_trained):
-            latents = self.family.encode_image(pixels)
-        with torch.set_grad_enabled(self.text_is_trained):
-            conditions = self.family.encode_conditions(
-                batch.prompts, pixels=pixels, extra=_extra_inputs(batch, pixels, self.extra_inputs)
-            )
+    def encode(self, batch: AnyBatch) -> EncodedBatch:
+        """Decoded samples -> encoded ones; what is encoded already stays as it is."""
+        if isinstance(batch, EncodedBatch):
+            return batch
+        if isinstance(batch, HalfEncodedBatch):
+            latents = self._encode_image(batch.images) if batch.has_pixels else batch.images
+            conditions = batch.texts if isinstance(batch.texts, dict) else self._encode_text(batch.texts)
+        else:
+            pixels = torch.as_tensor(batch.pixels).to(self.family.device, non_blocking=True)
+            latents = self._encode_image(pixels)
+            with torch.set_grad_enabled(self.text_is_trained):
+                conditions = self.family.encode_conditions(
+                    batch.prompts, pixels=pixels, extra=extra_inputs(batch.extra, pixels, self.extra_inputs)
+                )
         return EncodedBatch(latents=latents, conditions=conditions, sample_ids=batch.rows)
 
-    def forward(self, batch: SampleBatch | EncodedBatch, noise: Tensor, timestep_ids: Tensor) -> Tensor:
+    def _encode_image(self, pixels: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.image_is_trained):
+            return self.family.encode_image(pixels.to(self.family.device, non_blocking=True))
+
+    def _encode_text(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        with torch.set_grad_enabled(self.text_is_trained):
+            return self.family.encode_text(prompts)
+
+    def forward(self, batch: AnyBatch, noise: Tensor, timestep_ids: Tensor) -> Tensor:
         """Weighted losses [b], float32; noise is shaped like the latents, timestep_ids [b] index the table."""
-        encoded = self.encode(batch) if isinstance(batch, SampleBatch) else batch
+        with self.encoding.stretch():
+            encoded = self.encode(batch)
         targets = make_targets(encoded.latents, noise, timestep_ids, self.table)
         noisy_latents, target = targets.noisy_latents.to(self.family.dtype), targets.target
         first_frame = encoded.conditions.get(FIRST_FRAME)
@@ -127,15 +190,13 @@ class TrainGraph(nn.Module):
         return per_sample_loss(pred, target, targets.loss_weight)
 
 
-def _extra_inputs(batch: SampleBatch, pixels: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    """The batch's extra inputs; a video's own first and last frame where the metadata have no column for them."""
+def extra_inputs(given: Mapping[str, tuple[Any, ...]], pixels: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    """A batch's extra inputs; a video's own first and last frame where the metadata have no column for them."""
     own = {"input_image": pixels[:, :1], "end_image": pixels[:, -1:]}
-    missing = [name for name in names if name not in batch.extra and name not in own]
+    missing = [name for name in names if name not in given and name not in own]
     if missing:
         raise ModelError(f"model.extra_inputs: the metadata have no column {', '.join(missing)}")
-    return {
-        name: batch.extra[name] if name in batch.extra else tuple((frames,) for frames in own[name]) for name in names
-    }
+    return {name: given[name] if name in given else tuple((frames,) for frames in own[name]) for name in names}
 
 
 def probe_inputs(names: Sequence[str], pixels: np.ndarray) -> dict[str, tuple[Any, ...]]:
@@ -143,26 +204,37 @@ def probe_inputs(names: Sequence[str], pixels: np.ndarray) -> dict[str, tuple[An
     return {name: tuple((one[:1],) for one in pixels) for name in names}
 
 
-def load_family(job: Job, *, device: torch.device) -> ModelFamily:
+def load_family(job: Job, *, device: torch.device, components: Sequence[str] | None = None) -> ModelFamily:
     """The job's model for `device`: from its files, or at the family's tiny size with random weights.
 
-    Its weights are still on the meta device; `residency.settle` reads them to where they belong.
+    Its weights are still on the meta device; `residency.settle` reads them to where they belong. `components` None = all;
+    split training loads in each stage what that stage computes with.
     """
-    family = _build_family(job)
+    family = _build_family(job, components)
     family.device = device
     return family
 
 
-def _build_family(job: Job) -> ModelFamily:
+def _build_family(job: Job, components: Sequence[str] | None) -> ModelFamily:
     dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
     if job.model.tiny:
         assert job.model.family is not None  # resolve has checked it
         return get_family(job.model.family).build_tiny(
-            job.seed, dtype=dtype, device="meta", extra_inputs=job.model.extra_inputs, options=job.model.options
+            job.seed,
+            components=components,
+            dtype=dtype,
+            device="meta",
+            extra_inputs=job.model.extra_inputs,
+            options=job.model.options,
         )
     name, files, tokenizers = find_model(job.model)
     return get_family(name).load(
-        files, dtype=dtype, device="meta", tokenizer_paths=tokenizers, options=job.model.options
+        files,
+        components=components,
+        dtype=dtype,
+        device="meta",
+        tokenizer_paths=tokenizers,
+        options=job.model.options,
     )
 
 
@@ -263,10 +335,7 @@ class Trainer:
 
     def _draw(self, micro: MicroInput, *, step: int) -> tuple[Tensor, Tensor]:
         """Noise [b, c, (f,) h, w] float32 and timestep ids [b] int64 of a micro batch, on the CPU."""
-        if isinstance(micro.batch, SampleBatch):
-            shape = self.family.latents_shape(*micro.batch.size)
-        else:
-            shape = tuple(micro.batch.latents.shape[1:])
+        shape = self._latents_shape(micro.batch)
         draws = [
             draw_noise_and_timestep(self.job.seed, step, index, shape=shape, id_range=self.id_range)
             for index in micro.indices
@@ -275,6 +344,31 @@ class Trainer:
         if self.family.device.type == "cuda":
             noise = noise.pin_memory().to(self.family.device, non_blocking=True)
         return noise, torch.tensor([timestep_id for _, timestep_id in draws])
+
+    def _latents_shape(self, batch: AnyBatch) -> tuple[int, ...]:
+        """Of one sample."""
+        if isinstance(batch, EncodedBatch):
+            return tuple(batch.latents.shape[1:])
+        if isinstance(batch, HalfEncodedBatch) and not batch.has_pixels:
+            return tuple(batch.images.shape[1:])
+        pixels = batch.images if isinstance(batch, HalfEncodedBatch) else batch.pixels
+        _, num_frames, height, width, _ = pixels.shape
+        return self.family.latents_shape(height, width, num_frames)
+
+    @torch.no_grad()
+    def encode(self, batch: SampleBatch) -> EncodedBatch:
+        """Decoded samples -> encoded ones, outside of a step and without gradients."""
+        self.residency.begin()
+        with fastest_attention():
+            return self.graph.encode(batch)
+
+    @torch.no_grad()
+    def evaluate(self, batch: SampleBatch | EncodedBatch, noise: Tensor, timestep_ids: Tensor) -> Tensor:
+        """Weighted losses [b] at this noise and these timesteps, without gradients; changes nothing."""
+        assert self.strategy is not None, "start() comes first"
+        self.residency.begin()
+        with fastest_attention():
+            return self.strategy.evaluate(batch, noise, timestep_ids)
 
     def lr(self, step: int) -> float:
         """Learning rate of a step (from 0)."""
@@ -294,7 +388,7 @@ class Trainer:
 
     def _train_step(self, micro_inputs: Sequence[MicroInput], *, num_samples: int) -> StepResult:
         assert self.strategy is not None, "start() comes first"
-        loss_sum = torch.zeros((), device=self.family.device)
+        loss_sum, num_tokens = torch.zeros((), device=self.family.device), 0
         for number, micro in enumerate(micro_inputs, start=1):
             last = number == len(micro_inputs)
             noise, timestep_ids = self._draw(micro, step=self.step)
@@ -303,7 +397,8 @@ class Trainer:
             micro_loss = losses.sum() * (0.0 if micro.is_dummy else 1.0)
             self.strategy.backward(micro_loss / num_samples, last=last)
             loss_sum += micro_loss.detach()
+            num_tokens += 0 if micro.is_dummy else noise.numel() // noise.shape[1] // 4
         lr = self.lr(self.step)
         grad_norm = self.strategy.step(lr)
         self.step += 1
-        return StepResult(loss_sum=loss_sum, grad_norm=grad_norm, lr=lr)
+        return StepResult(loss_sum=loss_sum, grad_norm=grad_norm, lr=lr, num_tokens=num_tokens)

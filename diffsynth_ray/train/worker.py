@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import time
-from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -20,53 +19,67 @@ from ray.util.metrics import Gauge
 
 from diffsynth_ray.config.resolve import ResolvedJob, data_share
 from diffsynth_ray.data.bad_samples import BadSample
+from diffsynth_ray.data.cached import CachedBatch, CachedRows, read_batches
 from diffsynth_ray.data.samples import SampleIndex
-from diffsynth_ray.data.stream import build_stream
+from diffsynth_ray.data.stream import StreamedBatch, build_stream
 from diffsynth_ray.errors import DsrayError, RunError, is_lost_connection
 from diffsynth_ray.memory.host import NodePlace
-from diffsynth_ray.run_dir import Progress, RunDir
+from diffsynth_ray.run_dir import RunDir, write_whole
 from diffsynth_ray.schedule import build_schedule
+from diffsynth_ray.train.cached_input import CachedInput
 from diffsynth_ray.train.checkpoint import Checkpoint, damage_of, find_checkpoints, find_restorable, read_checkpoint
+from diffsynth_ray.train.environment import describe_environment
 from diffsynth_ray.train.export import export_weights
-from diffsynth_ray.train.feed import DeviceFeed, FedStep
+from diffsynth_ray.train.feed import DeviceFeed
 from diffsynth_ray.train.figures import FigureWriter
 from diffsynth_ray.train.group import Group, NodeWorkers
 from diffsynth_ray.train.heartbeat import Heartbeat
 from diffsynth_ray.train.initial import load_initial_weights, merge_presets
 from diffsynth_ray.train.memory_report import measure, out_of_memory
+from diffsynth_ray.train.reporter import Reporter, superseded
 from diffsynth_ray.train.residency import settle
 from diffsynth_ray.train.saver import CheckpointSaver, WriterIdentity
+from diffsynth_ray.train.split import job_of_stage
 from diffsynth_ray.train.storage import Storage
 from diffsynth_ray.train.trainer import (
     MicroInput,
     SampleBatch,
-    StepResult,
     Trainer,
     load_family,
     probe_inputs,
     select_trained,
 )
+from diffsynth_ray.train.validation import Surroundings, Validation
 
 _STOP, _CHECKPOINT, _LOOK_FOR_PREEMPTION = 1, 2, 4
 _LOOK_EVERY_S = 2.0
 """Asking Ray Train whether a node will be taken away is a meeting of all workers."""
 _FOLLOWER_WAIT_S = 20.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_SPEED_WINDOW = 20
-"""Steps that the shown speed is averaged over."""
 
 
-def train_loop(*, resolved_json: str, token: str, index: ray.ObjectRef, board: Any) -> dict[str, Any]:
+def train_loop(
+    *,
+    resolved_json: str,
+    token: str,
+    index: ray.ObjectRef,
+    cached: ray.ObjectRef,
+    components: tuple[str, ...] | None,
+    board: Any,
+) -> dict[str, Any]:
     """Ray Train's train function on every worker.
 
-    `token` is the attempt's right to commit, `index` holds a SampleIndex, `board` is the handle of the run's Board.
+    `token` is the attempt's right to commit, `index` holds a SampleIndex, `board` is the handle of the run's Board. Under split
+    training `cached` holds the CachedRows (else None), and `components` are what stage two loads (else None: all).
     Returns {"state", "step", "num_steps"} of the run.
     """
     rank = ray.train.get_context().get_world_rank()
     resolved = ResolvedJob.model_validate_json(resolved_json)
     board.enter.remote(rank, _log_path())
     heartbeat = Heartbeat(partial(board.beat.remote, rank), every_s=min(5.0, resolved.job.distributed.timeout_s / 4))
-    worker = _Worker(resolved, token=token, index=index, board=board, heartbeat=heartbeat)
+    worker = _Worker(
+        resolved, token=token, index=index, cached=ray.get(cached), components=components, board=board, heartbeat=heartbeat
+    )
     try:
         return worker.run()
     except DsrayError as error:
@@ -109,7 +122,17 @@ def _disk_full(resolved: ResolvedJob, error: OSError) -> RunError:
 class _Worker:
     """One worker's side of a run, in the order in which things happen."""
 
-    def __init__(self, resolved: ResolvedJob, *, token: str, index: ray.ObjectRef, board: Any, heartbeat: Heartbeat) -> None:
+    def __init__(
+        self,
+        resolved: ResolvedJob,
+        *,
+        token: str,
+        index: ray.ObjectRef,
+        cached: CachedRows | None,
+        components: tuple[str, ...] | None,
+        board: Any,
+        heartbeat: Heartbeat,
+    ) -> None:
         context = ray.train.get_context()
         self.resolved, self.job, self.token, self.index_ref = resolved, resolved.job, token, index
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
@@ -117,6 +140,9 @@ class _Worker:
         self.run_dir = RunDir(resolved.output_path)
         self.storage = Storage.at(self.run_dir.checkpoint_location(resolved))
         self.index: SampleIndex = ray.get(index)
+        self.device = ray.train.torch.get_device()
+        self.cached = CachedInput(self.index, cached, device=self.device) if cached is not None else None
+        self.components = components
         self.schedule = build_schedule(
             self.job, num_samples=self.index.order.num_samples, global_batch_size=self.resolved.global_batch_size
         )
@@ -128,8 +154,7 @@ class _Worker:
 
     def run(self) -> dict[str, Any]:
         """Train from the newest checkpoint to the end, or to a stop."""
-        device = self.device = ray.train.torch.get_device()
-        if device.type == "cpu" or self.job.offload.optimize_on_cpu:
+        if self.device.type == "cpu" or self.job.offload.optimize_on_cpu:
             # Ray allows one thread a CPU that was asked for; an update on the host needs what the node has.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_world_size))
         # Flags from rank 0 travel on the CPU, so that they never wait for the GPU; checkpoints are written by a thread.
@@ -138,27 +163,28 @@ class _Worker:
         self.writer = self._claim_writer()
         checkpoint = self._choose_start()
         # Ray Data's processes start while the model is loaded.
-        feed = self._build_feed(checkpoint.step if checkpoint else 0, device)
-        self._build_trainer(device)
+        feed = self._build_feed(checkpoint.step if checkpoint else 0)
+        self._build_trainer()
         self._restore(checkpoint)
         result = self._train(feed)
         feed.close()
         return {"state": result, "step": self.trainer.step, "num_steps": self.schedule.num_steps}
 
-    def _build_trainer(self, device: torch.device) -> None:
+    def _build_trainer(self) -> None:
         started = time.monotonic()
         self.say("loading the model")
         self.heartbeat.enter("loading the model", 0)
-        family = load_family(self.job, device=device)
-        merge_presets(family, self.job, self.say)
+        job = self.job if self.components is None else job_of_stage(self.job, self.components)
+        family = load_family(job, device=self.device, components=self.components)
+        merge_presets(family, job, self.say)
         select_trained(family, self.job)
         load_initial_weights(family, self.job, self.say)
-        residency = settle(family, self.job, group=self._node_workers(), say=self.say)
+        residency = settle(family, job, group=self._node_workers(), say=self.say)
         self.trainer = Trainer(self.job, family, self.schedule, residency=residency)
         count = sum(param.numel() for param in self.trainer.trained.values())
         self.say(f"model loaded in {time.monotonic() - started:.1f} s, {count:,} trained parameters")
         probe = self._probe_input()
-        self.computed = f"the costliest micro batch, tried before the first step ({_describe(probe)})"
+        self.computed = f"the costliest micro batch, tried before the first step ({probe.describe()})"
         self.trainer.start(probe, say=self.say)
 
     def _node_workers(self) -> NodeWorkers | None:
@@ -181,8 +207,10 @@ class _Worker:
         )
 
     def _probe_input(self) -> MicroInput:
-        """Noise in the shape of the costliest micro batch: no file is read for it."""
+        """Noise in the shape of the costliest micro batch: no media file is read for it."""
         micro = self.index.largest_micro_batch()
+        if self.cached is not None:
+            return self.cached.probe(micro)
         shape = (len(micro.rows), micro.num_frames, micro.height, micro.width, 3)
         pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         prompts = tuple(self.index.prompt(row) for row in micro.rows)
@@ -220,18 +248,20 @@ class _Worker:
         # Ray Train counts on whole nodes for workers. Without a free CPU, decoding takes none rather than wait forever.
         return found or (0.0, 1)
 
-    def _build_feed(self, start_step: int, device: torch.device) -> DeviceFeed:
-        decode_cpus, decode_tasks = self._data_share()
-        stream = build_stream(
-            self.index_ref,
-            start_step=start_step,
-            num_steps=self.schedule.num_steps,
-            rank=self.rank,
-            world_size=self.world_size,
-            decode_cpus=decode_cpus,
-            decode_tasks=decode_tasks,
-        )
-        return DeviceFeed(stream, device)
+    def _build_feed(self, start_step: int) -> DeviceFeed:
+        bounds = {
+            "start_step": start_step,
+            "num_steps": self.schedule.num_steps,
+            "rank": self.rank,
+            "world_size": self.world_size,
+        }
+        stream: Iterator[StreamedBatch | CachedBatch]
+        if self.cached is not None and self.cached.rows.has("image"):
+            stream = read_batches(self.index, self.cached.rows, **bounds)
+        else:
+            decode_cpus, decode_tasks = self._data_share()
+            stream = build_stream(self.index_ref, **bounds, decode_cpus=decode_cpus, decode_tasks=decode_tasks)
+        return DeviceFeed(stream, self.device, cached=self.cached)
 
     def _restore(self, checkpoint: Checkpoint | None) -> None:
         if checkpoint is None:
@@ -248,13 +278,26 @@ class _Worker:
         if self.trainer.step >= self.schedule.num_steps:
             return "SUCCEEDED"
         figures = FigureWriter(self.run_dir, self.job.logging, start_step=self.trainer.step) if self.rank == 0 else None
-        reporter = _Reporter(self, figures)
+        reporter = Reporter(
+            trainer=self.trainer,
+            run_dir=self.run_dir,
+            rank=self.rank,
+            gauges=_gauges(self.resolved.run, self.rank),
+            figures=figures,
+            may_commit=self.may_commit,
+            say=self.say,
+        )
+        if self.rank == 0:
+            environment = describe_environment(self.device, world_size=self.world_size)
+            write_whole(self.run_dir.environment_path, json.dumps(environment, indent=2))
         self.saver = self._build_saver()
         self.last_checkpoint = self.last_look = time.monotonic()
         self.preempted_nodes: set[str] = set()
-        self.say("waiting for the first samples")
+        self.validation = self._build_validation(reporter)
         try:
-            while (step := self.trainer.step) < self.schedule.num_steps:
+            self.validation.start()
+            self.say("waiting for the first samples")
+            while (step := self.trainer.step) < self.schedule.num_steps and not self.validation.has_ended:
                 started = time.monotonic()
                 self.heartbeat.enter("waiting for samples", step)
                 fed = next(feed)
@@ -262,9 +305,10 @@ class _Worker:
                 if fed.bad:
                     self.note_bad(list(fed.bad))
                 self.heartbeat.enter("training", step + 1)
-                self.computed = f"step {step + 1} ({'; '.join(map(_describe, fed.micro_inputs))})"
+                self.computed = f"step {step + 1} ({'; '.join(micro.describe() for micro in fed.micro_inputs)})"
                 result = self.trainer.train_step(fed.micro_inputs, num_samples=fed.num_samples)
                 reporter.after_step(result, fed, started=started, data_wait_s=data_wait_s)
+                self.validation.after_step()
                 self._export()
                 flags = self._flags()
                 if flags & _CHECKPOINT:
@@ -277,7 +321,8 @@ class _Worker:
         finally:
             if figures is not None:
                 figures.close()
-        return "SUCCEEDED" if self.trainer.step == self.schedule.num_steps else "STOPPED"
+        is_done = self.trainer.step == self.schedule.num_steps or self.validation.has_ended
+        return "SUCCEEDED" if is_done else "STOPPED"
 
     def _flags(self) -> int:
         """What rank 0 wants after this step, the same on all ranks."""
@@ -298,7 +343,7 @@ class _Worker:
         due = output.checkpoint_minutes is not None and (now - self.last_checkpoint) / 60 >= output.checkpoint_minutes
         due = (due or self.run_dir.is_checkpoint_requested()) and not self.saver.in_flight
         due |= output.checkpoint_steps is not None and step % output.checkpoint_steps == 0
-        if due or step == self.schedule.num_steps:
+        if due or step == self.schedule.num_steps or self.validation.has_ended:
             flags |= _CHECKPOINT
         if now - self.last_look >= _LOOK_EVERY_S:
             self.last_look = now
@@ -333,104 +378,60 @@ class _Worker:
         self.saver.start(self.trainer.step, self.trainer.strategy.state_slices())
         self.last_checkpoint = time.monotonic()
 
+    def _build_validation(self, reporter: Reporter) -> Validation:
+        around = Surroundings(
+            run_dir=self.run_dir,
+            group=self.control,
+            rank=self.rank,
+            world_size=self.world_size,
+            enter=self._enter,
+            say=self.say,
+            publish=reporter.publish_validation,
+            export=self._export_as,
+            show=reporter.show_samples,
+            may_write=self.may_commit,
+        )
+        return Validation(self.job, self.trainer, self.index, around)
+
+    def _enter(self, what: str) -> None:
+        self.heartbeat.enter(what)
+        self.computed = what
+
     def _export(self) -> None:
-        stem = self.schedule.export_stem(self.trainer.step)
-        if stem is None:
-            return
+        step = self.trainer.step
+        stem = self.schedule.export_stem(step)
+        if stem is None and self.validation.has_ended:
+            stem = self.schedule.last_stem(step)
+        if stem is not None:
+            self._export_as(stem)
+
+    def _export_as(self, stem: str) -> None:
         assert self.trainer.strategy is not None  # built by start()
         self.heartbeat.enter("exporting", self.trainer.step)
         masters = self.trainer.strategy.full_masters()
+        averages = self.trainer.strategy.full_averages()
         if self.rank != 0:
             return
         if not self.may_commit():
             raise superseded()
-        paths = export_weights(self.trainer.family, self.job, masters=masters, output_dir=self.run_dir.path, stem=stem)
+        family, folder = self.trainer.family, self.run_dir.path
+        paths = export_weights(family, self.job, masters=masters, output_dir=folder, stem=stem)
+        if averages:
+            paths += export_weights(family, self.job, masters=averages, output_dir=folder, stem=f"{stem}.ema")
         self.say(f"wrote {', '.join(str(path.relative_to(self.run_dir.path)) for path in paths)}")
 
 
-def superseded() -> RunError:
-    return RunError("a newer attempt of this run has taken over; this one writes nothing and ends")
-
-
-class _Reporter:
-    """Loss and speed to the log, loss.csv, TensorBoard, Ray's metrics and progress.json."""
-
-    def __init__(self, worker: _Worker, figures: FigureWriter | None) -> None:
-        self.worker = worker
-        self.figures = figures
-        self.was_data_bound = False
-        self.times: deque[tuple[float, float, int]] = deque(maxlen=_SPEED_WINDOW)
-        tags = {"run": worker.resolved.run, "stage": "train", "rank": str(worker.rank)}
-        names = ("loss", "lr", "grad_norm", "step_s", "samples_per_s", "data_wait_s", "step", "gpu_memory_gib")
-        self.gauges = {name: Gauge(f"dsray_{name}", tag_keys=tuple(tags)) for name in names}
-        for gauge in self.gauges.values():
-            gauge.set_default_tags(tags)
-
-    def after_step(self, result: StepResult, fed: FedStep, *, started: float, data_wait_s: float) -> None:
-        """Called after every step; reads the device only where the step is logged, exported or the last."""
-        worker, step = self.worker, self.worker.trainer.step
-        logged = step % worker.job.logging.every_steps == 0 or worker.schedule.export_stem(step) is not None
-        if not logged:
-            self.times.append((time.monotonic() - started, data_wait_s, fed.num_samples))
-            return
-        assert worker.trainer.strategy is not None  # built by start()
-        loss_sum = worker.trainer.strategy.sum_over_workers(result.loss_sum)
-        loss, grad_norm = torch.stack([loss_sum, result.grad_norm.to(loss_sum)]).tolist()
-        loss /= fed.num_samples
-        self.times.append((time.monotonic() - started, data_wait_s, fed.num_samples))
-        if not np.isfinite(loss):
-            rows = [row + 1 for row in fed.rows]
-            raise RunError(
-                f"the loss of step {step} is {loss}; rank {worker.rank} trained on the metadata rows {rows}",
-                hint="lower training.learning_rate, or look at those rows; the last checkpoint and exports are from before",
-            )
-        self._publish(step, loss=loss, lr=result.lr, grad_norm=grad_norm, started=started)
-
-    def _publish(self, step: int, *, loss: float, lr: float, grad_norm: float, started: float) -> None:
-        worker = self.worker
-        # The first step of an attempt waits for everything to start: it says nothing about speed once there are others.
-        times = list(self.times)[1:] or list(self.times)
-        step_s = sum(spent for spent, _, _ in times) / len(times)
-        figures = {
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "step_s": step_s,
-            "samples_per_s": sum(count for _, _, count in times) / max(sum(spent for spent, _, _ in times), 1e-9),
-            "data_wait_s": sum(wait for _, wait, _ in times) / len(times),
-        }
-        for name, value in figures.items():
-            self.gauges[name].set(value)
-        self.gauges["step"].set(step)
-        if torch.cuda.is_available():
-            self.gauges["gpu_memory_gib"].set(torch.cuda.max_memory_allocated() / 2**30)
-        if self.figures is None:
-            return
-        if not worker.may_commit():
-            raise superseded()
-        self.figures.write(step, figures)
-        progress = Progress(
-            step=step,
-            num_steps=worker.schedule.num_steps,
-            left_s=round((worker.schedule.num_steps - step) * step_s),
-            **figures,
-        )
-        worker.say(progress.line())
-        is_data_bound = progress.data_note() is not None
-        # Over a whole window, so that the start says nothing; and once, until it is over.
-        if len(self.times) == _SPEED_WINDOW and is_data_bound != self.was_data_bound:
-            worker.say(progress.data_note() or "the job is no longer data-bound")
-            self.was_data_bound = is_data_bound
-        with suppress(OSError):  # a full disk: the log has the line too
-            worker.run_dir.write_progress(progress)
-
-
-def _describe(micro: MicroInput) -> str:
-    """The samples of a micro batch, for an error."""
-    assert isinstance(micro.batch, SampleBatch)
-    height, width, num_frames = micro.batch.size
-    size = f"{height}x{width}" + (f", {num_frames} frames" if num_frames > 1 else "")
-    return f"{len(micro.batch.rows)} x {size}, metadata rows {[row + 1 for row in micro.batch.rows]}"
+def _gauges(run: str, rank: int) -> dict[str, Gauge]:
+    """Ray's metrics of a worker by name."""
+    tags = {"run": run, "stage": "train", "rank": str(rank)}
+    names = (
+        *("loss", "lr", "grad_norm", "validation_loss", "step", "stage_progress", "samples_per_s", "tokens_per_s"),
+        *("step_s", "data_wait_s", "encode_s", "transfer_s", "moved_gib", "gpu_memory_gib"),
+    )
+    gauges = {name: Gauge(f"dsray_{name}", tag_keys=tuple(tags)) for name in names}
+    for gauge in gauges.values():
+        gauge.set_default_tags(tags)
+    return gauges
 
 
 def _silent(line: str) -> None:

@@ -54,7 +54,7 @@ ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", ru
 board = Board.remote()
 resolved = resolve(load_job(sys.argv[1]), Resources(cpus=2, gpus=0))
 bring_model(resolved, board)
-print(json.dumps([len(worker_nodes(resolved)), ray.get(board.take.remote(600.0)).lines]))
+print(json.dumps([len(worker_nodes(resolved.resources_per_worker)), ray.get(board.take.remote(600.0)).lines]))
 """
 
 

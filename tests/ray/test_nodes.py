@@ -13,6 +13,7 @@ from contextlib import suppress
 import psutil
 import pytest
 import ray
+from PIL import Image
 from training_runs import JOB, note_recovery, recovery, wait_until
 
 from diffsynth_ray.config.load import load_job
@@ -195,3 +196,39 @@ def test_a_node_that_will_be_taken_away_means_a_checkpoint_first(tmp_path, photo
     run.dir.request_stop(reason="the test has seen enough")
     assert run.process.wait(120) == ExitCode.STOPPED, run.log()
     assert sorted(run.losses()) == list(range(1, len(run.losses()) + 1))
+
+
+def test_stage_one_of_split_training_survives_a_node_that_dies(tmp_path, nodes):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    lines = ["image,prompt"]
+    for number in range(200):
+        Image.effect_noise((64, 64), 20 + number % 50).convert("RGB").save(photos / f"{number}.png")
+        lines.append(f"{number}.png,picture number {number}")
+    (photos / "metadata.csv").write_text("\n".join(lines) + "\n")
+    overrides = ("split.enabled=true", f"split.cache_path={tmp_path}/cache", "split.num_workers=2",
+                 "split.resources_per_worker={CPU = 1.2}", "training.max_steps=3")  # fmt: skip
+    wait_until(lambda: "127.0.0.2" in alive(nodes), 90)
+    run = DrivenRun(tmp_path, photos, nodes, *overrides)
+    at = run.wait_for(r"encode \d+/400 samples")
+    encoders = [process for process in psutil.Process(nodes.second.pid).children(recursive=True) if is_encoder(process)]
+    assert encoders, "the second node encodes too"
+    nodes.kill_second()
+    at = run.wait_for(r"encoded (\d+) texts and (\d+) images, reused 0 texts and 0 images", after=at)
+    run.wait_for(r"step 3/3", after=at)
+    assert run.process.wait(120) == ExitCode.DONE
+    assert "encoded 200 texts and 200 images" in run.log()
+
+
+def is_encoder(process):
+    with suppress(psutil.NoSuchProcess):
+        return any("_EncodeUnit" in argument for argument in process.cmdline())
+
+
+def alive(nodes):
+    program = (
+        "import ray; ray.init(address='auto', logging_level='ERROR'); "
+        "print([node['NodeManagerAddress'] for node in ray.nodes() if node['Alive']])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=nodes.environment, capture_output=True, text=True, check=False)
+    return done.stdout

@@ -1,5 +1,6 @@
 """`dsray submit quickstart` as a newcomer types it, from another directory; nothing is left running afterwards."""
 
+import csv
 import http.client
 import json
 import os
@@ -9,11 +10,19 @@ import threading
 import time
 import urllib.request
 
+import numpy as np
 import psutil
 import pytest
+import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+from diffsynth_ray.data.media import decode
+from diffsynth_ray.models.family import get_family
+from diffsynth_ray.models.sampling import SampleRequest
+from diffsynth_ray.run_dir import RunDir
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
 
 
 def dsray(*arguments, state_dir, cwd):
@@ -52,7 +61,22 @@ def gauges(local_ports):
     return found
 
 
-def test_the_quickstart(tmp_path):
+def nearest(output, photos, *, seed=None, step=None):
+    """Which photograph each prompt's picture is nearest to: one that the run has made, or one made here from its weights."""
+    with (photos / "metadata.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    originals = np.stack([decode(str(photos / row["image"]), height=64, width=64, num_frames=1) for row in rows])[:, 0]
+    if step is not None:
+        made = [np.array(Image.open(RunDir(output).find_sample(step, number))) for number in range(len(rows))]
+    else:
+        family = get_family("qwen_image").build_tiny(0, dtype=torch.float32)
+        family.component("dit").load_state_dict(load_file(output / "step-300.safetensors"))
+        made = [family.sample(SampleRequest(row["prompt"], 64, 64, 1, 20, 1.0, seed))[0] for row in rows]
+    errors = ((np.stack(made)[:, None].astype(float) - originals[None]) ** 2).mean(axis=(2, 3, 4))
+    return errors.argmin(axis=1).tolist()
+
+
+def test_the_quickstart(tmp_path, photos):
     state_dir, output = tmp_path / "state", tmp_path / "out"
     process = dsray(
         "submit", "quickstart", "--json", "--set", f"output.path={output}", state_dir=state_dir, cwd=tmp_path
@@ -74,8 +98,14 @@ def test_the_quickstart(tmp_path):
     assert result["state"] == "SUCCEEDED"
 
     names = {path.name for path in output.iterdir()}
-    assert {"step-20.safetensors", "step-40.safetensors", "loss.csv", "log.txt", "tensorboard", "attempts.jsonl"} <= names
-    assert len(load_file(output / "step-40.safetensors")) == 48
+    assert {"step-100.safetensors", "step-300.safetensors", "loss.csv", "log.txt", "tensorboard", "attempts.jsonl"} <= names
+    assert "transformer_blocks.1.attn.to_q.weight" in load_file(output / "step-300.safetensors")
+    before, *_, after = RunDir(output).validations()
+    assert after.loss < 0.5 * before.loss
+    for seed in range(3):
+        assert nearest(output, photos, seed=seed) == [0, 1, 2, 3, 4]
+    assert nearest(output, photos, step=0) != [0, 1, 2, 3, 4]
+    assert nearest(output, photos, step=300) == [0, 1, 2, 3, 4]
     assert any("ray_dsray_loss" in name and 'stage="train"' in name and 'rank="0"' in name for name in seen), sorted(seen)
 
     end = time.monotonic() + 60

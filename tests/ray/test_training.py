@@ -184,3 +184,24 @@ def test_no_training_or_decoding_process_is_left(reference):
 
 def _is_training(process):
     return any(name in part for name in ("RayTrainWorker", "_decode_chunk") for part in process.info["cmdline"] or [])
+
+
+def test_validation_disturbs_nothing_and_is_the_same_on_two_workers(reference, tmp_path, photos):
+    held = tmp_path / "held.csv"
+    held.write_text("image,prompt\ncat.jpg,a cat\nrocket.jpg,a rocket\ncoffee.jpg,\n")
+    keys = [f"validation.holdout={held}", "validation.every_steps=4", "validation.keep_best=true"]
+    found = {}
+    for num_workers in (1, 2):
+        run = Run(tmp_path, photos, f"workers-{num_workers}")
+        assert run.start(*keys, f"distributed.num_workers={num_workers}") == ExitCode.DONE, run.said
+        found[num_workers] = run
+    one, two = found[1], found[2]
+    assert one.losses() == reference.losses()
+    assert distance(reference.weights(), one.weights()) == 0
+    assert [entry.step for entry in one.dir.validations()] == [0, 4, 8, 10]
+    first, second = one.dir.validations()[0], two.dir.validations()[0]
+    assert (first.loss, first.quantiles, first.num_samples) == (second.loss, second.quantiles, 3)
+    assert [entry.loss for entry in two.dir.validations()] == pytest.approx([e.loss for e in one.dir.validations()], abs=1e-5)
+    best = min(one.dir.validations(), key=lambda entry: entry.loss).step
+    assert (one.output / "best.safetensors").exists() == (best > 0)
+    assert f"0,validation_loss,{first.loss:.9g}\n" in one.dir.loss_path.read_text()

@@ -138,6 +138,32 @@ def test_a_missing_prompt_column_is_found_before_the_run(photos: Path) -> None:
         plan(photos)
 
 
+def test_both_stages_of_split_training_are_shown(photos: Path) -> None:
+    split = {"enabled": True, "cache_path": "/cache", "resources_per_worker": {"GPU": 0.5, "CPU": 1.0}}
+    built = plan(photos, cpus=32, gpus=2, split=split)
+    text = "\n".join(built.lines())
+    assert "stages    encode -> train on cuda" in text
+    assert "encode    2 x (0.5 GPU, 1 CPU) on cuda, loads the encoders that are not trained" in text
+    assert "cache     /cache" in text
+    assert built.as_dict()["encode"]["num_workers"] == 2
+    assert plan(photos).encode is None
+
+
+def test_a_data_set_of_a_cache_is_planned(photos: Path, tmp_path: Path) -> None:
+    from diffsynth_ray.data.cache import Cache
+    from diffsynth_ray.data.manifest import Manifest, ManifestRow, write_manifest
+
+    split = {"enabled": True, "cache_path": str(tmp_path / "cache")}
+    alone = {"base_path": None, "metadata_path": None}
+    with pytest.raises(DataError, match="holds no data set"):
+        plan(photos, split=split, dataset=alone)
+    rows = tuple(ManifestRow(f"{n}", f"{n}", f"{n}", 64, 64, 1) for n in range(7))
+    write_manifest(Cache(str(tmp_path / "cache")), Manifest(rows))
+    built = plan(photos, split=split, dataset=alone)
+    assert built.num_rows == 7
+    assert any("in the cache" in note for note in built.notes)
+
+
 # What the model's files say
 
 DIT = [str(TINY / f"transformer/diffusion_pytorch_model-0000{number}-of-00002.safetensors") for number in (1, 2)]

@@ -55,8 +55,8 @@ def test_every_recipe_plans(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("resources", [Resources(cpus=1, gpus=0), Resources(cpus=2, gpus=0), NODE])
 def test_the_quickstart_plans_on_any_machine(resources: Resources) -> None:
     plan = build_plan(resolved("quickstart", resources))
-    assert (plan.num_rows, plan.num_workers, plan.num_steps) == (5, 1, 40)
-    assert plan.files == ["step-20.safetensors", "step-40.safetensors"]
+    assert (plan.num_rows, plan.num_workers, plan.num_steps) == (5, 1, 300)
+    assert plan.files == ["step-100.safetensors", "step-200.safetensors", "step-300.safetensors"]
     assert plan.run == build_plan(resolved("quickstart", NODE)).run
 
 
@@ -89,7 +89,7 @@ def test_the_lora_recipe_shows_every_key_of_this_version_with_its_default() -> N
     elsewhere = {
         "wan_lora": {"dataset.num_frames", "dataset.frame_rate", "model.extra_inputs"},
         "flux_lora": {"model.tokenizer_1_path", "model.tokenizer_2_path", "model.options"},
-        "qwen_edit_lora": {"model.processor_path"},
+        "qwen_edit_lora": {"model.processor_path", "validation.inputs"},
     }
 
     for name, keys in elsewhere.items():
@@ -107,6 +107,7 @@ def test_the_defaults_that_the_lora_recipe_shows_are_the_defaults(tmp_path: Path
         "resources_per_worker", "wandb_project", "swanlab_project", "mlflow_tracking_uri",
         "preset_path", "preset_model", "checkpoint_path", "tokenizer_path", "source", "base_path", "skip_download",
         "fp8_models", "vram_budget_gib", "param_size_threshold", "deepspeed_config",
+        "ema_decay", "prompts", "size", "holdout", "every_steps = 500", "early_stopping",
     }  # fmt: skip
     lines = []
     for line in text.splitlines():

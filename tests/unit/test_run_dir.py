@@ -10,7 +10,7 @@ import pytest
 from diffsynth_ray.config.resolve import ResolvedJob, Resources, resolve
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import ExitCode, OutputError
-from diffsynth_ray.run_dir import Progress, RunDir, parse_progress, write_whole
+from diffsynth_ray.run_dir import EncodeProgress, Progress, RunDir, parse_encode_progress, parse_progress, write_whole
 
 
 def build(folder: Path, *, name: str = "job", **training: Any) -> ResolvedJob:
@@ -280,3 +280,15 @@ def test_a_request_for_a_checkpoint_is_taken_back_when_it_is_committed(tmp_path:
     run_dir.checkpoint_is_done()
     run_dir.checkpoint_is_done()
     assert not run_dir.is_checkpoint_requested()
+
+
+def test_the_progress_of_stage_one_is_read_back(tmp_path: Path) -> None:
+    progress = EncodeProgress(done=120, total=400, per_s=12.3, left_s=23)
+    assert progress.line() == "encode 120/400 samples | 12.30 samples/s | 23 s left"
+    assert parse_encode_progress(f"(pid=1) {progress.line()}") == progress
+    assert parse_encode_progress("encode something") is None
+    assert parse_progress(progress.line()) is None
+    run_dir = RunDir(tmp_path)
+    assert run_dir.encode_progress() is None
+    run_dir.write_encode_progress(progress)
+    assert run_dir.encode_progress() == progress

@@ -91,3 +91,8 @@ def test_export_names(lora: str | None, full: list[str], names: dict[str, str]) 
     """The LoRA's, else dit's, else the first component's export has the plain name."""
     assert export_file_names(job(lora=lora, full=full), "step-2") == names
     assert trained_components(job(lora=lora, full=full)) == list(names)
+
+
+def test_a_run_that_ends_early_names_its_last_export() -> None:
+    assert Schedule(40, 4, 3, None, 8).last_stem(13) == "step-13"
+    assert Schedule(40, 4, 3, None, None).last_stem(13) == "epoch-1"

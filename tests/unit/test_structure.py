@@ -27,14 +27,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"run_dir", "schedule", "config", "errors"},
     "memory": {"run_dir", "schedule", "config", "errors"},
     "train": {"data", "models", "memory", "run_dir", "schedule", "config", "errors"},
+    "report": {"run_dir", "config", "errors"},
     "migrate": {"models", "config", "errors"},
     "plan": {"data", "models", "run_dir", "schedule", "config", "errors"},
     "launch": {"plan", "train", "data", "models", "memory", "run_dir", "schedule", "config", "errors"},
-    "cli": {"launch", "plan", "migrate", "train", "data", "models", "memory", "run_dir", "schedule", "config", "errors"},
+    "cli": {
+        *("launch", "plan", "migrate", "report", "train", "data", "models", "memory", "run_dir", "schedule", "config"),
+        "errors",
+    },
 }
-# plan promises to need no torch: of data it reads the metadata only, of models where files are and what their headers
-# say, so that a wrong file is found before a cluster starts.
-PLAN_READS = {"diffsynth_ray.data.metadata", "diffsynth_ray.models.inspection"}
+# plan promises to need no torch: of data it reads the metadata, what of them is held out, or the manifest of a cache, of models
+# where files are and what their headers say, so that a wrong file is found before a cluster starts.
+PLAN_READS = {
+    "diffsynth_ray.data.metadata",
+    "diffsynth_ray.data.holdout",
+    "diffsynth_ray.data.cache",
+    "diffsynth_ray.data.manifest",
+    "diffsynth_ray.models.inspection",
+}
 NEED_NO_TORCH = {f"diffsynth_ray.models.{name}" for name in ("inspection", "layouts", "sources", "hubs", "download")}
 
 LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
@@ -49,6 +59,7 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     "typer": ("cli.",),
     "rich": ("cli.",),
     "click": ("cli.",),
+    "av": ("train.video",),
     "wandb": ("train.services",),
     "swanlab": ("train.services",),
     "mlflow": ("train.services",),
@@ -145,7 +156,7 @@ def test_errors_and_flags_need_the_standard_library_only() -> None:
 
 def test_config_run_dir_and_schedule_need_no_torch() -> None:
     for module in MODULES:
-        if layer_of(module) in ("config", "run_dir", "schedule", "plan", "cli") or module in NEED_NO_TORCH:
+        if layer_of(module) in ("config", "run_dir", "schedule", "plan", "cli", "report") or module in NEED_NO_TORCH:
             assert not any(name.split(".")[0] == "torch" for _, name in imports_of(module)), module
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -68,6 +69,10 @@ class Strategy(Protocol):
         """Losses [b] of one micro batch; `last`: its backward completes the step's gradients."""
         ...
 
+    def evaluate(self, *inputs: Any) -> Tensor:
+        """Losses [b] of one micro batch, called without gradients between two steps, equally often on all ranks."""
+        ...
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Backward of one micro batch's share of the step's mean loss (the shares of all workers sum up to it)."""
         ...
@@ -82,6 +87,14 @@ class Strategy(Protocol):
 
     def full_masters(self) -> dict[str, Tensor]:
         """Float32 masters by full parameter name. Called on all ranks; whole on rank 0, whatever on the others."""
+        ...
+
+    def full_averages(self) -> dict[str, Tensor]:
+        """Float32 moving averages by full parameter name, as `full_masters`; empty where the job has none."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The parameters hold their moving averages inside, for `evaluate`."""
         ...
 
     def state_slices(self) -> dict[str, StateSlice]:

@@ -7,7 +7,7 @@ workers and added to the float32 masters' gradients, because DDP cannot accumula
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -64,6 +64,11 @@ class DDPStrategy:
         with self._no_sync(last):
             return self.ddp(*inputs)
 
+    def evaluate(self, *inputs: Any) -> Tensor:
+        """See Strategy. The plain module: no worker waits for another."""
+        losses: Tensor = self.module(*inputs)
+        return losses
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """See Strategy. DDP averages over the workers, so that the share is scaled up by their number first."""
         if self.ddp is None:
@@ -91,6 +96,14 @@ class DDPStrategy:
     def full_masters(self) -> dict[str, Tensor]:
         """See Strategy. Every rank has them."""
         return self.optimizer.named_masters()
+
+    def full_averages(self) -> dict[str, Tensor]:
+        """See Strategy. Every rank has them."""
+        return self.optimizer.named_averages()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """See Strategy."""
+        return self.optimizer.averaged()
 
     def state_slices(self) -> dict[str, StateSlice]:
         """See Strategy. Every rank has the whole state and writes an even share of it."""

@@ -17,7 +17,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -148,6 +148,10 @@ class DeepSpeedStrategy:
         self.engine.set_gradient_accumulation_boundary(last)
         return self.engine(*inputs)
 
+    def evaluate(self, *inputs: Any) -> Tensor:
+        """See Strategy. Through the engine, which at stage 3 gathers the parameters."""
+        return self.engine(*inputs)
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """See Strategy."""
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
@@ -179,6 +183,14 @@ class DeepSpeedStrategy:
             if self.rank == 0:
                 masters[name] = full.detach().cpu()
         return masters
+
+    def full_averages(self) -> dict[str, Tensor]:
+        """See Strategy. Refused with this strategy (config.validation)."""
+        return {}
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """See Strategy."""
+        return nullcontext()
 
     def state_slices(self) -> dict[str, StateSlice]:
         """See Strategy."""

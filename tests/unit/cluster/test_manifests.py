@@ -118,7 +118,7 @@ def gauges_of_the_worker() -> set[str]:
     text = ast.unparse(tree)
     assert "Gauge(f'dsray_{name}'" in text, "the gauges are made in another way: change this test"
     names = [
-        ast.literal_eval(node.value)
+        eval(ast.unparse(node.value), {})  # a tuple of tuples of names
         for node in ast.walk(tree)
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "names"
     ]

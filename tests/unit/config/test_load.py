@@ -140,8 +140,6 @@ def test_problems_of_overrides_and_file_come_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "feature"),
     [
-        ('validation.prompts=["a cat"]', "validation"),
-        ("split.enabled=true", "split training"),
         ("task=direct_distill", "direct distillation"),
         ("gradient.checkpointing=auto", "selective recomputation"),
     ],
@@ -152,17 +150,13 @@ def test_what_is_not_built_is_refused(tmp_path: Path, override: str, feature: st
     assert "not in this version" in message
 
 
-def test_reserved_keys_at_their_default_are_accepted(tmp_path: Path) -> None:
-    overrides = ["split.enabled=false", "validation.num_inference_steps=30"]
-    assert load_job(write(tmp_path, GOOD), overrides).split.enabled is False
-
-
 def test_a_recipe_is_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_job_file("quickstart") == recipes_dir() / "quickstart.toml"
     job = load_job("quickstart")
     assert job.dataset.base_path is not None
     assert Path(job.dataset.base_path, "metadata.csv").is_file()
+    assert Path(str(job.validation.holdout)).is_file()
     assert "quickstart" in recipe_names()
 
 

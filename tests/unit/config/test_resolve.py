@@ -372,3 +372,112 @@ def test_elastic_bounds_are_checked(asked: list[int]) -> None:
 )
 def test_preset_loras_and_their_components(lora: dict[str, Any], message: str) -> None:
     assert message in problems_of(build_job(lora={"base_model": "dit"} | lora))["lora.preset_model"]
+
+
+# Split training
+
+
+def test_the_encode_stage_gets_what_the_training_workers_will_have() -> None:
+    encode = resolve(build_job(split={"enabled": True}), BOX).encode
+    assert encode is not None
+    assert (encode.num_workers, encode.device, encode.resources_per_worker) == (8, "cuda", {"GPU": 1.0, "CPU": 1.0})
+    on_cpu = resolve(build_job(split={"enabled": True}), Resources(cpus=2, gpus=0)).encode
+    assert on_cpu is not None
+    assert (on_cpu.num_workers, on_cpu.device, on_cpu.decode_tasks) == (1, "cpu", 1)
+    assert resolve(build_job(), BOX).encode is None
+    assert resolve(build_job(), BOX).stages == ["train"]
+    assert resolve(build_job(split={"enabled": True}), BOX).stages == ["encode", "train"]
+
+
+def test_the_encode_stage_may_have_other_resources() -> None:
+    split = {"enabled": True, "num_workers": 16, "resources_per_worker": {"GPU": 0.5, "CPU": 2.0}}
+    encode = resolve(build_job(split=split), BOX).encode
+    assert encode is not None
+    assert (encode.num_workers, encode.device) == (16, "cuda")
+    without = {"enabled": True, "num_workers": 4, "resources_per_worker": {"CPU": 4.0}}
+    encode = resolve(build_job(split=without), BOX).encode
+    assert encode is not None
+    assert encode.device == "cpu"
+
+
+def test_an_encode_stage_that_would_wait_forever_is_refused() -> None:
+    problems = problems_of(build_job(split={"enabled": True, "num_workers": 16}), BOX)
+    assert "16 workers need 16 GPUs, there are 8" in problems["split.num_workers"]
+    split = {"enabled": True, "num_workers": 8, "resources_per_worker": {"CPU": 1.0}}
+    assert "split.resources_per_worker" in problems_of(build_job(split=split))["split.num_workers"]
+    split = {"enabled": True, "resources_per_worker": {"CPU": -1.0}}
+    assert "0 or more" in problems_of(build_job(split=split))["split.resources_per_worker"]
+
+
+def test_split_training_is_the_same_run() -> None:
+    assert resolve(build_job(split={"enabled": True}), LAPTOP).run == resolve(build_job(), LAPTOP).run
+
+
+def test_the_data_may_be_left_out_where_a_cache_has_them() -> None:
+    job = build_job(dataset={"base_path": None}, split={"enabled": True})
+    assert resolve(job, LAPTOP).job.dataset.base_path is None
+    assert "dataset.base_path" in problems_of(build_job(dataset={"base_path": None}))
+    half = build_job(dataset={"base_path": None, "metadata_path": "/data/rows.csv"}, split={"enabled": True})
+    assert "dataset.base_path" in problems_of(half)
+    paths = {"tiny": False, "paths": ["/dit.safetensors"]}
+    assert resolve(build_job(dataset={"base_path": None}, split={"enabled": True}, model=paths), LAPTOP)
+
+
+def test_a_remote_cache_must_be_named_in_full() -> None:
+    output = {"path": "/out"}
+    problems = problems_of(build_job(split={"enabled": True}, output=output), BOX, remote=True)
+    assert "must be absolute" in problems["split.cache_path"]
+    in_a_bucket = {"enabled": True, "cache_path": "s3://bucket/cache"}
+    resolved = resolve(build_job(split=in_a_bucket, output=output), BOX, remote=True)
+    assert resolved.job.split.cache_path == "s3://bucket/cache"
+    assert resolve(build_job(output=output), BOX, remote=True)
+
+
+# Validation
+
+
+def test_only_a_share_that_is_held_out_is_part_of_the_name() -> None:
+    names = {
+        holdout: resolve(build_job(validation={} if holdout is None else {"holdout": holdout}), BOX).run
+        for holdout in (None, "held.csv", 0.1, 0.2)
+    }
+    assert names["held.csv"] == names[None]
+    assert len(set(names.values())) == 3
+
+
+@pytest.mark.parametrize(
+    ("validation", "key"),
+    [
+        ({"holdout": 1.5}, "validation.holdout"),
+        ({"early_stopping": 3}, "validation.early_stopping"),
+        ({"keep_best": True}, "validation.keep_best"),
+        ({"every_steps": 10}, "validation.every_steps"),
+        ({"inputs": ["a.png"], "prompts": ["one"]}, "validation.inputs"),
+    ],
+)
+def test_rules_of_validation(validation: dict[str, object], key: str) -> None:
+    assert list(problems_of(build_job(validation=validation))) == [key]
+
+
+def test_split_training_has_no_encoders_to_validate_with() -> None:
+    validation = {"prompts": ["a"], "holdout": 0.1}
+    problems = problems_of(build_job(validation=validation, split={"enabled": True}))
+    assert list(problems) == ["validation.holdout", "validation.prompts"]
+    assert "split.enabled = false" in problems["validation.holdout"]
+
+
+def test_samples_and_what_the_model_takes() -> None:
+    edit = {"model": {"extra_inputs": ["edit_image"]}}
+    assert "required with prompts" in problems_of(build_job(validation={"prompts": ["a", "b"]}, **edit))["validation.inputs"]
+    two = {"prompts": ["a", "b", "c"], "inputs": ["a.png", "b.png"]}
+    assert "2 files for 3 prompts" in problems_of(build_job(validation=two, **edit))["validation.inputs"]
+    job = build_job(validation={"prompts": ["a", "b"], "inputs": ["a.png"]}, **edit)
+    assert resolve(job, BOX).job.validation.inputs == [str(Path.cwd() / "a.png")]
+    zero = {"distributed": {"strategy": "deepspeed", "zero_stage": 3}}
+    assert "zero_stage = 2" in problems_of(build_job(validation={"prompts": ["a"]}, **zero))["validation.prompts"]
+
+
+def test_moving_averages_need_whole_weights() -> None:
+    assert resolve(build_job(training={"ema_decay": 0.999}), BOX).job.training.ema_decay == 0.999
+    zero = {"distributed": {"strategy": "deepspeed"}}
+    assert "ddp" in problems_of(build_job(training={"ema_decay": 0.999}, **zero))["training.ema_decay"]

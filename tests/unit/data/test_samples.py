@@ -269,3 +269,52 @@ def test_a_mended_file_is_taken_off_the_list(tmp_path: Path) -> None:
     files[1].write_bytes(b"mended, at last")
     assert BadSampleList(path, limit=0.03).add([BadSample(7, 100, "7.png", "damaged")]) is not None
     assert [json.loads(line)["row"] for line in path.read_text().splitlines()] == [1, 3, 8]
+
+
+def test_a_share_of_the_files_is_held_out_and_never_trained_on(dataset: Dataset) -> None:
+    for number in range(10):
+        dataset.add(f"{number}.png", size=(64, 48) if number % 3 else (48, 64))
+    dataset.add("3.png", prompt="the same file once more")
+    index = dataset.build("validation.holdout=0.2")
+    assert index.holdout is not None
+    held = {micro.rows[0] for micro in index.holdout.singles()}
+    files = {index.path(row) for row in held}
+    assert len(files) == 2
+    assert held == {row for row in range(11) if index.path(row) in files}, "all rows of a file go together"
+    steps = [index.order.step(step) for step in range(index.order.steps_per_epoch)]
+    trained = {row for step in steps for micro in step.micro_batches for row in micro.rows}
+    assert trained == set(range(11)) - held
+    assert index.order.num_samples == 11 - len(held)
+    assert held == {micro.rows[0] for micro in dataset.build("validation.holdout=0.2").holdout.singles()}
+    assert any("held out" in line for line in dataset.said)
+
+
+def test_no_held_out_row_takes_the_place_of_a_bad_one(dataset: Dataset) -> None:
+    for number in range(6):
+        dataset.add(f"{number}.png")
+    index = dataset.build("validation.holdout=0.4", "dataset.bad_sample=skip", "dataset.bad_sample_limit=1.0")
+    held = {micro.rows[0] for micro in index.holdout.singles()}
+    bad = min(set(range(6)) - held)
+    micro = MicroBatch(0, 48, 64, 1, (bad,), (0,))
+    assert not held & {row for step in range(20) for row in index.candidates(bad, micro, step=step, index=0)}
+
+
+def test_a_holdout_of_its_own(dataset: Dataset, tmp_path: Path) -> None:
+    for number in range(3):
+        dataset.add(f"{number}.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "held.png")
+    held = tmp_path / "held.csv"
+    held.write_text("image,prompt\nheld.png,one\n2.png,two\n")
+    index = dataset.build(f"validation.holdout={held}")
+    assert [index.holdout.prompt(micro.rows[0]) for micro in index.holdout.singles()] == ["one", "two"]
+    assert [(m.height, m.width) for m in index.holdout.singles()] == [(64, 64), (48, 64)]
+    assert index.order.num_samples == 3
+    assert "1 of the 2 validation samples" in dataset.said[-1]
+    with pytest.raises(DataError, match=r"validation\.holdout: .*nowhere\.csv"):
+        dataset.build("validation.holdout=nowhere.csv")
+
+
+def test_one_file_cannot_be_shared_out(dataset: Dataset) -> None:
+    dataset.add("0.png")
+    with pytest.raises(DataError, match=r"validation\.holdout"):
+        dataset.build("validation.holdout=0.5")

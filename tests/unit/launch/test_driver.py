@@ -8,16 +8,19 @@ from ray.train import WorkerGroupError
 from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import RunError
+from diffsynth_ray.launch import runs
 from diffsynth_ray.launch.board import Failure, Hung, Loss, News
 from diffsynth_ray.launch.driver import _Watcher
 from diffsynth_ray.launch.failures import WorkerPlace
+from diffsynth_ray.launch.registry import Submission
 from diffsynth_ray.run_dir import Progress, RunDir
 
 PLACE = WorkerPlace(rank=1, node="10.0.0.2", pid=77, log="/logs/one.err")
 
 
 def news(**changes):
-    return News(**({"lines": [], "failure": None, "losses": [], "bad": [], "hung": None, "idle_s": 0.0} | changes))
+    calm = {"lines": [], "failure": None, "losses": [], "bad": [], "hung": None, "idle_s": 0.0, "waits_for": None}
+    return News(**(calm | {"has_turn": False} | changes))
 
 
 @pytest.fixture
@@ -94,6 +97,32 @@ def test_hanging_and_waiting_are_told(watcher):
     for idle_s in (0.0, 31.0):
         watcher.tell_news(news(idle_s=idle_s))
     assert watcher.said == [], "after the last step nobody waits for a worker"
+
+
+def test_waiting_in_the_queue_is_told_once_and_shown_by_status_and_list(watcher, monkeypatch):
+    for reason in ("0 CPU free; held by other", "0 CPU free; held by other"):
+        watcher.tell_news(news(waits_for=reason, idle_s=40.0))
+    [line] = watcher.said
+    assert line == "waiting for a place on the cluster: 0 CPU free; held by other"
+    submission = Submission(
+        run=watcher.resolved.run, output=str(watcher.run_dir.path), job_file="", address=None, submission_id=""
+    )
+    monkeypatch.setattr(runs, "cluster_of", lambda submission: (None, "it does not answer"))
+    seen = runs.view(submission)
+    assert seen.state == "PENDING"
+    assert "held by other" in seen.note
+    watcher.tell_news(news(has_turn=True))
+    assert watcher.said[1:] == ["its turn has come"]
+    assert runs.view(submission).state == "RUNNING"
+
+
+def test_nobody_waits_for_training_workers_while_stage_one_encodes(watcher):
+    for idle_s in (31.0, 62.0, 300.0):
+        watcher.tell_news(news(idle_s=idle_s), is_encoding=True)
+    assert watcher.said == []
+    for idle_s in (320.0, 331.0, 0.0, 31.0):
+        watcher.tell_news(news(idle_s=idle_s))
+    assert [line.split(";")[0] for line in watcher.said] == ["no training worker for 31 s", "no training worker for 31 s"]
 
 
 def test_a_full_disk_does_not_end_the_driver(watcher, monkeypatch):

@@ -1,7 +1,7 @@
 from diffsynth_ray.config.load import load_job
 from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.launch.node_checks import write_probe
-from diffsynth_ray.launch.visibility import find_invisible, named_paths
+from diffsynth_ray.launch.visibility import find_invisible, named_paths, shared_folders
 
 
 def test_every_path_that_workers_read_is_asked_for(repository, monkeypatch) -> None:
@@ -21,9 +21,21 @@ def test_every_path_that_workers_read_is_asked_for(repository, monkeypatch) -> N
 def test_what_is_not_seen_is_named_with_its_key(tmp_path) -> None:
     (tmp_path / "here").mkdir()
     probe = write_probe(str(tmp_path / "out"))
-    assert find_invisible([("dataset.base_path", str(tmp_path / "here"))], probe) == []
-    gone = find_invisible([("dataset.base_path", "/gone"), ("lora.checkpoint", str(tmp_path / "here"))], f"{probe}-of-another")
+    probes = {"output.path": probe, "split.cache_path": f"{probe}-of-another"}
+    assert find_invisible([("dataset.base_path", str(tmp_path / "here"))], {"output.path": probe}) == []
+    gone = find_invisible([("dataset.base_path", "/gone"), ("lora.checkpoint", str(tmp_path / "here"))], probes)
     assert gone == [
         "dataset.base_path: /gone is not there or cannot be read",
-        f"output.path: what the driver wrote to {tmp_path} is not seen",
+        f"split.cache_path: what the driver wrote to {tmp_path} is not seen",
     ]
+
+
+def test_the_cache_of_split_training_must_be_shared_too(repository, monkeypatch) -> None:
+    monkeypatch.chdir(repository)
+
+    def folders(*overrides):
+        return dict(shared_folders(resolve(load_job("jobs/qwen_lora.toml", list(overrides)), Resources(cpus=64, gpus=8))))
+
+    assert set(folders()) == {"output.path"}
+    assert folders("split.enabled=true", "split.cache_path=/cache")["split.cache_path"] == "/cache"
+    assert set(folders("split.enabled=true", "split.cache_path=s3://bucket/cache")) == {"output.path"}

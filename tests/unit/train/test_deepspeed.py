@@ -47,20 +47,22 @@ def no_process_group_is_left():
 @pytest.fixture(scope="module")
 def two_workers(tmp_path_factory):
     """Few cases that pass through all stages, LoRA and full; the rest is in `test_all_stages`."""
-    return run_ranks(tmp_path_factory.mktemp("ranks"), world_size=2, cases=["chain", "export", "lora 2"])
+    return run_ranks(tmp_path_factory.mktemp("ranks"), world_size=2, cases=["chain", "export", "lora 2", "full 3"])
 
 
 def check(found, *, tolerance=1e-5):
     assert found["loss"] <= tolerance
     assert found["norm"] <= tolerance
+    assert found["evaluated"] <= tolerance
     assert found["weights"] <= tolerance
     assert found["same names"]
     assert found["moved"] > 0
     assert found["moved as ddp"], "weight decay acts on parameters without gradient"
 
 
-def test_two_workers_train_as_under_ddp(two_workers):
-    check(two_workers["lora 2"])
+@pytest.mark.parametrize("case", ["lora 2", "full 3"])
+def test_two_workers_train_and_validate_as_under_ddp(two_workers, case):
+    check(two_workers[case])
 
 
 def test_a_run_may_change_its_strategy_at_every_checkpoint(two_workers):

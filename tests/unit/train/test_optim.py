@@ -120,3 +120,33 @@ def test_numbers_of_an_optimizer_travel_too(monkeypatch):
         optimizer.step(1e-3)
     assert torch.equal(first["w"], second["w"])
     assert type(other.optimizer.state[other.params[0]]["count"]) is int
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moving_averages_follow_their_formula_and_survive_a_restart(dtype):
+    training = {"ema_decay": 0.75, "max_grad_norm": 0.0, "optimizer": "torch.optim.SGD", "weight_decay": 0.0}
+
+    def start():
+        return build(nn.Parameter(torch.tensor([1.0, 2.0], dtype=dtype)), **training)
+
+    def step(optimizer):
+        optimizer.params[0].grad = torch.tensor([1.0, -2.0], dtype=dtype)
+        optimizer.step(0.1)
+
+    optimizer, expected = start(), torch.tensor([1.0, 2.0])
+    for _ in range(3):
+        step(optimizer)
+        expected = 0.75 * expected + 0.25 * optimizer.masters[0].detach().float()
+    assert torch.allclose(optimizer.named_averages()["w"], expected, atol=1e-6)
+    assert optimizer.named_averages()["w"].dtype == torch.float32
+    before = optimizer.params[0].detach().clone()
+    with optimizer.averaged():
+        assert torch.equal(optimizer.params[0].detach(), optimizer.averages[0].to(dtype))
+    assert torch.equal(optimizer.params[0].detach(), before)
+
+    state = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
+    restored = start()
+    restored.load_state(Tensors(state))
+    for each in (optimizer, restored):
+        step(each)
+    assert torch.equal(optimizer.averages[0], restored.averages[0])

@@ -115,6 +115,12 @@ def train(trainer, steps=STEPS):
     return losses, norms
 
 
+def evaluate(trainer):
+    """The loss of a sample of its own on each rank, without gradients."""
+    batch = micro(10 + trainer.strategy.rank).batch
+    return trainer.evaluate(batch, micro(20).batch.latents, torch.tensor([500])).item()
+
+
 def close(trainer):
     if hasattr(trainer.strategy, "engine"):
         trainer.strategy.engine.destroy()
@@ -125,6 +131,7 @@ def compare(expected, found):
     return {
         "loss": max(abs(a - b) for a, b in zip(expected["losses"], found["losses"], strict=True)),
         "norm": max(abs(a - b) for a, b in zip(expected["norms"], found["norms"], strict=True)),
+        "evaluated": max(abs(a - b) for a, b in zip(expected["evaluated"], found["evaluated"], strict=True)),
         "weights": max(float((expected["masters"][key] - found["masters"][key]).abs().max()) for key in expected["masters"]),
         "same names": list(expected["masters"]) == list(found["masters"]),
         "moved": sum(not torch.equal(found["start"][key], found["masters"][key]) for key in found["masters"]),
@@ -143,10 +150,14 @@ def copied(masters):
 def run_case(job):
     trainer = build_trainer(job)
     start = copied(trainer.strategy.full_masters())
-    losses, norms = train(trainer)
+    losses, norms, evaluated = [], [], [evaluate(trainer)]
+    for _ in range(STEPS):
+        loss, norm = train(trainer, steps=1)
+        losses, norms = losses + loss, norms + norm
+        evaluated.append(evaluate(trainer))
     masters = copied(trainer.strategy.full_masters())
     close(trainer)
-    return {"losses": losses, "norms": norms, "start": start, "masters": masters}
+    return {"losses": losses, "norms": norms, "start": start, "masters": masters, "evaluated": evaluated}
 
 
 def run_beside_ddp(parts, references):

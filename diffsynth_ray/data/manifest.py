@@ -1,0 +1,152 @@
+"""What the rows of a data set are in a cache: which entries, of which size. Enough to train without the media."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffsynth_ray.data.cache import Cache, Kind
+from diffsynth_ray.errors import DataError
+
+FOLDER = "datasets"
+_SCHEMA = pa.schema(
+    [
+        ("prompt", pa.string()),
+        ("text_key", pa.string()),
+        ("image_key", pa.string()),
+        ("extra_key", pa.string()),
+        ("height", pa.int64()),
+        ("width", pa.int64()),
+        ("num_frames", pa.int64()),
+        ("bad", pa.list_(pa.string())),
+    ]
+)
+_MARK = b"dsray"
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """One row of the metadata."""
+
+    prompt: str
+    text_key: str | None
+    """None where the text encoder is trained, so that nothing of it is in the cache, or reads the extra inputs too."""
+    image_key: str | None
+    height: int
+    """Pixels."""
+    width: int
+    """Pixels."""
+    num_frames: int
+    extra_key: str | None = None
+    """None without model.extra_inputs."""
+    bad: Sequence[str] | None = None
+    """File and cause where it cannot be used: `bad_sample = "skip"` takes other rows in its place."""
+
+    def key(self, kind: Kind) -> str | None:
+        """Of its entry of a kind."""
+        return {"text": self.text_key, "image": self.image_key, "extra": self.extra_key}[kind]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A data set in a cache. Memory is O(rows)."""
+
+    rows: tuple[ManifestRow, ...]
+    source: dict[str, object] = field(default_factory=dict)
+    """Where the rows come from and how they were cut to size, for people, and to know an older state of the same data set."""
+    family: str = ""
+    dtype: str = ""
+    """Number format that was encoded in and is kept: "bf16" or "fp32"."""
+    encoders: dict[str, str] = field(default_factory=dict)
+    """Kind -> digest of what encoded it."""
+    created: float = 0.0
+    """Seconds since 1970."""
+
+    @cached_property
+    def id(self) -> str:
+        """Follows from everything but the time."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(json.dumps([self.source, self.family, self.dtype, self.encoders], sort_keys=True).encode())
+        for row in self.rows:
+            digest.update(json.dumps(list(asdict(row).values()), ensure_ascii=False).encode())
+        return digest.hexdigest()
+
+    def entry_keys(self) -> Iterable[str]:
+        """The keys of all entries, repeated as rows repeat them."""
+        for row in self.rows:
+            yield from (key for key in (row.text_key, row.image_key, row.extra_key) if key is not None)
+
+
+def write_manifest(cache: Cache, manifest: Manifest) -> None:
+    """Add a manifest; the same one again changes its time only."""
+    table = pa.Table.from_pylist([asdict(row) for row in manifest.rows], schema=_SCHEMA)
+    about = {name: getattr(manifest, name) for name in ("source", "family", "dtype", "encoders", "created")}
+    buffer = io.BytesIO()
+    pq.write_table(
+        table.replace_schema_metadata({_MARK: json.dumps(about).encode()}),
+        buffer,
+        compression="zstd",
+        write_page_checksum=True,
+    )
+    cache.store.write(f"{FOLDER}/{manifest.id}.parquet", buffer.getvalue())
+
+
+def read_manifest(cache: Cache, manifest_id: str) -> Manifest:
+    """Read one manifest; raises DataError where it is not there or damaged."""
+    name = f"{FOLDER}/{manifest_id}.parquet"
+    try:
+        content = cache.store.read(name)
+    except FileNotFoundError as error:
+        raise DataError(f"{cache.store.path(name)}: no such data set in the cache", hint=_LIST) from error
+    try:
+        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+        about = json.loads(table.schema.metadata[_MARK])
+        rows = tuple(ManifestRow(**row) for row in table.select(_SCHEMA.names).to_pylist())
+        manifest = Manifest(rows=rows, **about)
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{cache.store.path(name)}: damaged, or of another version",
+            hint="delete that file and submit with [dataset]: nothing is encoded twice for it",
+        ) from error
+    if manifest.id != manifest_id:
+        raise DataError(f"{cache.store.path(name)}: its content does not fit its name", hint="delete that file")
+    return manifest
+
+
+def manifest_ids(cache: Cache) -> list[str]:
+    """Ids of all manifests, sorted."""
+    names = (name.removeprefix(f"{FOLDER}/") for name in cache.store.files(FOLDER))
+    return [name.removesuffix(".parquet") for name in names if name.endswith(".parquet") and name[0] != "."]
+
+
+def only_manifest(cache: Cache) -> Manifest:
+    """The manifest of a cache that holds one data set: of several states of it the newest. Raises DataError otherwise."""
+    newest: dict[str, Manifest] = {}
+    for manifest_id in manifest_ids(cache):
+        manifest = read_manifest(cache, manifest_id)
+        source = json.dumps(manifest.source, sort_keys=True)
+        if source not in newest or newest[source].created < manifest.created:
+            newest[source] = manifest
+    if not newest:
+        raise DataError(
+            f"dataset.base_path is unset, and the cache {cache.path} holds no data set",
+            hint="set dataset.base_path to encode one, or split.cache_path to a cache that has one",
+        )
+    if len(newest) > 1:
+        lines = [f"  {manifest.id}: {len(manifest.rows)} rows of {source}" for source, manifest in newest.items()]
+        raise DataError(
+            "\n".join([f"dataset.base_path is unset, and the cache {cache.path} holds {len(newest)} data sets:", *lines]),
+            hint="set dataset.base_path, or give every data set a cache of its own, or remove one: "
+            "`dsray cache gc --dataset ID`",
+        )
+    return next(iter(newest.values()))
+
+
+_LIST = "`dsray cache ls` shows what is there"

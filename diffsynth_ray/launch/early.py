@@ -1,0 +1,28 @@
+"""Processes that every run of Ray Train waits for, started while the run still reads its data.
+
+Ray Train starts its coordinator of resources, waits for it, then starts the actor behind the dashboard's Train page and
+waits for that. Each takes some four seconds of imports, and both are named: who asks first makes them, and who asks later
+finds them. While the first stage builds its index the other CPUs have nothing to do.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import ray
+
+
+def start_early() -> None:
+    """Have both actors started on the connected cluster; returns at once, and does nothing where Ray has others."""
+    # They are Ray's own and move with its versions: without them a run only starts later.
+    with suppress(ImportError):
+        from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+
+        get_or_create_autoscaling_coordinator()
+    environment = ray.get_runtime_context().runtime_env.get("env_vars", {})
+    if environment.get("RAY_TRAIN_ENABLE_STATE_TRACKING") != "1":
+        return
+    with suppress(ImportError):
+        from ray.train.v2._internal.state.state_actor import get_or_create_state_actor
+
+        get_or_create_state_actor()

@@ -1,0 +1,42 @@
+"""Time of marked stretches; the GPU's events are stood in for by a stream that has not got to the last one yet."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffsynth_ray.memory.timing import DeviceTimer
+
+
+def test_stretches_add_up_and_are_taken_once():
+    timer = DeviceTimer(torch.device("cpu"))
+    for _ in range(2):
+        with timer.stretch():
+            time.sleep(0.01)
+    time.sleep(0.02)
+    assert 0.02 <= timer.take_s() < 0.04
+    assert timer.take_s() == 0
+
+
+def test_a_stretch_that_the_device_has_not_passed_counts_later(monkeypatch):
+    passed, made = set(), []
+
+    def make_event(*, enable_timing):
+        event = SimpleNamespace(number=len(made))
+        event.record = lambda: None
+        event.query = lambda: event.number in passed
+        event.elapsed_time = lambda end: 1000.0 * (end.number - event.number)  # milliseconds
+        made.append(event)
+        return event
+
+    monkeypatch.setattr(torch.cuda, "Event", make_event)
+    timer = DeviceTimer(torch.device("cuda"))
+    for _ in range(2):
+        with timer.stretch():
+            pass
+    passed.update({0, 1, 2})
+    assert timer.take_s() == pytest.approx(1.0)
+    passed.add(3)
+    assert timer.take_s() == pytest.approx(1.0)
+    assert timer.take_s() == 0

@@ -1,0 +1,221 @@
+"""Sample pictures between steps: files, the contact sheet, failures, and the same picture elsewhere."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_trainer import build_job, build_trainer, micro, train
+
+from diffsynth_ray.config.validation import sample_size
+from diffsynth_ray.data.samples import SampleRule
+from diffsynth_ray.models.family import get_family
+from diffsynth_ray.models.sampling import SampleRequest
+from diffsynth_ray.run_dir import RunDir
+from diffsynth_ray.train.export import export_weights
+from diffsynth_ray.train.group import Group
+from diffsynth_ray.train.pictures import Samples, build_sheet, thinned
+from diffsynth_ray.train.video import write_video
+
+torch.set_num_threads(1)
+PROMPTS = ["a cat", "a rocket"]
+
+
+def request_for(prompt="a cat", **changes):
+    values = {"height": 32, "width": 48, "num_frames": 1, "num_inference_steps": 2, "guidance_scale": 4.0, "seed": 0}
+    return SampleRequest(prompt=prompt, **(values | changes))
+
+
+def build_samples(tmp_path, trainer, **changes):
+    said, shown = [], {}
+    arguments = {
+        "run_dir": RunDir(tmp_path),
+        "rule": SampleRule(),
+        "group": Group(1),
+        "rank": 0,
+        "world_size": 1,
+        "enter": lambda what: None,
+        "say": said.append,
+        "show": lambda step, pictures: shown.update({step: sorted(pictures)}),
+        "may_write": lambda: True,
+    }
+    return Samples(trainer.job, trainer, **(arguments | changes)), said, shown
+
+
+def sampling_job(**keys):
+    return build_job(validation={"prompts": PROMPTS, "size": [32, 48], "num_inference_steps": 2} | keys)
+
+
+def test_files_and_sheet(tmp_path):
+    trainer = build_trainer(sampling_job())
+    samples, said, shown = build_samples(tmp_path, trainer)
+    samples.make(0)
+    train(trainer, [micro([0, 1])], steps=2)
+    samples.make(2)
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")}
+    assert files == {
+        "samples/contact_sheet.png",
+        *(f"samples/step-{step}/step-{step}-{number}.png" for step in (0, 2) for number in (0, 1)),
+    }
+    pictures = {step: np.array(Image.open(tmp_path / f"samples/step-{step}/step-{step}-0.png")) for step in (0, 2)}
+    assert pictures[0].shape == (32, 48, 3)
+    assert (pictures[0] != pictures[2]).any(), "the weights have changed"
+    assert shown == {0: ["1 a cat", "2 a rocket"], 2: ["1 a cat", "2 a rocket"]}
+    assert said[-1].startswith("2 samples of step 2 in ")
+    before = (tmp_path / "samples/step-2/step-2-0.png").read_bytes()
+    samples.make(2)
+    assert (tmp_path / "samples/step-2/step-2-0.png").read_bytes() == before
+
+
+def test_samples_change_nothing():
+    plain, sampled = build_trainer(build_job()), build_trainer(build_job())
+    state = torch.random.get_rng_state()
+    sampled.family.sample(request_for())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert train(plain, [micro([0, 1])]) == train(sampled, [micro([0, 1])])
+
+
+def test_a_failing_sample_is_told_and_the_others_are_made(tmp_path, monkeypatch):
+    trainer = build_trainer(sampling_job())
+    samples, said, shown = build_samples(tmp_path, trainer)
+    original = type(trainer.family).sample
+
+    def sample(self, request):
+        if "rocket" in request.prompt:
+            raise torch.OutOfMemoryError("no room\nfor a rocket")
+        return original(self, request)
+
+    monkeypatch.setattr(type(trainer.family), "sample", sample)
+    samples.make(4)
+    assert "sample 2 of step 4 ('a rocket') failed, training goes on: OutOfMemoryError: no room" in said[0]
+    assert shown == {4: ["1 a cat"]}
+    monkeypatch.setattr(type(trainer.family), "sample", lambda self, request: 1 / 0)
+    samples.make(6)
+    assert shown == {4: ["1 a cat"]}
+    assert "ZeroDivisionError" in said[-1]
+
+
+def test_prompts_are_dealt_to_the_workers(tmp_path):
+    trainer = build_trainer(sampling_job())
+    for rank in (1, 0):
+        build_samples(tmp_path, trainer, rank=rank, world_size=2)[0].make(0)
+    assert len(list((tmp_path / "samples/step-0").glob("*.png"))) == 2
+
+
+def test_an_older_attempt_writes_nothing(tmp_path):
+    samples, said, _ = build_samples(tmp_path, build_trainer(sampling_job()), may_write=lambda: False)
+    samples.make(0)
+    assert not list(tmp_path.rglob("*.png"))
+    assert "a newer attempt" in said[0]
+
+
+def test_the_sheet_has_a_row_a_prompt_and_a_column_a_step():
+    red, blue = Image.new("RGB", (64, 32), "red"), Image.new("RGB", (64, 32), "blue")
+    sheet = build_sheet(["one", "a long prompt that does not fit into one line"], {0: {0: red, 1: red}, 10: {0: blue}})
+    tile = 192 + 6
+    assert sheet.size == (150 + 2 * tile, 20 + 2 * (96 + 6))
+    assert sheet.getpixel((150 + 50, 60)) == (255, 0, 0)
+    assert sheet.getpixel((150 + tile + 50, 60)) == (0, 0, 255)
+    assert sheet.getpixel((150 + tile + 50, 160)) == (255, 255, 255), "missing"
+    assert thinned(list(range(100)))[0] == 0
+    assert thinned(list(range(100)))[-1] == 99
+    assert len(thinned(list(range(100)))) == 12
+
+
+def test_a_clip_is_a_video(tmp_path):
+    frames = np.zeros((5, 32, 64, 3), dtype=np.uint8)
+    frames[:, :, :, 0] = 200
+    write_video(tmp_path / "clip.mp4", frames, fps=16)
+    from diffsynth_ray.data.media import decode, read_info
+
+    info = read_info(str(tmp_path / "clip.mp4"))
+    assert (info.width, info.height, info.num_frames) == (64, 32, 5)
+    back = decode(str(tmp_path / "clip.mp4"), height=32, width=64, num_frames=5, frame_rate=None)
+    assert abs(back.astype(int) - frames).max() < 8
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen_image", "wan", "z_image"])
+def test_every_family_makes_the_same_picture_again(name):
+    family = get_family(name).build_tiny(0, dtype=torch.float32)
+    asked = request_for(num_frames=5 if name == "wan" else 1)
+    first = family.sample(asked)
+    assert first.shape == (asked.num_frames, 32, 48, 3)
+    assert first.std() > 1
+    assert (first == family.sample(asked)).all()
+    assert (first != family.sample(request_for(num_frames=asked.num_frames, seed=1))).any()
+    assert (first != family.sample(request_for("coffee", num_frames=asked.num_frames))).any()
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "flux", "z_image", "wan"])
+def test_eight_bit_weights_make_pictures_too(name):
+    from diffsynth_ray.memory.fp8 import convert_to_fp8
+
+    family = get_family(name).build_tiny(0, dtype=torch.bfloat16)
+    convert_to_fp8(family.repeated_blocks("dit"))
+    assert family.sample(request_for(num_inference_steps=1)).shape == (1, 32, 48, 3)
+
+
+def test_clips_from_a_first_frame():
+    family = get_family("wan").build_tiny(0, dtype=torch.float32, extra_inputs=["input_image"])
+    made = [
+        family.sample(request_for(num_frames=5, inputs=(Image.new("RGB", (48, 32), color),))) for color in ("red", "blue")
+    ]
+    assert made[0].shape == (5, 32, 48, 3)
+    assert (made[0] != made[1]).any()
+
+
+def test_plain_diffusers_makes_the_same_picture_from_the_exported_lora(tmp_path):
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    from diffsynth_ray.models import qwen_image_configs as configs
+
+    job = build_job(output={"formats": ["diffusers"]}, training={"learning_rate": 0.05})
+    trainer = build_trainer(job)
+    base = get_family("qwen_image").build_tiny(0, dtype=torch.float32)
+    train(trainer, [micro([0, 1])], steps=4)
+    ours = trainer.family.sample(request_for())
+    export_weights(
+        trainer.family, job, masters=trainer.strategy.full_masters(), output_dir=tmp_path, stem="lora"
+    )
+
+    transformer = QwenImageTransformer2DModel(**configs.TINY["dit"])
+    transformer.load_state_dict(base.component("dit").state_dict())
+    text_encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**configs.TINY["text_encoder"]))
+    text_encoder.load_state_dict(base.component("text_encoder").state_dict(), strict=False)
+    pipeline = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**configs.SCHEDULER),
+        vae=base.component("vae"),
+        text_encoder=text_encoder.eval(),
+        tokenizer=base.tokenizers["tokenizer_path"],
+        transformer=transformer.eval(),
+    )
+    arguments = {"negative_prompt": " ", "height": 32, "width": 48, "num_inference_steps": 2, "true_cfg_scale": 4.0}
+    pictures = []
+    for with_lora in (False, True):
+        if with_lora:
+            pipeline.load_lora_weights(str(tmp_path / "diffusers" / "lora.safetensors"))
+        picture = pipeline("a cat", generator=torch.Generator().manual_seed(0), **arguments).images[0]
+        pictures.append(np.array(picture).astype(int))
+    assert abs(pictures[1] - ours[0]).max() <= 1, "rounding"
+    assert abs(pictures[0] - ours[0]).max() > 10, "the LoRA is what makes the difference"
+
+
+def test_the_size_of_samples():
+    assert sample_size(build_job(dataset={"max_pixels": 4096}), multiple=16) == (64, 64)
+    assert sample_size(build_job(dataset={"height": 100, "width": 50}), multiple=16) == (96, 48)
+    assert sample_size(build_job(validation={"size": [32, 48]}), multiple=16) == (32, 48)
+
+
+@pytest.mark.parametrize("offload", [{"cpu_offload": True}, {"cpu_offload": True, "optimize_on_cpu": True}])
+def test_offloaded_weights_make_the_same_picture_and_loss(offload):
+    plain, offloaded = build_trainer(build_job()), build_trainer(build_job(offload=offload))
+    losses = []
+    for trainer in (plain, offloaded):
+        losses.append(train(trainer, [micro([0, 1])], steps=1))
+        batch = trainer.encode(micro([2]).batch)
+        losses[-1].append(trainer.evaluate(batch, torch.ones_like(batch.latents), torch.tensor([500])).item())
+        trainer.residency.begin()
+        losses[-1].append(trainer.family.sample(request_for()).tolist())
+        losses[-1] += train(trainer, [micro([0, 1])], steps=2)
+    assert losses[0] == losses[1]

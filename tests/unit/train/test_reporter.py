@@ -1,0 +1,60 @@
+"""What a worker tells of its steps, beside the loss: where their time goes, and how much they compute."""
+
+import time
+
+import pytest
+from tiny_trainer import build_job, build_trainer, micro
+
+from diffsynth_ray.config.schema import LoggingSection
+from diffsynth_ray.run_dir import RunDir
+from diffsynth_ray.train.feed import FedStep
+from diffsynth_ray.train.figures import FigureWriter
+from diffsynth_ray.train.reporter import Reporter
+
+
+class Shown(dict):
+    """Gauges by name, and what they show."""
+
+    def __missing__(self, name):
+        return type("Gauge", (), {"set": lambda _, value: self.__setitem__(name, value)})()
+
+    def __getitem__(self, name):
+        return self.__missing__(name)
+
+
+def report(trainer, tmp_path, steps=2):
+    run_dir, shown, said = RunDir(tmp_path), Shown(), []
+    logging = LoggingSection(tensorboard=False, every_steps=2)
+    reporter = Reporter(
+        trainer=trainer, run_dir=run_dir, rank=0, gauges=shown, may_commit=lambda: True, say=said.append,
+        figures=FigureWriter(run_dir, logging, start_step=0),
+    )  # fmt: skip
+    for _ in range(steps):
+        started = time.monotonic()
+        micro_inputs = [micro([0, 1]), micro([2]), micro([3], is_dummy=True)]
+        result = trainer.train_step(micro_inputs, num_samples=3)
+        reporter.after_step(result, FedStep(micro_inputs, 3, (0, 1, 2), ()), started=started, data_wait_s=0.01)
+    rows = [line.split(",") for line in run_dir.loss_path.read_text().splitlines()[1:]]
+    return dict(shown.items()), {key: float(value) for step, key, value in rows if int(step) == steps}, said
+
+
+def test_parts_of_a_step_and_its_tokens(tmp_path):
+    trainer = build_trainer(build_job(logging={"every_steps": 2}))
+    shown, written, said = report(trainer, tmp_path)
+    # 32x48 pixels are 4x6 latents, 2x3 patches; the dummy counts nothing.
+    assert shown["tokens_per_s"] == pytest.approx(3 * 6 / shown["step_s"])
+    assert 0 < written["encode_s"] < written["step_s"]
+    assert "transfer_s" not in written, "nothing is offloaded"
+    assert shown["moved_gib"] == 0
+    assert shown["stage_progress"] == pytest.approx(2 / 10)
+    assert len(said) == 1, "the first step is not logged"
+
+
+def test_offloaded_weights_are_counted_and_waited_for(tmp_path):
+    trainer = build_trainer(build_job(offload={"cpu_offload": True}, logging={"every_steps": 2}))
+    shown, written, _ = report(trainer, tmp_path)
+    assert 0 < written["transfer_s"] < written["step_s"]
+    moved = shown["moved_gib"] * 2**30
+    blocks = [unit for unit in trainer.residency.offload.units if "transformer_blocks" in unit.name]
+    assert blocks
+    assert moved >= sum(unit.num_bytes for unit in blocks), "each is loaded at least once"

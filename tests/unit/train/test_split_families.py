@@ -1,0 +1,133 @@
+"""Every family in two stages, with extra inputs too: the numbers of combined training, and what is encoded anew."""
+
+import csv
+
+import pytest
+import torch
+from PIL import Image
+from stage_in_process import Stage
+from training_in_process import train_in_process
+
+from diffsynth_ray.data.cache import Cache
+from diffsynth_ray.errors import DataError, JobFileError
+from diffsynth_ray.models import qwen_image_edit
+from diffsynth_ray.models.family import get_family
+from diffsynth_ray.train.split import split_parts
+
+torch.set_num_threads(1)
+PLAIN, EXTRA = ("text", "image"), ("text", "image", "extra")
+CASES = {
+    "flux": ("flux", [], PLAIN, "encoded 2 texts and 2 images, "),
+    "z_image": ("z_image", [], PLAIN, "encoded 2 texts and 2 images, "),
+    "wan": ("wan", [], PLAIN, "encoded 2 texts and 2 images, "),
+    "wan, own first frame": ("wan", ["input_image"], EXTRA, "encoded 2 texts, 2 images and 2 extra inputs, "),
+    "wan, a column's frame": ("wan", ["input_image"], EXTRA, "encoded 2 texts, 2 images and 2 extra inputs, "),
+    "edit": ("qwen_image", ["edit_image"], ("image", "extra"), "encoded 0 texts, 2 images and 2 extra inputs, "),
+}
+COLUMNS = {"wan, a column's frame": "input_image", "edit": "edit_image"}
+
+
+@pytest.fixture
+def stage(tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(qwen_image_edit, "_VAE_AREA", 64 * 64)
+    return Stage(tmp_path, photos, monkeypatch)
+
+
+def write_rows(stage, case, *, captions=("a cat", "a rocket on its launch pad")):
+    """Two clips (or pictures) of one size, and a picture each where the case has a column for it."""
+    family = get_family(CASES[case][0])
+    names = ["cat.gif", "rocket.gif"] if family.clip_step is not None else ["cat.jpg", "rocket.jpg"]
+    for name in names:
+        frames = [Image.effect_noise((32, 32), 10 * n + len(name)).convert("RGB") for n in range(5)]
+        if not (stage.photos / name).exists() and name.endswith(".gif"):
+            frames[0].save(stage.photos / name, save_all=True, append_images=frames[1:])
+    column = COLUMNS.get(case)
+    with (stage.photos / "metadata.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "prompt", *([column] if column else [])])
+        writer.writerow([names[0], captions[0], *(["coffee.jpg"] if column else [])])
+        writer.writerow([names[1], captions[1], *(["cat.jpg"] if column else [])])
+
+
+def job_of(stage, case, **sections):
+    family, extra_inputs, _, _ = CASES[case]
+    columns = ["image", *([COLUMNS[case]] if case in COLUMNS else [])]
+    given = {
+        "lora": {"base_model": "dit", "rank": 4},
+        "model": {"family": family, "tiny": True, "extra_inputs": extra_inputs},
+        "dataset": {"height": 32, "width": 32, "batch_size": 2, "data_file_keys": columns, "num_frames": 5},
+    }
+    base = stage.job(lora=given["lora"]).job.dataset.model_dump()
+    return stage.job(**(given | {"dataset": base | given["dataset"]} | sections))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_split_and_combined_are_bit_identical(stage, case):
+    write_rows(stage, case)
+    resolved = job_of(stage, case)
+    manifest_id = stage.run(resolved)
+    assert stage.counts.startswith(CASES[case][3])
+    combined = train_in_process(resolved, steps=1)
+    split = train_in_process(resolved, manifest_id=manifest_id, steps=1)
+    assert split[0] == combined[0]
+    assert all(torch.equal(split[1][name], combined[1][name]) for name in combined[1])
+    assert split_parts(get_family(CASES[case][0]), resolved.job).kinds == CASES[case][2]
+
+
+def test_what_changes_extra_inputs_encodes_them_anew(stage):
+    write_rows(stage, "wan, a column's frame")
+    resolved = job_of(stage, "wan, a column's frame")
+    stage.run(resolved)
+    stage.run(resolved)
+    assert stage.counts == "encoded 0 texts, 0 images and 0 extra inputs, reused 2 texts, 2 images and 2 extra inputs"
+    (stage.photos / "coffee.jpg").write_bytes((stage.photos / "rocket.jpg").read_bytes())
+    stage.run(resolved)
+    assert stage.counts == "encoded 0 texts, 0 images and 1 extra inputs, reused 2 texts, 2 images and 1 extra inputs"
+    write_rows(stage, "wan, a column's frame", captions=("another cat", "a rocket on its launch pad"))
+    stage.run(resolved)
+    assert stage.counts == "encoded 1 texts, 0 images and 0 extra inputs, reused 1 texts, 2 images and 2 extra inputs"
+    # Without a column the frames are the clips' own.
+    write_rows(stage, "wan, own first frame")
+    stage.run(job_of(stage, "wan, own first frame"))
+    assert stage.counts == "encoded 0 texts, 0 images and 2 extra inputs, reused 2 texts, 2 images and 0 extra inputs"
+    # And follow from the clips then.
+    black, red = (Image.new("RGB", (32, 32), color) for color in ("black", "red"))
+    black.save(stage.photos / "cat.gif", save_all=True, append_images=[red] * 4)
+    stage.run(job_of(stage, "wan, own first frame"))
+    assert stage.counts == "encoded 0 texts, 1 images and 1 extra inputs, reused 2 texts, 1 images and 1 extra inputs"
+
+
+def test_a_prompt_that_is_read_with_its_pictures_is_encoded_with_them(stage):
+    write_rows(stage, "edit")
+    resolved = job_of(stage, "edit")
+    stage.run(resolved)
+    write_rows(stage, "edit", captions=("another cat", "a rocket on its launch pad"))
+    stage.run(resolved)
+    assert stage.counts == "encoded 0 texts, 0 images and 1 extra inputs, reused 0 texts, 2 images and 1 extra inputs"
+    alone = resolved.job.dataset.model_copy(update={"base_path": None, "metadata_path": None})
+    split = train_in_process(resolved, manifest_id=stage.run(resolved), steps=1)
+    resolved = resolved.model_copy(update={"job": resolved.job.model_copy(update={"dataset": alone})})
+    for folder in (stage.cache_path / "datasets").iterdir():
+        if folder.stem != stage.run(job_of(stage, "edit")):
+            folder.unlink()
+    assert train_in_process(resolved, manifest_id=stage.run(resolved), steps=1)[0] == split[0]
+    assert {location.kind for location in map(Cache(str(stage.cache_path)).index().location, range(5))} == {"image", "extra"}
+
+
+def test_an_extra_file_that_cannot_be_read_is_told_with_its_column(stage):
+    write_rows(stage, "edit")
+    content = (stage.photos / "coffee.jpg").read_bytes()
+    (stage.photos / "coffee.jpg").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match="1 files cannot be encoded") as caught:
+        stage.run(job_of(stage, "edit"))
+    assert "row 1, column edit_image: " in caught.value.message
+    assert "coffee.jpg" in caught.value.message
+
+
+def test_extra_inputs_need_frozen_encoders(stage):
+    job = job_of(stage, "edit", training={"trainable_models": ["text_encoder"]}).job
+    with pytest.raises(JobFileError, match=r"text_encoder is trained: with split\.enabled extra inputs need frozen encoders"):
+        split_parts(get_family("qwen_image"), job)
+    wan = job_of(stage, "wan, own first frame").job
+    assert split_parts(get_family("wan"), wan).extra == ("vae",)
+    assert split_parts(get_family("wan"), wan, present=["vae", "image_encoder"]).extra == ("vae", "image_encoder")
