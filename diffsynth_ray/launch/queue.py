@@ -99,6 +99,8 @@ class Turns:
         """
         self._expire()
         if ticket not in self._entries:
+            # An earlier attempt of this run has died without a word, or ends now: it may commit nothing any more.
+            self._entries = {key: each for key, each in self._entries.items() if each.need.run != need.run}
             self._arrivals += 1
             self._entries[ticket] = _Entry(need, self._arrivals, self._clock())
         entry = self._entries[ticket]

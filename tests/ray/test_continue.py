@@ -117,8 +117,10 @@ def test_a_killed_driver_and_then_a_killed_head(cli, photos):
 
 
 def test_stop_continue_with_more_epochs_and_workers_and_what_the_folder_belongs_to(cli, photos):
+    # Long enough for commands that take seconds to meet it while it runs: 75 steps an epoch.
+    cli.job.write_text(cli.job.read_text().replace("repeat = 8", "repeat = 60"))
     submit = cli.submit()
-    at = cli.wait_for(r"step 2/10")
+    at = cli.wait_for(r"step 2/75")
     follower = cli.submit()
     code, output = cli.run("stop", cli.dir.path)
     assert code == ExitCode.DONE, output
@@ -130,16 +132,16 @@ def test_stop_continue_with_more_epochs_and_workers_and_what_the_folder_belongs_
     assert cli.run("status", cli.dir.path)[0] == ExitCode.STOPPED
 
     submit = cli.submit("training.num_epochs=2", "distributed.num_workers=2")
-    at = cli.wait_for(r"continuing after step \d+ of 20", after=at)
-    cli.wait_for(r"step \d+/20", after=at)
+    at = cli.wait_for(r"continuing after step \d+ of 150", after=at)
+    cli.wait_for(r"step \d+/150", after=at)
     cli.driver().send_signal(signal.SIGTERM)
     output, _ = submit.communicate(timeout=200)
     assert submit.returncode == ExitCode.STOPPED, output
     assert "the driver got SIGTERM" in cli.log()
 
     submit = cli.submit("training.num_epochs=2")
-    at = cli.wait_for(r"continuing after step \d+ of 20", after=at)
-    cli.wait_for(r"step \d+/20", after=at)
+    at = cli.wait_for(r"continuing after step \d+ of 150", after=at)
+    cli.wait_for(r"step \d+/150", after=at)
     submit.send_signal(signal.SIGINT)
     output, _ = submit.communicate(timeout=60)
     assert submit.returncode == ExitCode.INTERRUPTED

@@ -225,7 +225,7 @@ class HostStrategy:
 
     def _host_norm(self) -> Tensor:
         """The norm of gradients summed over micro steps, each by the worker that has it."""
-        norms = dict.fromkeys(self._trained, torch.zeros(()))
+        norms = {name: torch.zeros(2) for name in self._trained}  # of the gradient, and whether there is one
         for group in self._groups:
             if group.taken is not None:
                 group.taken.result()
@@ -233,10 +233,11 @@ class HostStrategy:
                 continue
             for name, master in zip(group.names, group.masters, strict=True):
                 if master.grad is not None:
-                    norms[name] = torch.linalg.vector_norm(master.grad)
+                    norms[name] = torch.stack([torch.linalg.vector_norm(master.grad), torch.ones(())])
         found = self.sum_over_workers(torch.stack(list(norms.values())).to(self._device))
-        # Parameters without gradient are left out, as elsewhere: a sum with zeros in between rounds differently.
-        return torch.linalg.vector_norm(found[found > 0])
+        # Parameters without gradient are left out, those whose gradient is zero are not, as elsewhere: a sum of more or fewer
+        # terms rounds differently.
+        return torch.linalg.vector_norm(found[:, 0][found[:, 1] > 0])
 
     def _counts(self, group: _Group) -> bool:
         """Whether this worker speaks for the group: every group has exactly one such worker."""

@@ -1,5 +1,7 @@
 """Who may go and who waits in the queue of a cluster, as pure arithmetic."""
 
+from dataclasses import replace
+
 import pytest
 
 from diffsynth_ray.config.load import load_job
@@ -81,6 +83,12 @@ def test_a_run_whose_driver_is_silent_no_longer_counts(turns, clock):
     assert turns.ask("b", need("b", least=4), TOTAL) is None
 
 
+def test_a_new_attempt_does_not_wait_for_the_one_before_whose_driver_was_killed(turns):
+    turns.ask("run-a1", need("run", least=4), TOTAL)
+    assert turns.ask("run-a2", need("run", least=4), TOTAL) is None
+    assert "held by run" in turns.ask("other-a1", need("other", least=4), TOTAL)
+
+
 def test_a_queue_that_was_made_anew_learns_who_holds_what(clock):
     anew = Turns(clock)
     anew.keep("a", need("a", least=4))
@@ -131,4 +139,4 @@ def test_what_a_training_stage_takes(tmp_path):
     assert found.amounts(1) == pytest.approx({"CPU": 1.6})
     turns = Turns(Clock())
     assert turns.ask("a", found, {"CPU": 2.0}) is None
-    assert turns.ask("b", found, {"CPU": 2.0}) is not None
+    assert turns.ask("b", replace(found, run="b"), {"CPU": 2.0}) is not None

@@ -54,11 +54,13 @@ def test_several_components_start_from_their_exports_in_any_order(tmp_path, fami
     assert len(paths) == 2
     job = build_job(training={"resume_from_checkpoint": [str(path) for path in reversed(paths)]})
     select_trained(family, job)
+    with torch.no_grad():
+        next(family.component("vae").parameters()).add_(1)  # the tiny VAE is the same in every tiny model
     said = []
     load_initial_weights(family, job, said.append)
     assert same(family, other, "dit")
     assert same(family, other, "text_encoder")
-    assert not same(family, other, "vae")
+    assert not same(family, other, "vae"), "what no file names stays as it is"
     assert "step-1.safetensors" in said[0]
 
 

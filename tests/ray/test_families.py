@@ -1,0 +1,71 @@
+"""Every family on two workers in Ray, with real photographs and a real video, against one process without Ray."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+from training_in_process import train_in_process
+
+from diffsynth_ray.config.load import load_job
+from diffsynth_ray.config.resolve import Resources, resolve
+from diffsynth_ray.errors import ExitCode
+from diffsynth_ray.launch.driver import run_job
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.usefixtures("local_ray")]
+
+VIDEOS = Path(__file__).parents[1] / "assets" / "videos"
+JOB = """
+[dataset]
+base_path = "{data}"
+metadata_path = "{data}/metadata.csv"
+max_pixels = 4096
+repeat = 4
+global_batch_size = 4
+{dataset}
+[model]
+family = "{family}"
+tiny = true
+[lora]
+base_model = "dit"
+rank = 4
+[training]
+precision = "fp32"
+max_steps = 2
+[distributed]
+num_workers = 2
+[output]
+path = "{output}"
+[logging]
+tensorboard = false
+"""
+
+
+@pytest.fixture
+def data(tmp_path, photos):
+    """Folder by kind of media."""
+    shutil.copytree(photos, tmp_path / "image")
+    shutil.copytree(VIDEOS, tmp_path / "video")
+    return {kind: tmp_path / kind for kind in ("image", "video")}
+
+
+@pytest.mark.parametrize(
+    ("family", "media", "dataset"),
+    [
+        ("qwen_image", "image", "batch_size = 2"),
+        ("wan", "video", "num_frames = 9"),
+        ("flux", "image", "batch_size = 2"),
+        ("z_image", "image", "batch_size = 2"),
+    ],
+)
+def test_two_workers_train_as_one_process(tmp_path, data, family, media, dataset):
+    path = tmp_path / "job.toml"
+    path.write_text(JOB.format(data=data[media], dataset=dataset, family=family, output=tmp_path / "out"))
+    resolved = resolve(load_job(str(path)), Resources(cpus=2, gpus=0))
+    expected, _ = train_in_process(resolved)
+    said = []
+    assert run_job(resolved, submission_id="test", say=said.append) == ExitCode.DONE, said
+    with (tmp_path / "out" / "loss.csv").open() as file:
+        losses = {int(row["step"]): float(row["value"]) for row in csv.DictReader(file) if row["key"] == "loss"}
+    assert losses == pytest.approx(expected, abs=1e-5)
+    assert (tmp_path / "out" / "step-2.safetensors").exists() or (tmp_path / "out" / "epoch-0.safetensors").exists()
