@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from diffsynth_ray.data.store import open_store
+from diffsynth_ray.data.store import open_store, parse_parquet
 from diffsynth_ray.errors import DataError
 
 Kind = Literal["text", "image", "extra"]
@@ -217,7 +217,7 @@ class Cache:
         """Rows of one index file; FileNotFoundError where it is gone, DataError where it is damaged."""
         content = self.store.read(name)
         try:
-            table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+            table = parse_parquet(content)
             return table.select(_INDEX_SCHEMA.names).cast(_INDEX_SCHEMA)
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise DataError(

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffsynth_ray.data.storage import Stamp, is_remote, is_url, read_bytes, read_stamps
-from diffsynth_ray.data.store import Store
+from diffsynth_ray.data.store import Store, parse_parquet
 from diffsynth_ray.errors import DataError
 
 FOLDER = "digests"
@@ -127,7 +127,7 @@ def _read_known(store: Store) -> Known:
         if not name.endswith(".parquet"):
             continue
         try:
-            table = pq.read_table(pa.BufferReader(store.read(name)), page_checksum_verification=True)
+            table = parse_parquet(store.read(name))
             columns = [table[column].to_pylist() for column in _SCHEMA.names]
         except (pa.ArrowException, OSError, KeyError):
             continue  # only a memory of what was read: without it the files are read again

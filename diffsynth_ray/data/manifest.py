@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffsynth_ray.data.cache import Cache, Kind
+from diffsynth_ray.data.store import parse_parquet
 from diffsynth_ray.errors import DataError
 
 FOLDER = "datasets"
@@ -106,7 +107,7 @@ def read_manifest(cache: Cache, manifest_id: str) -> Manifest:
     except FileNotFoundError as error:
         raise DataError(f"{cache.store.path(name)}: no such data set in the cache", hint=_LIST) from error
     try:
-        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+        table = parse_parquet(content)
         about = json.loads(table.schema.metadata[_MARK])
         rows = tuple(ManifestRow(**row) for row in table.select(_SCHEMA.names).to_pylist())
         manifest = Manifest(rows=rows, **about)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from diffsynth_ray.models.sampling import Frames, SampleRequest
 
 MASK_SUFFIX = "_mask"
+TRAINED_TINY = "trained_vae"
+"""Option of families that have `tiny_weights`: take them instead of random ones."""
 FIRST_FRAME = "first_frame_latents"
 """Condition [b, c, 1, h, w]: the latents' first frame as it is given to the DiT without noise, and left out of the loss."""
 
@@ -150,6 +152,8 @@ class ModelFamily(ABC):
     """Needed for `encode_text`."""
     image_components: ClassVar[tuple[str, ...]]
     """Needed for `encode_image`."""
+    tiny_weights: ClassVar[dict[str, Path]] = {}
+    """By component: folder of trained weights of the tiny size and their config.json; with the option TRAINED_TINY."""
     extra_components: ClassVar[tuple[str, ...]] = ()
     """Needed for `encode_extra`."""
     optional_components: ClassVar[tuple[str, ...]] = ()

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffsynth_ray.errors import ModelError
-from diffsynth_ray.models.family import ComponentFiles, ModelFamily
+from diffsynth_ray.models.family import TRAINED_TINY, ComponentFiles, ModelFamily
 from diffsynth_ray.models.layer_names import (
     SAME_NAMES,
     LayerNames,
@@ -30,8 +30,6 @@ log = logging.getLogger(__name__)
 Shapes = Mapping[str, tuple[int, ...]]
 InferConfig = Callable[[Shapes], dict[str, Any]]
 TINY_DIR = Path(__file__).parent / "tiny"
-TRAINED_TINY = "trained_vae"
-"""Option of families that have `tiny_weights`: take them instead of random ones."""
 
 
 class LibraryFamily(ModelFamily):
@@ -45,8 +43,6 @@ class LibraryFamily(ModelFamily):
     """By job key: the component that needs the tokenizer, and folders beside the component's where it may be."""
     tiny_tokenizers: ClassVar[dict[str, Path]]
     """By job key: the tokenizer of the tiny size."""
-    tiny_weights: ClassVar[dict[str, Path]] = {}
-    """By component: folder of trained weights of the tiny size and their config.json; with the option TRAINED_TINY."""
 
     def __init__(
         self,

@@ -20,10 +20,10 @@ from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import layouts
 from diffsynth_ray.models import qwen_image_configs as configs
 from diffsynth_ray.models import qwen_image_edit as edit
-from diffsynth_ray.models.family import EncodedBatch, register_family, stack_conditions
+from diffsynth_ray.models.family import TRAINED_TINY, EncodedBatch, register_family, stack_conditions
 from diffsynth_ray.models.layer_names import LayerNames
 from diffsynth_ray.models.layouts import KeyLayout
-from diffsynth_ray.models.library_family import TINY_DIR, TRAINED_TINY, InferConfig, LibraryFamily, missing_tokenizer
+from diffsynth_ray.models.library_family import TINY_DIR, InferConfig, LibraryFamily, missing_tokenizer
 from diffsynth_ray.models.packing import PATCH, pack_latents, unpack_latents
 from diffsynth_ray.models.rotary import JointAttention, RealRope
 from diffsynth_ray.models.sampling import Frames, SampleRequest, build_pipeline, run_pipeline

@@ -21,7 +21,7 @@ from diffsynth_ray.data.digests import file_digests
 from diffsynth_ray.data.samples import SampleRule
 from diffsynth_ray.data.store import Store
 from diffsynth_ray.errors import DataError, JobFileError, Problem
-from diffsynth_ray.models.family import ComponentFiles, ModelFamily, split_conditions
+from diffsynth_ray.models.family import TRAINED_TINY, ComponentFiles, ModelFamily, split_conditions
 from diffsynth_ray.models.weight_source import SAFETENSORS_DTYPES
 from diffsynth_ray.schedule import trained_components
 from diffsynth_ray.train.initial import merge_presets, preset_loras
@@ -135,7 +135,9 @@ def encoder_digests(
             code=family.encode_version,
             dtype=job.training.precision,
             options=job.model.options,
-            components={name: _component_identity(job, name, files, store=store, say=say) for name in components},
+            components={
+                name: _component_identity(family, job, name, files, store=store, say=say) for name in components
+            },
             tokenizers=_tokenizer_identity(tokenizers, store=store, say=say) if kind != "image" else {},
             extra_inputs=sorted(job.model.extra_inputs) if kind == "extra" else [],
         )
@@ -143,15 +145,24 @@ def encoder_digests(
 
 
 def _component_identity(
-    job: Job, name: str, files: Mapping[str, ComponentFiles], *, store: Store, say: Callable[[str], object]
+    family: type[ModelFamily],
+    job: Job,
+    name: str,
+    files: Mapping[str, ComponentFiles],
+    *,
+    store: Store,
+    say: Callable[[str], object],
 ) -> dict[str, object]:
     presets = [path for path, component in preset_loras(job) if component == name]
     shared: dict[str, object] = {
         "fp8": name in job.model.fp8_models,
         "presets": _raise_first(file_digests(presets, store, say)),
     }
-    if job.model.tiny:
+    if job.model.tiny and not (name in family.tiny_weights and job.model.options.get(TRAINED_TINY)):
         return shared | {"tiny": True, "seed": job.seed}
+    if job.model.tiny:
+        paths = [str(path) for path in family.tiny_weights[name].iterdir() if path.is_file()]
+        return shared | {"tiny": True, "files": sorted(_raise_first(file_digests(paths, store, say)))}
     paths = [str(path) for path in files[name].paths]
     total = sum(Path(path).stat().st_size for path in paths)
     if total > 1 << 30:

@@ -202,7 +202,7 @@ def test_stage_one_of_split_training_survives_a_node_that_dies(tmp_path, nodes):
     photos = tmp_path / "photos"
     photos.mkdir()
     lines = ["image,prompt"]
-    for number in range(200):
+    for number in range(400):
         Image.effect_noise((64, 64), 20 + number % 50).convert("RGB").save(photos / f"{number}.png")
         lines.append(f"{number}.png,picture number {number}")
     (photos / "metadata.csv").write_text("\n".join(lines) + "\n")
@@ -210,14 +210,13 @@ def test_stage_one_of_split_training_survives_a_node_that_dies(tmp_path, nodes):
                  "split.resources_per_worker={CPU = 1.2}", "training.max_steps=3")  # fmt: skip
     wait_until(lambda: "127.0.0.2" in alive(nodes), 90)
     run = DrivenRun(tmp_path, photos, nodes, *overrides)
-    at = run.wait_for(r"encode \d+/400 samples")
-    encoders = [process for process in psutil.Process(nodes.second.pid).children(recursive=True) if is_encoder(process)]
-    assert encoders, "the second node encodes too"
+    wait_until(lambda: any(map(is_encoder, psutil.Process(nodes.second.pid).children(recursive=True))), 240, run.log)
+    at = run.wait_for(r"encode \d+/800 samples")
     nodes.kill_second()
     at = run.wait_for(r"encoded (\d+) texts and (\d+) images, reused 0 texts and 0 images", after=at)
     run.wait_for(r"step 3/3", after=at)
     assert run.process.wait(120) == ExitCode.DONE
-    assert "encoded 200 texts and 200 images" in run.log()
+    assert "encoded 400 texts and 400 images" in run.log()
 
 
 def is_encoder(process):

@@ -39,6 +39,7 @@ FULL = {"training": {"trainable_models": ["dit"]}}
 TEXT_TRAINED = LORA | {"training": {"trainable_models": ["text_encoder"]}}
 MEMORY = LORA | {"model": {"fp8_models": ["dit", "text_encoder"]}, "offload": {"cpu_offload": True}}
 ON_HOST = LORA | {"offload": {"cpu_offload": True, "optimize_on_cpu": True}, "gradient": {"checkpointing_offload": True}}
+TRAINED_VAE = LORA | {"model": {"options": {"trained_vae": True}}}  # not by this job: the tiny one of the project
 VAE_TRAINED = LORA | {"training": {"trainable_models": ["vae"]}}
 
 
@@ -49,7 +50,14 @@ def stage(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> Stag
 
 @pytest.mark.parametrize(
     ("trained", "batch_size"),
-    [(LORA, 1), (FULL, 2), (TEXT_TRAINED, 2), (VAE_TRAINED, 1), (MEMORY, 1), (ON_HOST, 1)],
+    [
+        (LORA, 1),
+        (FULL, 2),
+        (TEXT_TRAINED, 2),
+        pytest.param(VAE_TRAINED, 1, marks=pytest.mark.slow),
+        (MEMORY, 1),
+        pytest.param(ON_HOST, 1, marks=pytest.mark.slow),
+    ],
     ids=["lora", "full", "text_encoder", "vae", "fp8 and offload", "optimizer on the host"],
 )
 def test_split_and_combined_are_bit_identical(stage: Stage, trained: dict[str, Any], batch_size: int) -> None:
@@ -137,6 +145,10 @@ def test_other_pictures_sizes_and_seeds_encode_what_they_change(stage: Stage) ->
     assert stage.counts == "encoded 0 texts and 4 images, reused 5 texts and 0 images"
     stage.run(stage.job(**LORA, seed=1))  # tiny weights follow from the seed
     assert stage.counts == "encoded 5 texts and 4 images, reused 0 texts and 0 images"
+    stage.run(stage.job(**TRAINED_VAE, seed=0))
+    assert stage.counts == "encoded 5 texts and 4 images, reused 0 texts and 0 images"
+    stage.run(stage.job(**TRAINED_VAE, seed=1))  # all but those that are trained
+    assert stage.counts == "encoded 5 texts and 0 images, reused 0 texts and 4 images"
     stage.run(stage.job(**LORA, training={"precision": "bf16"}))
     assert stage.counts == "encoded 5 texts and 4 images, reused 0 texts and 0 images"
 
@@ -323,6 +335,17 @@ def test_keys_tell_apart_what_encodes(stage: Stage, monkeypatch: pytest.MonkeyPa
     first = digests(stage.job(**LORA))
     assert first == digests(stage.job(**FULL | {"training": {"precision": "fp32", "trainable_models": ["dit"]}}))
     assert set(digests(stage.job(**TEXT_TRAINED))) == {"image"}
+    with_vae = digests(stage.job(**TRAINED_VAE))
+    trained = stage.cache_path.with_name("vae")
+    shutil.copytree(QwenImage.tiny_weights["vae"], trained)
+    with (trained / "config.json").open("a") as file:
+        file.write("\n")
+    with monkeypatch.context() as patched:
+        patched.setitem(QwenImage.tiny_weights, "vae", trained)
+        assert digests(stage.job(**LORA)) == first
+        other = digests(stage.job(**TRAINED_VAE))
+    assert other["text"] == with_vae["text"]
+    assert other["image"] != with_vae["image"]
     monkeypatch.setattr(QwenImage, "encode_version", 2)
     second = digests(stage.job(**LORA))
     assert all(first[kind] != second[kind] for kind in ("text", "image"))

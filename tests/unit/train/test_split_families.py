@@ -61,7 +61,11 @@ def job_of(stage, case, **sections):
     return stage.job(**(given | {"dataset": base | given["dataset"]} | sections))
 
 
-@pytest.mark.parametrize("case", CASES)
+# What one of the others shows too.
+SLOW = ("z_image", "wan", "wan, a column's frame")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])
 def test_split_and_combined_are_bit_identical(stage, case):
     write_rows(stage, case)
     resolved = job_of(stage, case)
