@@ -46,30 +46,21 @@ class Need:
 
 def need_to_train(resolved: ResolvedJob) -> Need:
     """What the training stage takes. Decoding goes on with one task a worker, however many there may be."""
-    per_worker = dict(resolved.resources_per_worker)
-    per_worker["CPU"] = per_worker.get("CPU", 0.0) + READ_CPUS + resolved.decode_cpus
-    return Need(
-        run=resolved.run,
-        priority=resolved.job.distributed.priority,
-        per_worker=per_worker,
-        least=resolved.min_workers,
-        most=resolved.num_workers,
-    )
+    workers = (resolved.min_workers, resolved.num_workers)
+    return _need(resolved, resolved.resources_per_worker, decode_cpus=resolved.decode_cpus, workers=workers)
 
 
 def need_to_encode(resolved: ResolvedJob) -> Need:
     """What stage one of split training takes."""
     stage = resolved.encode
     assert stage is not None  # resolve has made it
-    per_worker = dict(stage.resources_per_worker)
-    per_worker["CPU"] = per_worker.get("CPU", 0.0) + READ_CPUS + stage.decode_cpus
-    return Need(
-        run=resolved.run,
-        priority=resolved.job.distributed.priority,
-        per_worker=per_worker,
-        least=stage.num_workers,
-        most=stage.num_workers,
-    )
+    workers = (stage.num_workers, stage.num_workers)
+    return _need(resolved, stage.resources_per_worker, decode_cpus=stage.decode_cpus, workers=workers)
+
+
+def _need(resolved: ResolvedJob, resources: Amounts, *, decode_cpus: float, workers: tuple[int, int]) -> Need:
+    per_worker = {**resources, "CPU": resources.get("CPU", 0.0) + READ_CPUS + decode_cpus}
+    return Need(resolved.run, resolved.job.distributed.priority, per_worker, *workers)
 
 
 @dataclass
