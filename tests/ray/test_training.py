@@ -186,6 +186,7 @@ def _is_training(process):
     return any(name in part for name in ("RayTrainWorker", "_decode_chunk") for part in process.info["cmdline"] or [])
 
 
+@pytest.mark.slow  # a minute; the quickstart validates in CI
 def test_validation_disturbs_nothing_and_is_the_same_on_two_workers(reference, tmp_path, photos):
     held = tmp_path / "held.csv"
     held.write_text("image,prompt\ncat.jpg,a cat\nrocket.jpg,a rocket\ncoffee.jpg,\n")
