@@ -102,9 +102,8 @@ def train_stage(
     `manifest_id` is what stage one returned.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
 
-    from diffsynth_ray.launch.elastic import ElasticTrainer
     from diffsynth_ray.launch.watch import Watch
     from diffsynth_ray.train.services import check_services
     from diffsynth_ray.train.split import split_parts
@@ -136,7 +135,13 @@ def train_stage(
         wait_for_turn(place, need_to_train(resolved), waits=board.wait.remote)
     count = f"{resolved.min_workers} to {resolved.num_workers}" if resolved.is_elastic else f"{resolved.num_workers}"
     say(f"starting {count} training worker(s)")
-    trainer = ElasticTrainer(
+    trainer_class = TorchTrainer
+    if resolved.is_elastic:
+        # It stands on insides of Ray Train: other runs do without them.
+        from diffsynth_ray.launch.elastic import ElasticTrainer
+
+        trainer_class = ElasticTrainer
+    trainer = trainer_class(
         _train_loop,
         # Ray's dashboard shows it: JSON and handles, no secrets.
         train_loop_config={
