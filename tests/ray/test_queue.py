@@ -47,7 +47,7 @@ def wait_until(condition, seconds=200):
 
 
 def test_a_run_waits_for_its_turn_list_says_why_and_the_urgent_one_goes_first(dsray, tmp_path):
-    first = submit(dsray, tmp_path / "first", "name=first", "dataset.repeat=40")
+    first = submit(dsray, tmp_path / "first", "name=first", "dataset.repeat=40000")  # goes on until it is stopped
     wait_until(lambda: status(dsray, first)["step"] > 0)
     patient = submit(dsray, tmp_path / "patient", "name=patient", "training.max_steps=2")
     urgent = submit(dsray, tmp_path / "urgent", "name=urgent", "training.max_steps=2", "distributed.priority=1")
