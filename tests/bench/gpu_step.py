@@ -142,10 +142,17 @@ def moved_gib(residency: Residency) -> float:
 
 
 def print_profile(step: Callable[[], object]) -> None:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    """Where one step's time goes on the GPU (kernels) and on the host (launching them)."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
         step()
         torch.cuda.synchronize()
-    print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70))
+    averages = profile.key_averages()
+    kernels = [event for event in averages if event.device_type == torch.autograd.DeviceType.CUDA]
+    total_s = sum(event.self_device_time_total for event in kernels) / 1e6
+    print(f"kernels: {sum(event.count for event in kernels)} launches, {total_s:.3f} s")
+    for sort_by in ("self_cuda_time_total", "self_cpu_time_total"):
+        print(averages.table(sort_by=sort_by, row_limit=40, max_name_column_width=90))
 
 
 if __name__ == "__main__":
