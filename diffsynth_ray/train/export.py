@@ -17,9 +17,7 @@ from diffsynth_ray.models.names import lora_from_memory
 from diffsynth_ray.schedule import export_file_names, trained_components
 
 
-def export_weights(
-    family: ModelFamily, job: Job, *, masters: dict[str, Tensor], output_dir: Path, stem: str
-) -> list[Path]:
+def export_weights(family: ModelFamily, job: Job, *, masters: dict[str, Tensor], output_dir: Path, stem: str) -> list[Path]:
     """Write the trained weights of every trained component in every format; returns the files.
 
     `masters` are the float32 weights by "component.parameter"; under bf16 the files are bf16.
@@ -50,9 +48,7 @@ def _component_state(family: ModelFamily, job: Job, component: str, masters: dic
         prefix = f"{component}."
         values = {name.removeprefix(prefix): tensor for name, tensor in masters.items() if name.startswith(prefix)}
         return lora_state_dict(module, values=values)
-    return {
-        name: masters[f"{component}.{name}"] for name, param in module.named_parameters() if param.requires_grad
-    }
+    return {name: masters[f"{component}.{name}"] for name, param in module.named_parameters() if param.requires_grad}
 
 
 def _with_prefix(state: dict[str, Tensor], job: Job, component: str, fmt: str) -> dict[str, Tensor]:

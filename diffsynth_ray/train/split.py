@@ -135,9 +135,7 @@ def encoder_digests(
             code=family.encode_version,
             dtype=job.training.precision,
             options=job.model.options,
-            components={
-                name: _component_identity(family, job, name, files, store=store, say=say) for name in components
-            },
+            components={name: _component_identity(family, job, name, files, store=store, say=say) for name in components},
             tokenizers=_tokenizer_identity(tokenizers, store=store, say=say) if kind != "image" else {},
             extra_inputs=sorted(job.model.extra_inputs) if kind == "extra" else [],
         )

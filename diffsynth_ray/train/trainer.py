@@ -80,9 +80,7 @@ def tensors_of(batch: AnyBatch) -> list[Tensor]:
     """Everything of a batch that is already a tensor."""
     if isinstance(batch, SampleBatch):
         return [batch.pixels] if isinstance(batch.pixels, Tensor) else []
-    images, texts = (
-        (batch.latents, batch.conditions) if isinstance(batch, EncodedBatch) else (batch.images, batch.texts)
-    )
+    images, texts = (batch.latents, batch.conditions) if isinstance(batch, EncodedBatch) else (batch.images, batch.texts)
     return [images, *(texts.values() if isinstance(texts, dict) else ())]
 
 
@@ -294,9 +292,7 @@ def _silent(line: str) -> None:
 class Trainer:
     """All state of a run on one worker."""
 
-    def __init__(
-        self, job: Job, family: ModelFamily, schedule: Schedule, *, residency: Residency | None = None
-    ) -> None:
+    def __init__(self, job: Job, family: ModelFamily, schedule: Schedule, *, residency: Residency | None = None) -> None:
         self.job = job
         self.family = family
         self.schedule = schedule
@@ -337,8 +333,7 @@ class Trainer:
         """Noise [b, c, (f,) h, w] float32 and timestep ids [b] int64 of a micro batch, on the CPU."""
         shape = self._latents_shape(micro.batch)
         draws = [
-            draw_noise_and_timestep(self.job.seed, step, index, shape=shape, id_range=self.id_range)
-            for index in micro.indices
+            draw_noise_and_timestep(self.job.seed, step, index, shape=shape, id_range=self.id_range) for index in micro.indices
         ]
         noise = torch.stack([noise for noise, _ in draws])
         if self.family.device.type == "cuda":

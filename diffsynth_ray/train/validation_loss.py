@@ -165,4 +165,3 @@ def describe(entry: ValidationEntry) -> str:
         + f" (from most to least noise {parts}) "
         f"on {entry.num_samples} samples in {entry.seconds:.1f} s"
     )
-

@@ -1,9 +1,10 @@
 """Training with masters and optimizer state in host memory, for whatever does not fit the device.
 
-Gradients leave the device block by block while backward goes on, and are dropped there; a thread adds them up in float32,
-another updates the block's masters and writes its weights back to the host memory that the device reads them from. An update
-starts as soon as the block's gradients are there (with clipping: when the norm of all is known) and is waited for where the
-block is next loaded, so that it runs beside the rest of the backward pass and the next forward pass.
+Gradients leave the device block by block while backward goes on, and are dropped there. A thread updates the block's masters
+and writes its weights back to the host memory that the device reads them from; with several micro steps another adds the
+gradients up in float32 before. An update starts as soon as the block's gradients are there (with clipping: when the norm of all
+is known) and is waited for where the block is next loaded, so that it runs beside the rest of the backward pass and the next
+forward pass.
 
 The workers of a node share the host weights. Each updates every n-th block of its node, with gradients summed over all workers.
 """
@@ -11,7 +12,7 @@ The workers of a node share the host weights. Each updates every n-th block of i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from diffsynth_ray.memory.offload import LayerOffload, Unit
 from diffsynth_ray.train.optim import build_optimizer, load_optimizer_class
 from diffsynth_ray.train.shards import balanced_slices
 from diffsynth_ray.train.strategy.base import GradientWatch, StateReader, StateSlice
+from diffsynth_ray.train.strategy.host_adam import MasterUpdate, PiecewiseAdam
 
 _POLL_S = 0.0005
 _FUSED_ON_CPU = (torch.optim.AdamW, torch.optim.Adam)
@@ -46,10 +48,14 @@ class _Group:
     """This worker updates it."""
     masters: list[nn.Parameter] = field(default_factory=list)
     optimizer: torch.optim.Optimizer | None = None
+    in_pieces: bool = False
+    """PiecewiseAdam updates it."""
     expected: int = 0
     """Parameters that get a gradient."""
     arrived: dict[int, Tensor] = field(default_factory=dict)
     """Gradients on the device, by position."""
+    staged: list[int] = field(default_factory=list)
+    """Positions whose whole gradient lies in the staging memory: the step has one micro step."""
     taken: Future[None] | None = None
     updated: Future[None] | None = None
 
@@ -79,6 +85,7 @@ class HostStrategy:
         is_cuda = self._device.type == "cuda"
         self._out = torch.cuda.Stream(self._device) if is_cuda else None
         self._staging: dict[_Group, list[Tensor]] = {}
+        self._adam = PiecewiseAdam()
         self._taking = ThreadPoolExecutor(1, thread_name_prefix="gradients")
         self._updating = ThreadPoolExecutor(1, thread_name_prefix="update")
         self._trained = dict(trained)
@@ -129,6 +136,7 @@ class HostStrategy:
         fused = optimizer_class in _FUSED_ON_CPU and self._device.type == "cuda"
         build: Callable[..., torch.optim.Optimizer] = optimizer_class
         group.optimizer = build_optimizer(group.masters, training, partial(build, fused=True) if fused else build)
+        group.in_pieces = fused and PiecewiseAdam.takes(group.optimizer)
 
     def forward(self, *inputs: Any, last: bool) -> Tensor:
         """See Strategy."""
@@ -172,6 +180,10 @@ class HostStrategy:
         staging = self._staging.setdefault(group, [])
         if group.taken is not None:
             group.taken.result()  # the staging memory is free again
+        whole = self._single and arrived.keys().isdisjoint(group.staged)
+        if not whole:  # a parameter has a second gradient
+            self._add(group, group.staged)
+            group.staged.clear()
         if not staging:
             pinned = self._out is not None
             staging += [torch.empty(p.shape, dtype=p.dtype, pin_memory=pinned) for p in group.params]
@@ -187,12 +199,18 @@ class HostStrategy:
         else:
             for position, gradient in arrived.items():
                 staging[position].copy_(gradient)
-        group.taken = self._taking.submit(self._add, group, list(arrived), event)
+        group.taken = self._taking.submit(self._take, group, list(arrived), event, whole)
 
-    @torch.no_grad()
-    def _add(self, group: _Group, positions: Sequence[int], event: torch.cuda.Event | None) -> None:
+    def _take(self, group: _Group, positions: list[int], event: torch.cuda.Event | None, whole: bool) -> None:
         if event is not None:
             event.synchronize()
+        if whole:
+            group.staged += positions
+        else:
+            self._add(group, positions)
+
+    @torch.no_grad()
+    def _add(self, group: _Group, positions: Sequence[int]) -> None:
         for position in positions:
             master, gradient = group.masters[position], self._staging[group][position]
             if master.grad is None:
@@ -208,7 +226,8 @@ class HostStrategy:
         self._norms.clear()
         self._steps += 1
         self._single = True
-        for group in reversed(self._groups):  # as their gradients come: the last blocks first
+        # As their gradients come, the last blocks first; when all are there, as the next forward pass wants them.
+        for group in self._groups if clip > 0 else reversed(self._groups):
             if group.is_mine:
                 group.updated = self._updating.submit(self._update, group, lr, scale)
             if group.unit is not None:
@@ -248,16 +267,27 @@ class HostStrategy:
         if group.taken is not None:
             group.taken.result()
         assert group.optimizer is not None
-        gradients = [master.grad for master in group.masters if master.grad is not None]
-        if scale != 1.0 and gradients:
-            torch._foreach_mul_(gradients, scale)
         for param_group in group.optimizer.param_groups:
             param_group["lr"] = lr
-        group.optimizer.step()
+        if group.in_pieces:
+            self._adam.update(group.optimizer, self._updates(group), scale=scale)
+        else:
+            self._add(group, group.staged)
+            gradients = [master.grad for master in group.masters if master.grad is not None]
+            if scale != 1.0 and gradients:
+                torch._foreach_mul_(gradients, scale)
+            group.optimizer.step()
+            self._write_home(group)
+        group.staged.clear()
         group.optimizer.zero_grad(set_to_none=True)
-        self._write_home(group)
         if group.unit is not None and group.unit.version is not None:
             group.unit.version += 1
+
+    def _updates(self, group: _Group) -> Iterator[MasterUpdate]:
+        for position, (master, home) in enumerate(zip(group.masters, group.homes, strict=True)):
+            gradient = self._staging[group][position] if position in group.staged else master.grad
+            if gradient is not None:
+                yield MasterUpdate(master, gradient, home)
 
     def _write_home(self, group: _Group) -> None:
         for master, home in zip(group.masters, group.homes, strict=True):

@@ -1,0 +1,70 @@
+"""Adam on the host in pieces against torch's own step."""
+
+import pytest
+import torch
+
+from diffsynth_ray.train.strategy import host_adam
+from diffsynth_ray.train.strategy.host_adam import MasterUpdate, PiecewiseAdam
+
+SHAPES = [(700, 3), (64,), (1, 5000)]
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(host_adam, "PIECE", 1024)
+
+
+def train(optimizer_class, step, dtype, **settings):
+    """Masters, homes and state after three steps of `step(optimizer, masters, gradients, homes)`."""
+    generator = torch.Generator().manual_seed(0)
+    masters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+    homes = [master.detach().to(torch.bfloat16) for master in masters]
+    optimizer = optimizer_class(masters, lr=1e-2, fused=True, **settings)
+    for _ in range(3):
+        gradients = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+        step(optimizer, masters, gradients, homes)
+    state = [{key: value.clone() for key, value in optimizer.state[master].items()} for master in masters]
+    return masters, homes, state
+
+
+def by_torch(optimizer, masters, gradients, homes, *, scale):
+    for master, gradient in zip(masters, gradients, strict=True):
+        master.grad = gradient.float() * scale
+    optimizer.step()
+    for master, home in zip(masters, homes, strict=True):
+        home.copy_(master.detach())
+
+
+def in_pieces(optimizer, masters, gradients, homes, *, scale):
+    assert PiecewiseAdam.takes(optimizer)
+    PiecewiseAdam().update(optimizer, map(MasterUpdate, masters, gradients, homes), scale=scale)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("optimizer_class", "settings"),
+    [(torch.optim.AdamW, {"weight_decay": 0.1}), (torch.optim.Adam, {"weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6})],
+)
+def test_same_numbers_as_the_fused_step(optimizer_class, settings, dtype, scale):
+    expected = train(optimizer_class, lambda *given: by_torch(*given, scale=scale), dtype, **settings)
+    found = train(optimizer_class, lambda *given: in_pieces(*given, scale=scale), dtype, **settings)
+    for ours, theirs in zip(found[0], expected[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    for master, home in zip(found[0], found[1], strict=True):
+        assert torch.equal(home, master.detach().to(torch.bfloat16))
+    for ours, theirs in zip(found[2], expected[2], strict=True):
+        assert ours.keys() == theirs.keys()
+        assert int(ours["step"]) == int(theirs["step"]) == 3
+        torch.testing.assert_close(ours["exp_avg_sq"], theirs["exp_avg_sq"], rtol=1e-6, atol=1e-9)
+
+
+def test_settings_that_the_pieces_do_not_know_are_left_to_torch():
+    param = [torch.nn.Parameter(torch.zeros(2))]
+
+    class Subclass(torch.optim.AdamW):
+        pass
+
+    assert not PiecewiseAdam.takes(torch.optim.AdamW(param, amsgrad=True))
+    assert not PiecewiseAdam.takes(torch.optim.SGD(param, lr=0.1))
+    assert not PiecewiseAdam.takes(Subclass(param))
