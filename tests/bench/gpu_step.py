@@ -1,4 +1,4 @@
-"""One training step of Qwen-Image's DiT at its real size on one GPU, through the project's own Trainer.
+"""One training step of a DiT at its real size (Qwen-Image's unless told) on one GPU, through the project's own Trainer.
 
 Weights are random (shapes, number formats and work per step are the real ones); latents and prompt embeddings are given, as in
 stage two of split training. Prints one JSON line; run it beside another trainer's step in one call and quote the ratio.
@@ -13,26 +13,12 @@ from collections.abc import Callable
 
 import torch
 import torch._inductor.config
+from real_size import MODELS, build, encoded_batch
 
 from diffsynth_ray.config.schema import Job
-from diffsynth_ray.models.family import EncodedBatch
-from diffsynth_ray.models.qwen_image import QwenImage
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.residency import Residency, settle
 from diffsynth_ray.train.trainer import MicroInput, Trainer, select_trained
-
-TEXT_TOKENS = 256
-
-
-class RandomWeights:
-    """Weights of std 0.02 made on the device: the shapes are the real ones, the values cost no disk."""
-
-    def __init__(self, component: torch.nn.Module) -> None:
-        self.shapes = {name: param.shape for name, param in component.named_parameters()}
-
-    def read(self, name: str) -> torch.Tensor:
-        """See placement.WeightSource."""
-        return torch.empty(self.shapes[name], dtype=torch.bfloat16, device="cuda").normal_(0, 0.02)
 
 
 def build_job(options: argparse.Namespace) -> Job:
@@ -47,7 +33,7 @@ def build_job(options: argparse.Namespace) -> Job:
                 "compile": auto[options.compile],
                 "max_grad_norm": 0.0 if options.no_clipping else 1.0,
             },
-            "lora": {} if options.full else {"base_model": "dit", "rank": 32},
+            "lora": {} if options.full else {"base_model": "dit", "rank": options.rank},
             "gradient": {
                 "checkpointing": auto[options.checkpointing],
                 "checkpointing_offload": options.checkpointing_offload,
@@ -62,14 +48,6 @@ def build_job(options: argparse.Namespace) -> Job:
     )
 
 
-def build_family(num_layers: int) -> QwenImage:
-    dit = QwenImage.build_component("dit", {"num_layers": num_layers})  # the classes' defaults are the real size
-    dit.requires_grad_(False).eval().to(torch.bfloat16)
-    dit.weight_source = RandomWeights(dit)
-    family = QwenImage({"dit": dit}, dtype=torch.bfloat16, device="cuda")
-    return family
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true")
@@ -82,8 +60,12 @@ def main() -> None:
     parser.add_argument("--checkpointing", default="true", choices=["true", "false", "auto"])
     parser.add_argument("--checkpointing-offload", action="store_true")
     parser.add_argument("--compile", default="auto", choices=["true", "false", "auto"])
-    parser.add_argument("--layers", type=int, default=60)
+    parser.add_argument("--model", default="qwen-image", choices=list(MODELS))
+    parser.add_argument("--layers", type=int, help="fewer blocks than the model has")
     parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--width", type=int, help="where it is not SIZE")
+    parser.add_argument("--frames", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--cpp-wrapper", action="store_true", help="inductor's host code in C++")
@@ -94,14 +76,16 @@ def main() -> None:
         torch._inductor.config.cpp_wrapper = True
     torch.manual_seed(0)
     job = build_job(options)
-    family = build_family(options.layers)
+    family = build(options.model, device="cuda", num_layers=options.layers)
     select_trained(family, job)
     residency = settle(family, job, say=lambda line: print(line, flush=True))
     schedule = build_schedule(job, num_samples=1000, global_batch_size=options.batch)
     trainer = Trainer(job, family, schedule, residency=residency)
-    latents = torch.randn(options.batch, *family.latents_shape(options.size, options.size), device="cuda")
-    embeds = torch.randn(options.batch, TEXT_TOKENS, 3584, device="cuda", dtype=torch.bfloat16)
-    micro = MicroInput(EncodedBatch(latents, {"prompt_embeds": embeds}), tuple(range(options.batch)))
+    width = options.width or options.size
+    batch = encoded_batch(
+        family, options.model, batch=options.batch, height=options.size, width=width, num_frames=options.frames
+    )
+    micro = MicroInput(batch, tuple(range(options.batch)))
     started = time.perf_counter()
     trainer.start(micro)
     torch.cuda.synchronize()

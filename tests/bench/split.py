@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from real_size import build
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffsynth_ray.config.schema import DatasetSection, Job
@@ -35,7 +36,6 @@ from diffsynth_ray.data.cached import locate_rows, read_batches
 from diffsynth_ray.data.manifest import Manifest, ManifestRow
 from diffsynth_ray.data.metadata import PROMPT_COLUMN, Metadata
 from diffsynth_ray.data.samples import SampleIndex
-from diffsynth_ray.models import qwen_image_configs
 from diffsynth_ray.models.qwen_image import QwenImage
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.cached_input import CachedInput
@@ -57,33 +57,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class RandomWeights:
-    """Weights of std 0.02 made on the device: the shapes are the real ones, the values cost no disk."""
-
-    def __init__(self, component: torch.nn.Module) -> None:
-        self.shapes = {name: param.shape for name, param in component.named_parameters()}
-
-    def read(self, name: str) -> torch.Tensor:
-        """See placement.WeightSource."""
-        return torch.empty(self.shapes[name], dtype=torch.bfloat16, device="cuda").normal_(0, 0.02)
-
-
 def build_family(options: argparse.Namespace, components: list[str], device: str) -> QwenImage:
     """The family with its weights still to be read by `settle`."""
     if options.tiny:
         family = QwenImage.build_tiny(0, components=components, dtype=torch.bfloat16, device="meta")
         family.device = torch.device(device)
         return family
-    configs = {"dit": {"num_layers": options.layers}, "vae": {}, "text_encoder": qwen_image_configs._TEXT_ENCODER_7B}
-    modules = {}
-    for name in components:
-        module = QwenImage.build_component(name, configs[name])
-        module.requires_grad_(False).eval()
-        for param in module.parameters():  # not the rotary tables, which are buffers
-            param.data = param.data.to(torch.bfloat16)
-        module.weight_source = RandomWeights(module)
-        modules[name] = module
-    return QwenImage(modules, dtype=torch.bfloat16, device=device, tokenizer_paths=QwenImage.tiny_tokenizers)
+    return build("qwen-image", components, device=device, num_layers=options.layers)
 
 
 def synchronize() -> float:

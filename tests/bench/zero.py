@@ -20,10 +20,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from real_size import build, encoded_batch
 
 from diffsynth_ray.config.schema import Job
-from diffsynth_ray.models.family import EncodedBatch
-from diffsynth_ray.models.qwen_image import QwenImage
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.residency import settle
 from diffsynth_ray.train.trainer import MicroInput, Trainer, select_trained
@@ -50,25 +49,6 @@ def build_job(options: argparse.Namespace, method: str) -> Job:
     )
 
 
-class RandomWeights:
-    """Weights of std 0.02 made on the device: the shapes are the real ones, the values cost no disk."""
-
-    def __init__(self, component: torch.nn.Module, device: torch.device) -> None:
-        self.shapes = {name: param.shape for name, param in component.named_parameters()}
-        self.device = device
-
-    def read(self, name: str) -> torch.Tensor:
-        """See placement.WeightSource."""
-        return torch.empty(self.shapes[name], dtype=torch.bfloat16, device=self.device).normal_(0, 0.02)
-
-
-def build_family(num_layers: int, device: torch.device) -> QwenImage:
-    dit = QwenImage.build_component("dit", {"num_layers": num_layers})  # the classes' defaults are the real size
-    dit.requires_grad_(False).eval().to(torch.bfloat16)
-    dit.weight_source = RandomWeights(dit, device)
-    return QwenImage({"dit": dit}, dtype=torch.bfloat16, device=device)
-
-
 def run_rank(rank: int, options: argparse.Namespace, method: str, folder: str) -> None:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
@@ -88,7 +68,7 @@ def run_rank(rank: int, options: argparse.Namespace, method: str, folder: str) -
 
 def measure(options: argparse.Namespace, job: Job, device: torch.device) -> dict[str, Any]:
     rank, started = dist.get_rank(), time.perf_counter()
-    family = build_family(options.layers, device)
+    family = build("qwen-image", device=device, num_layers=options.layers)
     select_trained(family, job)
 
     def say(line: str) -> None:
@@ -100,9 +80,8 @@ def measure(options: argparse.Namespace, job: Job, device: torch.device) -> dict
     trainer = Trainer(job, family, schedule, residency=residency)
     num_trained = sum(param.numel() for param in trainer.trained.values())
     generator = torch.Generator(device).manual_seed(rank)
-    latents = torch.randn(1, *family.latents_shape(options.size, options.size), device=device, generator=generator)
-    embeds = torch.randn(1, TEXT_TOKENS, 3584, device=device, dtype=torch.bfloat16, generator=generator)
-    micro = MicroInput(EncodedBatch(latents, {"prompt_embeds": embeds}), (rank,))
+    batch = encoded_batch(family, "qwen-image", batch=1, height=options.size, width=options.size, generator=generator)
+    micro = MicroInput(batch, (rank,))
     trainer.start(micro, say=say)
     start_s = time.perf_counter() - started
     torch.cuda.reset_peak_memory_stats()
