@@ -105,9 +105,7 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
     job = resolved.job
     models = _inspect_model(resolved) if check_files else []
     num_rows, num_held_out, notes = _count_rows(resolved, check_files=check_files)
-    schedule = build_schedule(
-        job, num_samples=num_rows * job.dataset.repeat, global_batch_size=resolved.global_batch_size
-    )
+    schedule = build_schedule(job, num_samples=num_rows * job.dataset.repeat, global_batch_size=resolved.global_batch_size)
     every = job.output.save_steps or schedule.steps_per_epoch
     num_exports = -(-schedule.num_steps // every)
     stems = list(islice(schedule.export_stems(), _SHOWN_FILES + 1))

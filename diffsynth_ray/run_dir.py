@@ -78,9 +78,7 @@ def parse_progress(line: str) -> Progress | None:
     return Progress(**{name: int(text) if name in counts else float(text) for name, text in values.items()})  # type: ignore[arg-type]
 
 
-_ENCODE = re.compile(
-    r"encode (?P<done>\d+)/(?P<total>\d+) samples \| (?P<per_s>[\d.]+) samples/s \| (?P<left_s>\d+) s left"
-)
+_ENCODE = re.compile(r"encode (?P<done>\d+)/(?P<total>\d+) samples \| (?P<per_s>[\d.]+) samples/s \| (?P<left_s>\d+) s left")
 
 
 @dataclass(frozen=True)
@@ -346,7 +344,6 @@ class RunDir:
             return Progress(**json.loads(self.progress_path.read_text()))
         except (FileNotFoundError, NotADirectoryError):
             return None
-
 
     def write_encode_progress(self, progress: EncodeProgress) -> None:
         """Keep the newest progress of stage one for `dsray status`."""

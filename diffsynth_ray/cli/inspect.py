@@ -66,9 +66,7 @@ def list_runs(as_json: Json = False) -> int:
     return ExitCode.DONE
 
 
-def logs(
-    run: Run, follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run ends.")] = False
-) -> int:
+def logs(run: Run, follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run ends.")] = False) -> int:
     """Show a run's log.
 
     With -f the exit code is that of the run.

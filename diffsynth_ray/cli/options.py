@@ -12,7 +12,5 @@ Overrides = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the job file; may be repeated."),
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, its job file or its output path.")]
-New = Annotated[
-    bool, typer.Option("--new", help="Move what is in the output path to previous/ first, and start afresh.")
-]
+New = Annotated[bool, typer.Option("--new", help="Move what is in the output path to previous/ first, and start afresh.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -42,9 +42,7 @@ def build_reference() -> str:
         parts.append(f"## {title}\n")
         if section:
             parts.append(_meaning_of_section(section))
-        parts.append(
-            "\n".join(["| key | value | default | | meaning |", "| --- | --- | --- | --- | --- |", *rows]) + "\n"
-        )
+        parts.append("\n".join(["| key | value | default | | meaning |", "| --- | --- | --- | --- | --- |", *rows]) + "\n")
     return "\n".join(parts)
 
 
@@ -67,9 +65,7 @@ def _row(dotted: str, leaf: str, field: FieldInfo) -> str:
 
 def _allowed(field: FieldInfo) -> str:
     bounds = [
-        f"{symbol} {getattr(rule, attribute):g}"
-        if getattr(rule, attribute) < 1e6
-        else f"{symbol} {getattr(rule, attribute)}"
+        f"{symbol} {getattr(rule, attribute):g}" if getattr(rule, attribute) < 1e6 else f"{symbol} {getattr(rule, attribute)}"
         for rule in field.metadata
         for kind, (symbol, attribute) in _SYMBOLS.items()
         if isinstance(rule, kind)

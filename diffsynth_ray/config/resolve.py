@@ -107,16 +107,12 @@ def resolve(job: Job, resources: Resources, *, source: str = "job", remote: bool
     """
     problems = _check_rules(job)
     min_workers, num_workers, device = _workers(job, resources)
-    per_worker = job.distributed.resources_per_worker or (
-        {"GPU": 1.0, "CPU": 1.0} if device == "cuda" else {"CPU": 0.5}
-    )
+    per_worker = job.distributed.resources_per_worker or ({"GPU": 1.0, "CPU": 1.0} if device == "cuda" else {"CPU": 0.5})
     # An elastic run starts with what fits now, and needs room for its fewest workers only.
     now = max(min_workers, min(num_workers, _most_workers(resources, per_worker)))
     decode_cpus, decode_tasks, starved = _data_cpus(job, resources, num_workers=now, per_worker=per_worker)
     encode, encode_problems = _encode_resources(job, resources, num_workers=now, device=device)
-    global_batch = job.dataset.global_batch_size or (
-        job.dataset.batch_size * num_workers * job.gradient.accumulation_steps
-    )
+    global_batch = job.dataset.global_batch_size or (job.dataset.batch_size * num_workers * job.gradient.accumulation_steps)
     given = identity(job, global_batch)
     job, source_problems = _with_source_where_needed(job, remote=remote)
     located, path_problems = _absolute_paths(job, remote=remote)
@@ -189,9 +185,7 @@ def _encode_resources(
     per_worker = split.resources_per_worker or ({"GPU": 1.0, "CPU": 1.0} if device == "cuda" else {"CPU": 0.5})
     on_gpus = resources.gpus > 0 and per_worker.get("GPU", 0.0) > 0
     count = split.num_workers or (num_workers if on_gpus else 1)
-    decode_cpus, decode_tasks, problems = _data_cpus(
-        job, resources, num_workers=count, per_worker=per_worker, section="split"
-    )
+    decode_cpus, decode_tasks, problems = _data_cpus(job, resources, num_workers=count, per_worker=per_worker, section="split")
     encode = EncodeResources(
         num_workers=count,
         device="cuda" if on_gpus else "cpu",
@@ -212,14 +206,11 @@ def _data_cpus(
         problems.append(
             Problem(
                 f"{section}.num_workers",
-                f"{num_workers} workers need {gpus:g} GPUs, there are {resources.gpus:g}; "
-                "use fewer workers or another cluster",
+                f"{num_workers} workers need {gpus:g} GPUs, there are {resources.gpus:g}; use fewer workers or another cluster",
             )
         )
     worker_cpus = per_worker.get("CPU", 0.0)
-    found = data_share(
-        resources.cpus, num_workers=num_workers, worker_cpus=worker_cpus, most_tasks=job.dataset.num_workers
-    )
+    found = data_share(resources.cpus, num_workers=num_workers, worker_cpus=worker_cpus, most_tasks=job.dataset.num_workers)
     if found is None:
         share = resources.cpus / num_workers - worker_cpus
         most = _most_workers(resources, {"CPU": worker_cpus})
@@ -408,9 +399,7 @@ def _absolute_paths(job: Job, *, remote: bool) -> tuple[Job, list[Problem]]:
             and (job.split.enabled or dotted != "split.cache_path")
         ):
             problems.append(
-                Problem(
-                    dotted, f"got {relative[0]!r}; with a remote cluster paths must be absolute, as the nodes see them"
-                )
+                Problem(dotted, f"got {relative[0]!r}; with a remote cluster paths must be absolute, as the nodes see them")
             )
         sections.setdefault(section, {})[leaf] = _absolute(value)
     updates = {name: getattr(job, name).model_copy(update=values) for name, values in sections.items()}

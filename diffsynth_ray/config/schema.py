@@ -15,9 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 
-def _key(
-    default: Any = None, *, identity: bool = False, not_built: str | None = None, path: bool = False, **rules: Any
-) -> Any:
+def _key(default: Any = None, *, identity: bool = False, not_built: str | None = None, path: bool = False, **rules: Any) -> Any:
     extra: dict[str, Any] = {"identity": identity, "not_built": not_built, "path": path}
     if isinstance(default, (list, dict)):
         return Field(default_factory=lambda: default.copy(), json_schema_extra=extra, **rules)

@@ -166,9 +166,7 @@ class SampleOrder:
         micros = KeyedPermutation(num_full, derive_key(self.seed, epoch, "micro batches"))(positions)
         bucket_indices = np.searchsorted(self._first_full, micros, side="right") - 1
         in_bucket = micros - self._first_full[bucket_indices]
-        for position, bucket_index, micro in zip(
-            positions.tolist(), bucket_indices.tolist(), in_bucket.tolist(), strict=True
-        ):
+        for position, bucket_index, micro in zip(positions.tolist(), bucket_indices.tolist(), in_bucket.tolist(), strict=True):
             # Only the first and the last micro batch of a step can be cut.
             skipped = max(start - position * self.batch_size, 0)
             end = min(stop - position * self.batch_size, self.batch_size)

@@ -103,9 +103,7 @@ def pack_entry(entry: Entry) -> tuple[str, bytes]:
 
 def unpack_entry(layout: str, data: bytes) -> dict[str, TensorBytes]:
     """The inverse of `pack_entry`."""
-    return {
-        name: TensorBytes(dtype, tuple(shape), data[begin:end]) for name, dtype, shape, begin, end in json.loads(layout)
-    }
+    return {name: TensorBytes(dtype, tuple(shape), data[begin:end]) for name, dtype, shape, begin, end in json.loads(layout)}
 
 
 class Index:

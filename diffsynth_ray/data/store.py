@@ -166,7 +166,6 @@ class ArrowStore(Store):
         except FileNotFoundError:
             return
 
-
     @contextmanager
     def _reading(self, name: str) -> Iterator[None]:
         """A storage that refuses or does not answer is the user's to mend; a file that is not there is the caller's."""

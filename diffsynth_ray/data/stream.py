@@ -92,9 +92,7 @@ class PositionSource(Datasource):
         return [ReadTask(lambda: _position_tables(ray.get(index), *bounds), metadata)]
 
 
-def _position_tables(
-    index: SampleIndex, start_step: int, num_steps: int, rank: int, world_size: int
-) -> Iterator[pa.Table]:
+def _position_tables(index: SampleIndex, start_step: int, num_steps: int, rank: int, world_size: int) -> Iterator[pa.Table]:
     chunk: list[list[Any]] = []
     num_bytes = 0
     found = index.micro_batches(start_step=start_step, num_steps=num_steps, rank=rank, world_size=world_size)

@@ -246,14 +246,8 @@ def cluster_resources(cluster: Cluster) -> Resources:
     if cluster.local:
         return Resources(cpus=cluster.local.cpus, gpus=cluster.local.gpus)
     answer = cluster.request("/api/v0/nodes?limit=10000")
-    totals = [
-        node.get("resources_total") or {}
-        for node in answer["data"]["result"]["result"]
-        if node.get("state") == "ALIVE"
-    ]
-    return Resources(
-        cpus=sum(total.get("CPU", 0.0) for total in totals), gpus=sum(total.get("GPU", 0.0) for total in totals)
-    )
+    totals = [node.get("resources_total") or {} for node in answer["data"]["result"]["result"] if node.get("state") == "ALIVE"]
+    return Resources(cpus=sum(total.get("CPU", 0.0) for total in totals), gpus=sum(total.get("GPU", 0.0) for total in totals))
 
 
 def run_of(submission_id: str) -> tuple[str, int] | None:
@@ -339,9 +333,7 @@ def travelling(cluster: Cluster, job_json: str) -> str:
     return " and ".join(parts)
 
 
-def submit_entrypoint(
-    cluster: Cluster, *, submission_id: str, command: str, job_json: str, metadata: dict[str, str]
-) -> str:
+def submit_entrypoint(cluster: Cluster, *, submission_id: str, command: str, job_json: str, metadata: dict[str, str]) -> str:
     """Submit a command whose working directory holds job.json; to a cluster of other machines our code travels too."""
     client = job_client(cluster)
     runtime_env: dict[str, Any] = {}

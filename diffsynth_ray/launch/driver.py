@@ -122,9 +122,7 @@ def _run_stages(resolved: ResolvedJob, attempt: Attempt, watcher: _Watcher, *, i
             place.leave()
 
 
-def _chain_stages(
-    resolved: ResolvedJob, attempt: Attempt, watcher: _Watcher, place: QueuePlace | None
-) -> dict[str, Any]:
+def _chain_stages(resolved: ResolvedJob, attempt: Attempt, watcher: _Watcher, place: QueuePlace | None) -> dict[str, Any]:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     resolved_json, name = resolved.model_dump_json(), f"attempt-{attempt.number}"
@@ -339,9 +337,7 @@ def join_cluster() -> None:
     # Ray Train's actors ask the cluster that their environment names, else the one that last started on this machine, which
     # may be another or gone: then a run that ends waits for an answer. Ray Jobs gives the address to this process only.
     address = {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]} if "RAY_ADDRESS" in os.environ else {}
-    ray.init(
-        address="auto", log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": WORKER_ENV | address}
-    )
+    ray.init(address="auto", log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": WORKER_ENV | address})
 
 
 def run_locally(resolved: ResolvedJob, *, say: Say) -> ExitCode:

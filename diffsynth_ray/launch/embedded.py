@@ -146,9 +146,7 @@ def find_or_start(
     )
 
 
-def _spawn_supervisor(
-    resources: Resources, *, idle_grace_s: float, first_job_timeout_s: float
-) -> subprocess.Popen[bytes]:
+def _spawn_supervisor(resources: Resources, *, idle_grace_s: float, first_job_timeout_s: float) -> subprocess.Popen[bytes]:
     command = [
         sys.executable, "-m", "diffsynth_ray.launch.supervisor",
         f"--num-cpus={int(resources.cpus)}", f"--num-gpus={int(resources.gpus)}",

@@ -92,8 +92,7 @@ def worker_nodes(resources: Mapping[str, float]) -> list[tuple[str, str]]:
     fitting = [
         node
         for node in ray.nodes()
-        if node["Alive"]
-        and all(node["Resources"].get(name, 0.0) >= amount for name, amount in resources.items())
+        if node["Alive"] and all(node["Resources"].get(name, 0.0) >= amount for name, amount in resources.items())
     ]
     return [(node["NodeID"], node["NodeManagerAddress"] if len(fitting) > 1 else "") for node in fitting]
 

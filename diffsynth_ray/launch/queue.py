@@ -158,9 +158,7 @@ class Turns:
 def _held(need: Need, total: Amounts) -> Amounts:
     """What a run with its turn takes; an elastic one all that is there, up to its most."""
     least = need.amounts(need.least)
-    return {
-        name: max(least[name], min(amount, total.get(name, 0.0))) for name, amount in need.amounts(need.most).items()
-    }
+    return {name: max(least[name], min(amount, total.get(name, 0.0))) for name, amount in need.amounts(need.most).items()}
 
 
 class Queue:
@@ -230,4 +228,3 @@ def wait_for_turn(place: QueuePlace, need: Need, *, waits: Callable[[str | None]
         if reason is None:
             return
         time.sleep(_ASK_EVERY_S)
-

@@ -72,9 +72,7 @@ def find_run(reference: str) -> Submission:
     names = sorted({submission.run for submission in registry.submissions()})
     near = difflib.get_close_matches(reference, names, n=1)
     hint = f"did you mean {near[0]}?" if near else "`dsray list` shows the runs that are known here"
-    raise RunNotFoundError(
-        f"no run {reference!r}: neither a run's name, nor a job file or output path of a run", hint=hint
-    )
+    raise RunNotFoundError(f"no run {reference!r}: neither a run's name, nor a job file or output path of a run", hint=hint)
 
 
 def _in_folder(reference: str) -> Submission | None:
@@ -187,9 +185,7 @@ def _from_files(submission: Submission, run_dir: RunDir, note: str | None) -> Ru
     )
 
 
-def _from_cluster(
-    submission: Submission, cluster: Cluster | None, job: dict[str, Any] | None, note: str | None
-) -> RunView:
+def _from_cluster(submission: Submission, cluster: Cluster | None, job: dict[str, Any] | None, note: str | None) -> RunView:
     if job is None:
         alive = submission.pid is not None and psutil.pid_exists(submission.pid)
         unknown = "RUNNING" if alive or (note and not cluster) else "FAILED"
@@ -217,9 +213,7 @@ def _seconds(milliseconds: float | None) -> float | None:
     return milliseconds / 1000 if milliseconds else None
 
 
-def _liveness(
-    submission: Submission, seen: RunView, jobs: dict[int, dict[str, Any]], note: str | None
-) -> dict[str, Any]:
+def _liveness(submission: Submission, seen: RunView, jobs: dict[int, dict[str, Any]], note: str | None) -> dict[str, Any]:
     """Whether an attempt without an end still runs."""
     if submission.pid is not None:
         alive = psutil.pid_exists(submission.pid)
@@ -298,5 +292,3 @@ def stop(submission: Submission, *, now: bool, say: Callable[[str], None]) -> En
 
 
 _WORDS = {"SUCCEEDED": "has finished", "FAILED": "has failed", "STOPPED": "was stopped"}
-
-

@@ -159,9 +159,7 @@ class _Supervisor:
         return self.head_ended or self.asked_to_end
 
     def _get_jobs(self, *, timeout_s: float) -> list[dict[str, Any]] | None:
-        request = urllib.request.Request(
-            f"{self.dashboard_url}/api/jobs/", headers={"Authorization": f"Bearer {self.token}"}
-        )
+        request = urllib.request.Request(f"{self.dashboard_url}/api/jobs/", headers={"Authorization": f"Bearer {self.token}"})
         try:
             with _LOCAL_OPENER.open(request, timeout=timeout_s) as reply:
                 jobs: list[dict[str, Any]] = json.load(reply)
@@ -194,9 +192,7 @@ def _is_active(job: dict[str, Any]) -> bool:
     return job.get("status") in ("PENDING", "RUNNING")
 
 
-def head_command(
-    *, cpus: int, gpus: int, temp_dir: Path, ports: dict[str, int], object_store_bytes: int
-) -> list[str]:
+def head_command(*, cpus: int, gpus: int, temp_dir: Path, ports: dict[str, int], object_store_bytes: int) -> list[str]:
     """The `ray start` of the head."""
     return [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",

@@ -120,9 +120,7 @@ def split_units(
 
 
 def _unit_bytes(module: nn.Module, *, with_trained: bool) -> int:
-    return sum(
-        param.numel() * param.element_size() for param in module.parameters() if with_trained or not param.requires_grad
-    )
+    return sum(param.numel() * param.element_size() for param in module.parameters() if with_trained or not param.requires_grad)
 
 
 def place(
@@ -155,9 +153,7 @@ def place(
             if unit.slots:
                 built[module] = unit
     counters = ALIGNMENT * (-(-8 * len(built) // ALIGNMENT))
-    segment = HostSegment(
-        counters + sum(unit.num_bytes for unit in built.values()), device=device, group=group
-    )
+    segment = HostSegment(counters + sum(unit.num_bytes for unit in built.values()), device=device, group=group)
     homes = _give_homes(segment, list(built.values()), start=counters)
     if segment.is_first:
         for param, value in given:

@@ -310,9 +310,7 @@ class ModelFamily(ABC):
         """A loaded component (typed Any: its attributes are its own class's), or an error that names what is loaded."""
         if name not in self.components:
             have = ", ".join(self.components) or "none"
-            raise ModelError(
-                f"{self.name}: component {name!r} is needed but not loaded (loaded: {have}); check [model] paths"
-            )
+            raise ModelError(f"{self.name}: component {name!r} is needed but not loaded (loaded: {have}); check [model] paths")
         return self.components[name]
 
 
@@ -350,9 +348,7 @@ def _load_entry_point(point: EntryPoint) -> None:
     except (ImportError, AttributeError) as error:
         raise ModelError(f"model family {point.name!r} of the package {package} cannot be imported: {error}") from error
     if not (isinstance(family, type) and issubclass(family, ModelFamily) and family.name == point.name):
-        raise ModelError(
-            f"model family {point.name!r} of the package {package}: {point.value} is no ModelFamily of that name"
-        )
+        raise ModelError(f"model family {point.name!r} of the package {package}: {point.value} is no ModelFamily of that name")
     register_family(family)
 
 

@@ -19,7 +19,6 @@ TINY_VAE_WIDTHS = (32, 32, 32, 32)
 _LEVELS = 4
 
 
-
 def _names() -> dict[str, str]:
     """ae.safetensors -> diffusers; the decoder's levels are counted from the other end."""
     resnet = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "nin_shortcut": "conv_shortcut"}

@@ -120,9 +120,7 @@ def _infer_dit(shapes: Shapes) -> dict[str, Any]:
     inner, in_channels = shapes["img_in.weight"]
     head_dim = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
     if head_dim not in _ROPE_AXES:
-        raise ModelError(
-            f"qwen_image dit: heads of width {head_dim} are not known; put its config.json beside the weights"
-        )
+        raise ModelError(f"qwen_image dit: heads of width {head_dim} are not known; put its config.json beside the weights")
     return {
         "patch_size": 2,
         "in_channels": in_channels,

@@ -120,9 +120,7 @@ def load_components(
         except ModelError as error:
             raise ModelError(f"{_names(paths)}: {error}") from error
         if component in found:
-            raise ModelError(
-                f"component {component} is given twice: {_names(found[component].paths)} and {_names(paths)}"
-            )
+            raise ModelError(f"component {component} is given twice: {_names(found[component].paths)} and {_names(paths)}")
         found[component] = ComponentFiles(_find_config(family, component, paths, shapes), paths, shapes)
     if family is None:
         raise ModelError("[model] paths names no weights")
@@ -159,9 +157,7 @@ def read_folder(folder: Path) -> ComponentFiles:
     return ComponentFiles({key: value for key, value in config.items() if not key.startswith("_")}, (weights,))
 
 
-def _find_config(
-    family: str, component: str, paths: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Any]:
+def _find_config(family: str, component: str, paths: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     path = paths[0].parent / "config.json"
     if path.is_file():
         try:
@@ -290,13 +286,9 @@ def _check_fit(wanted: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[in
         problems.append(f"{len(unexpected)} tensors are not part of this model, first {', '.join(unexpected[:5])}")
     if differing:
         examples = ", ".join(f"{name} (file {list(got[name])}, model {list(wanted[name])})" for name in differing[:5])
-        problems.append(
-            f"{len(differing)} tensors have another shape: {examples}; does config.json belong to these files?"
-        )
+        problems.append(f"{len(differing)} tensors have another shape: {examples}; does config.json belong to these files?")
     if problems:
         raise ModelError(f"{source}: " + "; ".join(problems))
-
-
 
 
 def put_weights(module: nn.Module, values: Mapping[str, Tensor]) -> None:
@@ -312,9 +304,7 @@ def put_weights(module: nn.Module, values: Mapping[str, Tensor]) -> None:
         module.weight_source = GivenWeights(later, cast(Any, module).weight_source, dtype=dtype)  # type: ignore[assignment]
 
 
-def randomize_weights(
-    module: nn.Module, *, seed: int, component: str, dtype: torch.dtype, device: torch.device | str
-) -> None:
+def randomize_weights(module: nn.Module, *, seed: int, component: str, dtype: torch.dtype, device: torch.device | str) -> None:
     """Random weights (`RandomWeights`) for a module built under `meta_parameters`, frozen and in eval mode.
 
     On the meta device they are made later, as in `assign_weights`.

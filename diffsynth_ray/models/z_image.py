@@ -172,9 +172,7 @@ class ZImage(LibraryFamily):
         negative = embeds[1] if request.is_guided else None
         # The pipeline guides from 0 on, and counts its scale from there.
         scale = request.guidance_scale if request.is_guided else 0.0
-        return run_pipeline(
-            pipeline, request, prompt_embeds=embeds[0], negative_prompt_embeds=negative, guidance_scale=scale
-        )
+        return run_pipeline(pipeline, request, prompt_embeds=embeds[0], negative_prompt_embeds=negative, guidance_scale=scale)
 
     def repeated_blocks(self, component: str) -> list[nn.Module]:
         """See `ModelFamily.repeated_blocks`; the VAE has none."""

@@ -29,7 +29,7 @@ from diffsynth_ray.memory.offload import LayerOffload, Unit
 from diffsynth_ray.train.optim import build_optimizer, load_optimizer_class
 from diffsynth_ray.train.shards import balanced_slices
 from diffsynth_ray.train.strategy.base import GradientWatch, StateReader, StateSlice
-from diffsynth_ray.train.strategy.host_adam import MasterUpdate, PiecewiseAdam
+from diffsynth_ray.train.strategy.host_adam import MasterUpdate, compiled_step, in_huge_pages, takes, update_masters
 
 _POLL_S = 0.0005
 _FUSED_ON_CPU = (torch.optim.AdamW, torch.optim.Adam)
@@ -48,8 +48,8 @@ class _Group:
     """This worker updates it."""
     masters: list[nn.Parameter] = field(default_factory=list)
     optimizer: torch.optim.Optimizer | None = None
-    in_pieces: bool = False
-    """PiecewiseAdam updates it."""
+    in_one_pass: bool = False
+    """`update_masters` updates it."""
     expected: int = 0
     """Parameters that get a gradient."""
     arrived: dict[int, Tensor] = field(default_factory=dict)
@@ -85,7 +85,6 @@ class HostStrategy:
         is_cuda = self._device.type == "cuda"
         self._out = torch.cuda.Stream(self._device) if is_cuda else None
         self._staging: dict[_Group, list[Tensor]] = {}
-        self._adam = PiecewiseAdam()
         self._taking = ThreadPoolExecutor(1, thread_name_prefix="gradients")
         self._updating = ThreadPoolExecutor(1, thread_name_prefix="update")
         self._trained = dict(trained)
@@ -129,14 +128,15 @@ class HostStrategy:
     def _give_masters(self, group: _Group) -> None:
         for param, home in zip(group.params, group.homes, strict=True):
             values = param.detach() if home is None else home
-            group.masters.append(nn.Parameter(values.to("cpu", torch.float32, copy=True)))
+            group.masters.append(nn.Parameter(in_huge_pages(values.float())))
         training = self._job.training
         optimizer_class = load_optimizer_class(training.optimizer)
         # Vectorised and in all threads; on a machine without a GPU the numbers stay those of a plain run.
         fused = optimizer_class in _FUSED_ON_CPU and self._device.type == "cuda"
         build: Callable[..., torch.optim.Optimizer] = optimizer_class
         group.optimizer = build_optimizer(group.masters, training, partial(build, fused=True) if fused else build)
-        group.in_pieces = fused and PiecewiseAdam.takes(group.optimizer)
+        # What lies on the device is little, and is brought back from the masters.
+        group.in_one_pass = fused and group.unit is not None and takes(group.optimizer) and compiled_step() is not None
 
     def forward(self, *inputs: Any, last: bool) -> Tensor:
         """See Strategy."""
@@ -269,8 +269,9 @@ class HostStrategy:
         assert group.optimizer is not None
         for param_group in group.optimizer.param_groups:
             param_group["lr"] = lr
-        if group.in_pieces:
-            self._adam.update(group.optimizer, self._updates(group), scale=scale)
+        step = compiled_step() if group.in_one_pass else None
+        if step is not None:
+            update_masters(step, group.optimizer, self._updates(group), scale=scale)
         else:
             self._add(group, group.staged)
             gradients = [master.grad for master in group.masters if master.grad is not None]
@@ -286,7 +287,7 @@ class HostStrategy:
     def _updates(self, group: _Group) -> Iterator[MasterUpdate]:
         for position, (master, home) in enumerate(zip(group.masters, group.homes, strict=True)):
             gradient = self._staging[group][position] if position in group.staged else master.grad
-            if gradient is not None:
+            if gradient is not None and home is not None:
                 yield MasterUpdate(master, gradient, home)
 
     def _write_home(self, group: _Group) -> None:
@@ -366,7 +367,7 @@ class HostStrategy:
             if key == "master":
                 master.copy_(values)
             else:
-                group.optimizer.state[master][key] = values
+                group.optimizer.state[master][key] = in_huge_pages(values)
         for group in self._groups:
             if group.unit is not None:
                 self._offload.evict(group.unit)

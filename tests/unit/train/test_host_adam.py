@@ -1,17 +1,11 @@
-"""Adam on the host in pieces against torch's own step."""
+"""Adam on the host in one pass against torch's own step."""
 
 import pytest
 import torch
 
-from diffsynth_ray.train.strategy import host_adam
-from diffsynth_ray.train.strategy.host_adam import MasterUpdate, PiecewiseAdam
+from diffsynth_ray.train.strategy.host_adam import MasterUpdate, compiled_step, in_huge_pages, takes, update_masters
 
 SHAPES = [(700, 3), (64,), (1, 5000)]
-
-
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(host_adam, "PIECE", 1024)
 
 
 def train(optimizer_class, step, dtype, **settings):
@@ -35,9 +29,15 @@ def by_torch(optimizer, masters, gradients, homes, *, scale):
         home.copy_(master.detach())
 
 
-def in_pieces(optimizer, masters, gradients, homes, *, scale):
-    assert PiecewiseAdam.takes(optimizer)
-    PiecewiseAdam().update(optimizer, map(MasterUpdate, masters, gradients, homes), scale=scale)
+def in_one_pass(optimizer, masters, gradients, homes, *, scale):
+    assert takes(optimizer)
+    update_masters(compiled_step(), optimizer, map(MasterUpdate, masters, gradients, homes), scale=scale)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler():
+    if compiled_step() is None:
+        pytest.skip("no C++ compiler")
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])
@@ -48,7 +48,7 @@ def in_pieces(optimizer, masters, gradients, homes, *, scale):
 )
 def test_same_numbers_as_the_fused_step(optimizer_class, settings, dtype, scale):
     expected = train(optimizer_class, lambda *given: by_torch(*given, scale=scale), dtype, **settings)
-    found = train(optimizer_class, lambda *given: in_pieces(*given, scale=scale), dtype, **settings)
+    found = train(optimizer_class, lambda *given: in_one_pass(*given, scale=scale), dtype, **settings)
     for ours, theirs in zip(found[0], expected[0], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
     for master, home in zip(found[0], found[1], strict=True):
@@ -59,12 +59,21 @@ def test_same_numbers_as_the_fused_step(optimizer_class, settings, dtype, scale)
         torch.testing.assert_close(ours["exp_avg_sq"], theirs["exp_avg_sq"], rtol=1e-6, atol=1e-9)
 
 
-def test_settings_that_the_pieces_do_not_know_are_left_to_torch():
+def test_settings_that_it_does_not_know_are_left_to_torch():
     param = [torch.nn.Parameter(torch.zeros(2))]
 
     class Subclass(torch.optim.AdamW):
         pass
 
-    assert not PiecewiseAdam.takes(torch.optim.AdamW(param, amsgrad=True))
-    assert not PiecewiseAdam.takes(torch.optim.SGD(param, lr=0.1))
-    assert not PiecewiseAdam.takes(Subclass(param))
+    assert not takes(torch.optim.AdamW(param, amsgrad=True))
+    assert not takes(torch.optim.SGD(param, lr=0.1))
+    assert not takes(Subclass(param))
+
+
+def test_huge_pages_hold_what_was_copied_after_the_source_is_gone():
+    values = torch.randn(700_000)
+    copied = in_huge_pages(values)
+    expected = values.clone()
+    del values
+    assert torch.equal(copied, expected)
+    assert torch.equal(in_huge_pages(torch.ones(3)), torch.ones(3))
