@@ -29,10 +29,12 @@ from diffsynth_ray.memory.offload import LayerOffload, Unit
 from diffsynth_ray.train.optim import build_optimizer, load_optimizer_class
 from diffsynth_ray.train.shards import balanced_slices
 from diffsynth_ray.train.strategy.base import GradientWatch, StateReader, StateSlice
-from diffsynth_ray.train.strategy.host_adam import MasterUpdate, compiled_step, in_huge_pages, takes, update_masters
+from diffsynth_ray.train.strategy.host_adam import MasterUpdate, compiled_steps, in_huge_pages, takes, update_masters
 
 _POLL_S = 0.0005
 _FUSED_ON_CPU = (torch.optim.AdamW, torch.optim.Adam)
+_PLAIN_DEVICES = ("cpu",)
+"""On a machine without a GPU the numbers stay those of a plain run, whose update is not fused."""
 
 
 @dataclass(eq=False)
@@ -131,12 +133,11 @@ class HostStrategy:
             group.masters.append(nn.Parameter(in_huge_pages(values.float())))
         training = self._job.training
         optimizer_class = load_optimizer_class(training.optimizer)
-        # Vectorised and in all threads; on a machine without a GPU the numbers stay those of a plain run.
-        fused = optimizer_class in _FUSED_ON_CPU and self._device.type == "cuda"
+        fused = optimizer_class in _FUSED_ON_CPU and self._device.type not in _PLAIN_DEVICES
         build: Callable[..., torch.optim.Optimizer] = optimizer_class
         group.optimizer = build_optimizer(group.masters, training, partial(build, fused=True) if fused else build)
         # What lies on the device is little, and is brought back from the masters.
-        group.in_one_pass = fused and group.unit is not None and takes(group.optimizer) and compiled_step() is not None
+        group.in_one_pass = fused and group.unit is not None and takes(group.optimizer) and compiled_steps() is not None
 
     def forward(self, *inputs: Any, last: bool) -> Tensor:
         """See Strategy."""
@@ -269,9 +270,9 @@ class HostStrategy:
         assert group.optimizer is not None
         for param_group in group.optimizer.param_groups:
             param_group["lr"] = lr
-        step = compiled_step() if group.in_one_pass else None
-        if step is not None:
-            update_masters(step, group.optimizer, self._updates(group), scale=scale)
+        steps = compiled_steps() if group.in_one_pass else None
+        if steps is not None:
+            update_masters(steps, group.optimizer, self._updates(group), scale=scale)
         else:
             self._add(group, group.staged)
             gradients = [master.grad for master in group.masters if master.grad is not None]

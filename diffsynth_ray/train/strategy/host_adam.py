@@ -2,21 +2,41 @@
 
 Memory limits the update, not arithmetic: 28 bytes a parameter have to move (master and two moments read and written in
 float32, the gradient read and the weight written in bf16). torch's own fused step wants the gradient in float32 and leaves the
-rounding to another pass: 40 bytes. Here one compiled loop does all. Masters and moments lie in huge pages, because in pages of
-4 KiB address translation costs a walk through gigabytes half of the memory's speed.
+rounding to another pass: 40 bytes. Here one loop in C does all; it is compiled at the start for the processor that it runs on,
+in less than a second. Masters and moments lie in huge pages, because in pages of 4 KiB address translation costs a walk through
+gigabytes half of the memory's speed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
-from collections.abc import Callable, Iterable
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 _HUGE_PAGE = 2 << 20
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+_COMPILER_TIMEOUT_S = 120
+_NAMES = {
+    (torch.bfloat16, torch.bfloat16): "step_bf16_bf16",
+    (torch.float32, torch.bfloat16): "step_float_bf16",
+    (torch.bfloat16, torch.float32): "step_bf16_float",
+    (torch.float32, torch.float32): "step_float_float",
+}
+"""By the number formats of gradient and home."""
+
+Step = Callable[..., None]
+Steps = Mapping[tuple[torch.dtype, torch.dtype], Step]
 
 
 class MasterUpdate(NamedTuple):
@@ -24,7 +44,7 @@ class MasterUpdate(NamedTuple):
 
     master: nn.Parameter
     gradient: Tensor
-    """In any number format."""
+    """In bf16 or float32."""
     home: Tensor
     """Where the new value is rounded to."""
 
@@ -48,12 +68,10 @@ def takes(optimizer: torch.optim.Optimizer) -> bool:
 
 
 @torch.no_grad()
-def update_masters(
-    step: Callable[..., object], optimizer: torch.optim.Optimizer, updates: Iterable[MasterUpdate], *, scale: float
-) -> None:
+def update_masters(steps: Steps, optimizer: torch.optim.Optimizer, updates: Iterable[MasterUpdate], *, scale: float) -> None:
     """One step of torch's AdamW or Adam with gradients times `scale`; state and settings stay in the torch optimizer.
 
-    `step`: what `compiled_step` gave.
+    Kingma and Ba, Adam, algorithm 1, with Loshchilov and Hutter's decoupled decay. `steps`: what `compiled_steps` gave.
     """
     settings = optimizer.param_groups[0]
     lr, (beta1, beta2), decay = settings["lr"], settings["betas"], settings["weight_decay"]
@@ -77,34 +95,35 @@ def update_masters(
                 settings["eps"],
             ]
         )
-        tensors = (master.detach(), gradient, state["exp_avg"], state["exp_avg_sq"], home)
-        step(*(tensor.view(-1) for tensor in tensors), factors)
+        step = steps[gradient.dtype, home.dtype]
+        _run(step, master.detach(), gradient, state["exp_avg"], state["exp_avg_sq"], home, factors)
 
 
-def _step(master: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, home: Tensor, factors: Tensor) -> None:
-    """Kingma and Ba, Adam, algorithm 1, with Loshchilov and Hutter's decoupled decay, over vectors [n]."""
-    scale, shrink, decay, mean_share, square_share, lr, square_scale, eps = factors.unbind()
-    gradient = gradient.float() * scale + decay * master
-    new_mean = mean + mean_share * (gradient - mean)
-    new_square = square + square_share * (gradient * gradient - square)
-    value = master * shrink - lr * new_mean / (new_square.sqrt() * square_scale + eps)
-    mean.copy_(new_mean)
-    square.copy_(new_square)
-    master.copy_(value)
-    home.copy_(value)
+def _run(step: Step, master: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, home: Tensor, factors: Tensor) -> None:
+    tensors = (master, gradient, mean, square, home)
+    assert all(tensor.is_contiguous() and tensor.numel() == master.numel() for tensor in tensors)
+    step(master.numel(), torch.get_num_threads(), *(tensor.data_ptr() for tensor in tensors), factors.data_ptr())
 
 
 @cache
-def compiled_step() -> Callable[..., object] | None:
-    """The step as one loop in machine code; None where there is no C++ compiler."""
-    from torch._dynamo.exc import TorchDynamoException
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
-
-    compiled = torch.compile(_step, dynamic=True)
-    trial = torch.zeros(64)
-    try:
-        with torch.no_grad():
-            compiled(trial, trial.bfloat16(), trial.clone(), trial.clone(), trial.bfloat16(), torch.ones(8))
-    except (TorchDynamoException, CppCompileError, InvalidCxxCompiler):
+def compiled_steps() -> Steps | None:
+    """The loop by the number formats of gradient and home; None where there is no C compiler that builds it."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
         return None
-    return compiled
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "host_adam.so")
+        source = Path(__file__).with_name("host_adam.c")
+        command = [*shlex.split(compiler), *_FLAGS, "-o", str(library), str(source), "-lm"]
+        try:
+            subprocess.run(command, check=True, capture_output=True, timeout=_COMPILER_TIMEOUT_S)
+            loaded = ctypes.CDLL(str(library))  # stays mapped when its file is gone
+        except (OSError, subprocess.SubprocessError):
+            return None
+    steps = {}
+    for (gradient, home), name in _NAMES.items():
+        step = getattr(loaded, name)
+        step.argtypes = [ctypes.c_int64, ctypes.c_int, *[ctypes.c_void_p] * 6]
+        step.restype = None
+        steps[gradient, home] = step
+    return steps

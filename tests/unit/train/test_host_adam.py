@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffsynth_ray.train.strategy.host_adam import MasterUpdate, compiled_step, in_huge_pages, takes, update_masters
+from diffsynth_ray.train.strategy.host_adam import MasterUpdate, compiled_steps, in_huge_pages, takes, update_masters
 
 SHAPES = [(700, 3), (64,), (1, 5000)]
 
@@ -31,12 +31,12 @@ def by_torch(optimizer, masters, gradients, homes, *, scale):
 
 def in_one_pass(optimizer, masters, gradients, homes, *, scale):
     assert takes(optimizer)
-    update_masters(compiled_step(), optimizer, map(MasterUpdate, masters, gradients, homes), scale=scale)
+    update_masters(compiled_steps(), optimizer, map(MasterUpdate, masters, gradients, homes), scale=scale)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiler():
-    if compiled_step() is None:
+    if compiled_steps() is None:
         pytest.skip("no C++ compiler")
 
 

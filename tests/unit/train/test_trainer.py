@@ -10,6 +10,7 @@ from diffsynth_ray.errors import JobFileError, ModelError
 from diffsynth_ray.train.checkpoint import commit_checkpoint, find_checkpoints, read_checkpoint, shard_name
 from diffsynth_ray.train.shards import write_shard
 from diffsynth_ray.train.storage import Storage
+from diffsynth_ray.train.strategy import host
 
 torch.set_num_threads(1)
 
@@ -77,6 +78,20 @@ def test_where_weights_and_activations_live_is_bit_equal(memory, full, monkeypat
     assert residency.offload.moved_bytes > 0
     assert {unit.name.split(".")[0] for unit in residency.offload.units} >= {"text_encoder", "vae"}
     assert residency.activations is None or residency.activations.moved_bytes > 0
+
+
+@pytest.mark.parametrize("parts", [[[0, 1]], [[0, 1], [2]]])
+def test_the_update_in_one_pass_is_that_of_the_plain_run(parts, monkeypatch):
+    """As on a GPU: gradients of one micro step come straight from the staging memory, those of several are summed before."""
+    full = {"training": {"trainable_models": ["dit"], "weight_decay": 0.1}, "lora": {"base_model": None}}
+    plain = build_trainer(build_job(**full))
+    monkeypatch.setattr(host, "_PLAIN_DEVICES", ())
+    moved = build_trainer(build_job(**full, offload={"cpu_offload": True, "optimize_on_cpu": True}))
+    assert any(group.in_one_pass for group in moved.strategy._groups) == (host.compiled_steps() is not None)
+    micros = [micro(part) for part in parts]
+    assert train(moved, micros) == pytest.approx(train(plain, micros), rel=1e-5)
+    for name, tensor in weights(plain).items():
+        assert (tensor - weights(moved)[name]).norm() <= 1e-3 * tensor.norm() + 1e-6, name
 
 
 def test_fp8_is_close_and_is_the_same_with_offload():
