@@ -5,6 +5,8 @@ Importing the training code costs seconds a process, so that only the training w
 
 from __future__ import annotations
 
+import socket
+import sys
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -15,6 +17,7 @@ from diffsynth_ray.config.schema import Job
 from diffsynth_ray.config.validation import check_sample_size
 from diffsynth_ray.data.cached import open_cached_samples
 from diffsynth_ray.data.samples import SampleRule, build_sample_index
+from diffsynth_ray.errors import ClusterError
 from diffsynth_ray.launch.fetch import bring_model, bring_to_worker
 from diffsynth_ray.launch.queue import QueuePlace, need_to_encode, need_to_train, wait_for_turn
 from diffsynth_ray.run_dir import EncodeProgress, RunDir
@@ -30,11 +33,23 @@ _RESIZE_INTERVAL_S = 15.0
 def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     import ray.train
 
-    from diffsynth_ray.train.worker import train_loop
-
     rank = ray.train.get_context().get_world_rank()
-    bring_to_worker(ResolvedJob.model_validate_json(config["resolved_json"]), config["board"], rank=rank)
-    return train_loop(**config)
+    try:
+        from diffsynth_ray.train.worker import train_loop
+
+        bring_to_worker(ResolvedJob.model_validate_json(config["resolved_json"]), config["board"], rank=rank)
+        return train_loop(**config)
+    except ImportError as error:
+        # It does not come by a restart either.
+        ray.get(config["board"].fail.remote(rank, _missing_package(error)))
+        raise
+
+
+def _missing_package(error: ImportError) -> ClusterError:
+    return ClusterError(
+        f"the Python of a worker ({sys.executable} on {socket.gethostname()}) lacks something: {error}",
+        hint="install diffsynth_ray with all its dependencies on every node; `dsray doctor` compares the nodes",
+    )
 
 
 def sample_rule(job: Job) -> SampleRule:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
-import av
-
 from diffsynth_ray.data.media import Frames
 
 _QUALITY = "18"
@@ -15,6 +13,8 @@ _QUALITY = "18"
 
 def write_video(path: Path, frames: Frames, *, fps: int) -> None:
     """Write uint8 [f, h, w, 3], height and width even; the file appears under its name only when complete."""
+    import av
+
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
         with av.open(str(temporary), "w") as container:
