@@ -21,6 +21,8 @@ def test_a_missing_package_ends_the_run_instead_of_new_workers(monkeypatch):
         stages._train_loop({"resolved_json": "{}", "board": board})
     [(rank, error)] = failures
     assert rank == 1
-    assert isinstance(error, ClusterError) and error.exit_code == ExitCode.CLUSTER
-    assert "diffsynth_ray.train.worker" in error.message and sys.executable in error.message
+    assert isinstance(error, ClusterError)
+    assert error.exit_code == ExitCode.CLUSTER
+    assert "diffsynth_ray.train.worker" in error.message
+    assert sys.executable in error.message
     assert "dsray doctor" in error.hint
