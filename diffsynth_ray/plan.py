@@ -7,11 +7,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from diffsynth_ray.config.distillation import DIRECT_DISTILL
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.config.zero import read_zero_config
 from diffsynth_ray.data.holdout import held_out_rows
 from diffsynth_ray.data.metadata import PROMPT_COLUMN, Metadata, read_metadata
+from diffsynth_ray.data.teacher import check_teacher_runs
 from diffsynth_ray.errors import JobFileError, Problem
 from diffsynth_ray.models.inspection import ModelFiles, inspect_model
 from diffsynth_ray.schedule import build_schedule, export_file_names, trained_components
@@ -177,6 +179,8 @@ def _count_rows(resolved: ResolvedJob, *, check_files: bool) -> tuple[int, int, 
         # Under "skip" a missing file is a bad sample like any other.
         check_files=check_files and dataset.bad_sample == "error",
     )
+    if job.task == DIRECT_DISTILL:
+        check_teacher_runs(metadata)
     num_held_out = _count_held_out(resolved, metadata, check_files=check_files)
     num_rows = len(metadata.rows) - (num_held_out if isinstance(job.validation.holdout, float) else 0)
     return num_rows, num_held_out, list(metadata.notes)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from diffsynth_ray.config import schema
+from diffsynth_ray.config.distillation import check_distillation
 from diffsynth_ray.config.load import lookup
 from diffsynth_ray.config.origins import parse_origin
 from diffsynth_ray.config.schema import Job, ModelSection
@@ -286,7 +287,7 @@ def _check_rules(job: Job) -> list[Problem]:
     if isinstance(asked, list) and not 1 <= asked[0] <= asked[1]:
         message = f"got {asked}; [min, max] of an elastic run, with 1 <= min <= max, as in [1, 4]"
         problems.append(Problem("distributed.num_workers", message))
-    return problems + check_zero_keys(job) + _check_model(job) + check_validation(job)
+    return problems + check_zero_keys(job) + _check_model(job) + check_validation(job) + check_distillation(job)
 
 
 def _check_offload(job: Job) -> list[Problem]:

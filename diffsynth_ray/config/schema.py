@@ -295,7 +295,9 @@ class Job(Section):
     name: str = _key(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
     """Name of the job: letters, digits, '_', '.', '-'. Default: the file's name."""
     task: Literal["sft", "direct_distill"] = _key("sft", identity=True)
-    """Training task."""
+    """Training task: "sft" = supervised finetuning; "direct_distill" = the student draws each picture in its row's few
+    `num_inference_steps` from its `seed`'s noise, and is trained through all steps (name these columns in
+    model.extra_inputs)."""
     seed: int = _key(0, identity=True, ge=0, lt=2**63)
     """Seed of order, noise, timesteps and new weights."""
     dataset: DatasetSection = Field(default_factory=DatasetSection)
@@ -312,7 +314,6 @@ class Job(Section):
 
 
 NOT_BUILT_VALUES: dict[str, dict[Any, str]] = {
-    "task": {"direct_distill": "direct distillation"},
     "gradient.checkpointing": {"auto": "selective recomputation"},
 }
 """Single values of otherwise built keys that a later version brings."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from diffsynth_ray.config.distillation import condition_columns
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import JobFileError, Problem
 
@@ -36,7 +37,7 @@ def check_validation(job: Job) -> list[Problem]:
 
 
 def _check_samples(job: Job) -> list[Problem]:
-    validation, extra = job.validation, job.model.extra_inputs
+    validation, extra = job.validation, condition_columns(job)
     problems = []
     num_prompts, num_inputs = len(validation.prompts), len(validation.inputs)
     if num_inputs not in (0, 1, num_prompts):

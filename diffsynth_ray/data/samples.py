@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffsynth_ray.config.distillation import DIRECT_DISTILL
 from diffsynth_ray.config.schema import DatasetSection
 from diffsynth_ray.data.bad_samples import BadSample, check_limit
 from diffsynth_ray.data.batches import Bucket, MicroBatch, SampleOrder, build_buckets, deal
@@ -27,6 +28,7 @@ from diffsynth_ray.data.media import (
 from diffsynth_ray.data.metadata import PROMPT_COLUMN, Metadata, Value, media_column, media_path, read_metadata
 from diffsynth_ray.data.order import IntArray, KeyedPermutation, derive_key
 from diffsynth_ray.data.sizes import index_places, read_media_infos
+from diffsynth_ray.data.teacher import check_teacher_runs
 from diffsynth_ray.errors import DataError, JobFileError, Problem
 
 if TYPE_CHECKING:
@@ -241,6 +243,8 @@ def build_sample_index(resolved: ResolvedJob, say: Callable[[str], None], *, rul
         # Under "skip" a missing file is a bad sample like any other.
         check_files=dataset.bad_sample == "error",
     )
+    if resolved.job.task == DIRECT_DISTILL:
+        check_teacher_runs(metadata)
     for note in metadata.notes:
         say(note)
     _check_one_file(metadata)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from diffsynth_ray.config.distillation import DIRECT_DISTILL, TEACHER_COLUMNS
 from diffsynth_ray.config.load import load_job
 from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.errors import JobFileError, Problem
@@ -42,14 +43,14 @@ def _of_the_family(draft: Draft, name: str) -> list[Problem]:
         for component in components[:1]  # a list of parts has hundreds
         if component not in family.component_names
     ]
-    if values.get("task") == "direct_distill":
-        return problems  # its columns are the teacher's settings, not conditions of the model
     known = {
         "model.extra_inputs": getattr(family, "extra_inputs", ()),
         "model.options": getattr(family, "option_names", ()),
     }
+    # How the teacher drew the pictures is no condition of the model.
+    teacher = TEACHER_COLUMNS if values.get("task") == DIRECT_DISTILL else ()
     for key, names in known.items():
-        if unknown := [each for each in values.get(key, []) if each not in names]:
+        if unknown := [each for each in values.get(key, []) if each not in (*names, *teacher)]:
             problems.append(
                 Problem(key, f"family {name} does not know {', '.join(unknown)}; it knows {', '.join(names) or 'none'}")
             )

@@ -11,6 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from diffsynth_ray.config import schema
+from diffsynth_ray.config.distillation import DIRECT_DISTILL
 from diffsynth_ray.config.flags import FAMILY_OPTIONS, KEY_OF_FLAG, WITHOUT_COUNTERPART
 from diffsynth_ray.errors import Problem
 from diffsynth_ray.migrate.accelerate import Setup
@@ -21,7 +22,7 @@ FAMILY_OF_FOLDER = {"qwen_image": "qwen_image", "wanvideo": "wan", "flux": "flux
 _FAMILY_OF_ID = {
     "FLUX.2": "flux2", "FLUX.1": "flux", "Z-Image": "z_image", "Qwen-Image": "qwen_image", "Wan-AI/": "wan", "Wan2.": "wan",
 }  # fmt: skip
-_TASKS = ("sft", "direct_distill")
+_TASKS = ("sft", DIRECT_DISTILL)
 _MEGABYTES_PER_MILLION = 2.0
 _MERGED_SWITCHES = {"enable_wandb_log": "wandb_project", "enable_swanlab_log": "swanlab_project"}
 _LOGGER_PROJECT = "DiffSynth-Studio"

@@ -145,6 +145,8 @@ class ModelFamily(ABC):
     """Key of [model] (tokenizer_path, tokenizer_1_path, tokenizer_2_path, processor_path) -> "owner/name:folder/" that is
     used where the job names none."""
     scheduler_table: ClassVar[str]
+    draws_noise_in_float32: ClassVar[bool] = False
+    """Whether DiffSynth-Studio's pipeline draws a seed's noise in float32; else in the model's number format."""
     """Name of the sigma table in `flow_matching`."""
     default_lora_targets: ClassVar[dict[str, tuple[str, ...]]]
     """By component: module name endings, the family's recipe."""

@@ -53,10 +53,13 @@ def _shifted(sigmas: Tensor, shift: float) -> Tensor:
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
-def _sigmas(name: str) -> Tensor:
-    even = torch.linspace(1.0, 0.0, NUM_TIMESTEPS + 1)[:-1]
+def inference_sigmas(name: str, num_steps: int) -> Tensor:
+    """[num_steps] float32, descending: a family's noise levels where a picture is drawn in so many steps."""
+    even = torch.linspace(1.0, 0.0, num_steps + 1)[:-1]
     if name == "qwen_image":
         # Exponential shift with mu fixed at 0.8, then stretched so that the last sigma is 0.02.
+        if num_steps == 1:
+            return even  # the only sigma is 1, and cannot be the last one too
         scale = math.exp(0.8)
         sigmas = scale / (scale + (1 / even - 1))
         return 1 - (1 - sigmas) / ((1 - sigmas[-1]) / (1 - 0.02))
@@ -65,7 +68,7 @@ def _sigmas(name: str) -> Tensor:
     if name == "z_image":
         return _shifted(even, 3)
     if name == "flux":
-        return _shifted(torch.linspace(1.0, 0.003 / 1.002, NUM_TIMESTEPS), 3)
+        return _shifted(torch.linspace(1.0, 0.003 / 1.002, num_steps), 3)
     raise ModelError(f"no sigma table {name!r}; there are {', '.join(TABLE_NAMES)}")
 
 
@@ -75,7 +78,7 @@ TABLE_NAMES = ("flux", "qwen_image", "wan", "z_image")
 @cache
 def flow_matching_table(name: str) -> FlowMatchingTable:
     """The table of a family's `scheduler_table`."""
-    sigmas = _sigmas(name)
+    sigmas = inference_sigmas(name, NUM_TIMESTEPS)
     timesteps = sigmas * NUM_TIMESTEPS
     # A bell around t = 500, moved down to zero at its lowest and scaled to mean 1.
     bell = torch.exp(-2 * ((timesteps - NUM_TIMESTEPS / 2) / NUM_TIMESTEPS) ** 2)

@@ -39,6 +39,7 @@ class Flux(LibraryFamily):
     name = "flux"
     component_names = ("dit", "text_encoder_1", "text_encoder_2", "vae")
     scheduler_table = "flux"
+    draws_noise_in_float32 = True
     text_components = ("text_encoder_1", "text_encoder_2")
     image_components = ("vae",)
     predict_components = ("dit",)

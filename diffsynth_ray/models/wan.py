@@ -44,6 +44,7 @@ class Wan(LibraryFamily):
     name = "wan"
     component_names = ("dit", "text_encoder", "vae", "image_encoder")
     scheduler_table = "wan"
+    draws_noise_in_float32 = True
     text_components = ("text_encoder",)
     image_components = ("vae",)
     extra_components = ("vae", "image_encoder")

@@ -14,8 +14,9 @@ from diffsynth_ray.data.cache import Entry
 from diffsynth_ray.data.cached import CachedBatch, CachedRows, CacheReader, usable_rows
 from diffsynth_ray.data.samples import SampleIndex
 from diffsynth_ray.models.family import EncodedBatch, stack_conditions
+from diffsynth_ray.train.graph import HalfEncodedBatch
 from diffsynth_ray.train.split import LATENTS, bytes_tensor
-from diffsynth_ray.train.trainer import HalfEncodedBatch, MicroInput
+from diffsynth_ray.train.trainer import MicroInput
 
 
 class CachedInput:

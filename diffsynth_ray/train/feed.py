@@ -18,7 +18,8 @@ from torch import Tensor
 
 from diffsynth_ray.data.bad_samples import BadSample
 from diffsynth_ray.data.cached import CachedBatch
-from diffsynth_ray.train.trainer import MicroInput, SampleBatch, tensors_of
+from diffsynth_ray.train.graph import SampleBatch, tensors_of
+from diffsynth_ray.train.trainer import MicroInput
 
 if TYPE_CHECKING:
     from diffsynth_ray.data.media import Frames

@@ -24,9 +24,10 @@ from diffsynth_ray.errors import DataError, JobFileError, Problem
 from diffsynth_ray.models.family import TRAINED_TINY, ComponentFiles, ModelFamily, split_conditions
 from diffsynth_ray.models.weight_source import SAFETENSORS_DTYPES
 from diffsynth_ray.schedule import trained_components
+from diffsynth_ray.train.graph import extra_inputs
 from diffsynth_ray.train.initial import merge_presets, preset_loras
 from diffsynth_ray.train.residency import Residency, settle
-from diffsynth_ray.train.trainer import extra_inputs, fastest_attention, load_family
+from diffsynth_ray.train.trainer import fastest_attention, load_family
 
 DECODE_VERSION = 1
 """Raised whenever a file begins to be decoded, resized or cut to other pixels."""

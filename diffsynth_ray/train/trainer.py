@@ -5,83 +5,29 @@ b batch of a micro step, c latent channels, f frames, h/w height and width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffsynth_ray.config.distillation import DIRECT_DISTILL, condition_columns
 from diffsynth_ray.config.schema import Job
-from diffsynth_ray.data.samples import Extra
-from diffsynth_ray.errors import JobFileError, ModelError, Problem
-from diffsynth_ray.memory.timing import DeviceTimer
-from diffsynth_ray.models.family import FIRST_FRAME, EncodedBatch, ModelFamily, get_family
-from diffsynth_ray.models.flow_matching import (
-    draw_noise_and_timestep,
-    flow_matching_table,
-    make_targets,
-    per_sample_loss,
-    timestep_id_range,
-)
+from diffsynth_ray.errors import JobFileError, Problem
+from diffsynth_ray.models.family import EncodedBatch, ModelFamily, get_family
+from diffsynth_ray.models.flow_matching import draw_noise_and_timestep, timestep_id_range
 from diffsynth_ray.models.lora import add_lora
 from diffsynth_ray.models.weights import find_model
 from diffsynth_ray.schedule import Schedule, trained_components
+from diffsynth_ray.train.distill import DistillGraph, draw_noise, teacher_runs
+from diffsynth_ray.train.graph import AnyBatch, HalfEncodedBatch, SampleBatch, TrainGraph
 from diffsynth_ray.train.initial import as_list
 from diffsynth_ray.train.optim import MasterOptimizer, lr_factor
 from diffsynth_ray.train.residency import Residency
 from diffsynth_ray.train.strategy import build_strategy, trained_parameters
 from diffsynth_ray.train.strategy.base import Strategy
-
-
-@dataclass(frozen=True)
-class SampleBatch:
-    """Decoded samples of one micro step on one worker."""
-
-    pixels: np.ndarray | Tensor
-    """uint8 [b, f, h, w, 3]."""
-    prompts: tuple[str, ...]
-    rows: tuple[int, ...]
-    """Positions in the metadata."""
-    extra: dict[str, tuple[Extra, ...]] = field(default_factory=dict)
-    """By column of `model.extra_inputs`, [b]: a sample's files as uint8 [f, h, w, 3] each, or the cell's value."""
-
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """Height and width in pixels, number of frames."""
-        _, num_frames, height, width, _ = self.pixels.shape
-        return height, width, num_frames
-
-
-@dataclass(frozen=True)
-class HalfEncodedBatch:
-    """Samples of which one half comes from a cache, and the other goes through an encoder that is trained."""
-
-    images: Tensor
-    """Latents [b, c, (f,) h, w] from the cache, or uint8 pixels [b, f, h, w, 3] to encode."""
-    texts: dict[str, Tensor] | tuple[str, ...]
-    """Conditions from the cache, or [b] prompts to encode."""
-    rows: tuple[int, ...]
-    """Positions in the metadata."""
-
-    @property
-    def has_pixels(self) -> bool:
-        """Whether the images are still to be encoded."""
-        return self.images.dtype == torch.uint8
-
-
-AnyBatch = SampleBatch | EncodedBatch | HalfEncodedBatch
-
-
-def tensors_of(batch: AnyBatch) -> list[Tensor]:
-    """Everything of a batch that is already a tensor."""
-    if isinstance(batch, SampleBatch):
-        return [batch.pixels] if isinstance(batch.pixels, Tensor) else []
-    images, texts = (batch.latents, batch.conditions) if isinstance(batch, EncodedBatch) else (batch.images, batch.texts)
-    return [images, *(texts.values() if isinstance(texts, dict) else ())]
 
 
 @dataclass(frozen=True)
@@ -132,76 +78,6 @@ def fastest_attention() -> AbstractContextManager[None]:
     return sdpa_kernel(backends, set_priority=True) if torch.cuda.is_available() else nullcontext()
 
 
-class TrainGraph(nn.Module):
-    """The way from encoded or decoded samples to their losses, as one module for DDP and its like.
-
-    Frozen encoders run without recording gradients; a trained one is part of the graph.
-    """
-
-    def __init__(self, family: ModelFamily, *, trained: Sequence[str], extra_inputs: Sequence[str] = ()) -> None:
-        super().__init__()
-        self.extra_inputs = tuple(extra_inputs)
-        self.components = nn.ModuleDict(family.components)
-        self.family = family
-        self.table = flow_matching_table(family.scheduler_table)
-        self.encoding = DeviceTimer(family.device)
-        """The encoders' part of the steps."""
-        self.text_is_trained = any(name in trained for name in family.text_components)
-        self.image_is_trained = any(name in trained for name in family.image_components)
-
-    def encode(self, batch: AnyBatch) -> EncodedBatch:
-        """Decoded samples -> encoded ones; what is encoded already stays as it is."""
-        if isinstance(batch, EncodedBatch):
-            return batch
-        if isinstance(batch, HalfEncodedBatch):
-            latents = self._encode_image(batch.images) if batch.has_pixels else batch.images
-            conditions = batch.texts if isinstance(batch.texts, dict) else self._encode_text(batch.texts)
-        else:
-            pixels = torch.as_tensor(batch.pixels).to(self.family.device, non_blocking=True)
-            latents = self._encode_image(pixels)
-            with torch.set_grad_enabled(self.text_is_trained):
-                conditions = self.family.encode_conditions(
-                    batch.prompts, pixels=pixels, extra=extra_inputs(batch.extra, pixels, self.extra_inputs)
-                )
-        return EncodedBatch(latents=latents, conditions=conditions, sample_ids=batch.rows)
-
-    def _encode_image(self, pixels: Tensor) -> Tensor:
-        with torch.set_grad_enabled(self.image_is_trained):
-            return self.family.encode_image(pixels.to(self.family.device, non_blocking=True))
-
-    def _encode_text(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        with torch.set_grad_enabled(self.text_is_trained):
-            return self.family.encode_text(prompts)
-
-    def forward(self, batch: AnyBatch, noise: Tensor, timestep_ids: Tensor) -> Tensor:
-        """Weighted losses [b], float32; noise is shaped like the latents, timestep_ids [b] index the table."""
-        with self.encoding.stretch():
-            encoded = self.encode(batch)
-        targets = make_targets(encoded.latents, noise, timestep_ids, self.table)
-        noisy_latents, target = targets.noisy_latents.to(self.family.dtype), targets.target
-        first_frame = encoded.conditions.get(FIRST_FRAME)
-        if first_frame is not None:
-            noisy_latents = torch.cat([first_frame.to(noisy_latents), noisy_latents[:, :, 1:]], dim=2)
-        pred = self.family.predict(encoded, noisy_latents, targets.timesteps)
-        if first_frame is not None:
-            pred, target = pred[:, :, 1:], target[:, :, 1:]
-        return per_sample_loss(pred, target, targets.loss_weight)
-
-
-def extra_inputs(given: Mapping[str, tuple[Any, ...]], pixels: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    """A batch's extra inputs; a video's own first and last frame where the metadata have no column for them."""
-    own = {"input_image": pixels[:, :1], "end_image": pixels[:, -1:]}
-    missing = [name for name in names if name not in given and name not in own]
-    if missing:
-        raise ModelError(f"model.extra_inputs: the metadata have no column {', '.join(missing)}")
-    return {name: given[name] if name in given else tuple((frames,) for frames in own[name]) for name in names}
-
-
-def probe_inputs(names: Sequence[str], pixels: np.ndarray) -> dict[str, tuple[Any, ...]]:
-    """Extra inputs for a batch that is only tried out: pictures of the samples' own size."""
-    return {name: tuple((one[:1],) for one in pixels) for name in names}
-
-
 def load_family(job: Job, *, device: torch.device, components: Sequence[str] | None = None) -> ModelFamily:
     """The job's model for `device`: from its files, or at the family's tiny size with random weights.
 
@@ -222,7 +98,7 @@ def _build_family(job: Job, components: Sequence[str] | None) -> ModelFamily:
             components=components,
             dtype=dtype,
             device="meta",
-            extra_inputs=job.model.extra_inputs,
+            extra_inputs=condition_columns(job),
             options=job.model.options,
         )
     name, files, tokenizers = find_model(job.model)
@@ -297,7 +173,8 @@ class Trainer:
         self.family = family
         self.schedule = schedule
         self.residency = residency or Residency()
-        self.graph = TrainGraph(family, trained=trained_components(job), extra_inputs=job.model.extra_inputs)
+        build_graph = DistillGraph if job.task == DIRECT_DISTILL else TrainGraph
+        self.graph = build_graph(family, trained=trained_components(job), extra_inputs=condition_columns(job))
         self.id_range = timestep_id_range(job.training.min_timestep_boundary, job.training.max_timestep_boundary)
         has_own = job.distributed.strategy == "deepspeed" or job.offload.optimize_on_cpu
         self.optimizer = None if has_own else MasterOptimizer(self.trained, job.training)
@@ -330,8 +207,13 @@ class Trainer:
             )
 
     def _draw(self, micro: MicroInput, *, step: int) -> tuple[Tensor, Tensor]:
-        """Noise [b, c, (f,) h, w] float32 and timestep ids [b] int64 of a micro batch, on the CPU."""
+        """Noise [b, c, (f,) h, w] and timestep ids (in direct distillation: numbers of steps) [b] int64 of a micro batch."""
         shape = self._latents_shape(micro.batch)
+        if isinstance(self.graph, DistillGraph):
+            assert isinstance(micro.batch, SampleBatch)  # refused with split training
+            runs = teacher_runs(micro.batch)
+            noise = draw_noise(runs, shape, family=self.family)
+            return noise, torch.tensor([run.num_inference_steps for run in runs])
         draws = [
             draw_noise_and_timestep(self.job.seed, step, index, shape=shape, id_range=self.id_range) for index in micro.indices
         ]

@@ -20,8 +20,9 @@ from diffsynth_ray.errors import DataError
 from diffsynth_ray.models.family import EncodedBatch
 from diffsynth_ray.models.flow_matching import draw_validation_noise
 from diffsynth_ray.run_dir import ValidationEntry
+from diffsynth_ray.train.graph import SampleBatch
 from diffsynth_ray.train.group import Group
-from diffsynth_ray.train.trainer import SampleBatch, Trainer
+from diffsynth_ray.train.trainer import Trainer
 
 NUM_QUANTILES = 4
 """Timesteps that a sample is tried at: the middles of equal parts of the trained timestep ids, the noisiest first."""

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -17,11 +18,13 @@ import ray.train.torch
 import torch
 from ray.util.metrics import Gauge
 
+from diffsynth_ray.config.distillation import DIRECT_DISTILL, condition_columns
 from diffsynth_ray.config.resolve import ResolvedJob, data_share
 from diffsynth_ray.data.bad_samples import BadSample
 from diffsynth_ray.data.cached import CachedBatch, CachedRows, read_batches
 from diffsynth_ray.data.samples import SampleIndex
 from diffsynth_ray.data.stream import StreamedBatch, build_stream
+from diffsynth_ray.data.teacher import longest_run
 from diffsynth_ray.errors import DsrayError, RunError, is_lost_connection
 from diffsynth_ray.memory.host import NodePlace
 from diffsynth_ray.run_dir import RunDir, write_whole
@@ -32,6 +35,7 @@ from diffsynth_ray.train.environment import describe_environment
 from diffsynth_ray.train.export import export_weights
 from diffsynth_ray.train.feed import DeviceFeed
 from diffsynth_ray.train.figures import FigureWriter
+from diffsynth_ray.train.graph import SampleBatch, probe_inputs
 from diffsynth_ray.train.group import Group, NodeWorkers
 from diffsynth_ray.train.heartbeat import Heartbeat
 from diffsynth_ray.train.initial import load_initial_weights, merge_presets
@@ -41,14 +45,7 @@ from diffsynth_ray.train.residency import settle
 from diffsynth_ray.train.saver import CheckpointSaver, WriterIdentity
 from diffsynth_ray.train.split import job_of_stage
 from diffsynth_ray.train.storage import Storage
-from diffsynth_ray.train.trainer import (
-    MicroInput,
-    SampleBatch,
-    Trainer,
-    load_family,
-    probe_inputs,
-    select_trained,
-)
+from diffsynth_ray.train.trainer import MicroInput, Trainer, load_family, select_trained
 from diffsynth_ray.train.validation import Surroundings, Validation
 
 _STOP, _CHECKPOINT, _LOOK_FOR_PREEMPTION = 1, 2, 4
@@ -214,7 +211,10 @@ class _Worker:
         shape = (len(micro.rows), micro.num_frames, micro.height, micro.width, 3)
         pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         prompts = tuple(self.index.prompt(row) for row in micro.rows)
-        extra = probe_inputs(self.job.model.extra_inputs, pixels)
+        extra = probe_inputs(condition_columns(self.job), pixels)
+        if self.job.task == DIRECT_DISTILL:
+            run = longest_run(self.index.metadata)
+            extra |= {name: (value,) * len(micro.rows) for name, value in asdict(run).items()}
         return MicroInput(SampleBatch(pixels, prompts, micro.rows, extra), micro.indices)
 
     def _claim_writer(self) -> str:

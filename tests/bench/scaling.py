@@ -98,9 +98,7 @@ def write_cache(path: Path, *, pixels: int, width: int, dtype: torch.dtype) -> N
         tensors = torch.randn(SAMPLES, *shape, generator=random).to(dtype)
         entries = {entry_key(**{kind: n}): {name: tensor_bytes(tensors[n])} for n in range(SAMPLES)}
         cache.write(kind, entries, encoder="bench")
-    rows = tuple(
-        ManifestRow(f"{n}", entry_key(text=n), entry_key(image=n), pixels, pixels, 1) for n in range(SAMPLES)
-    )
+    rows = tuple(ManifestRow(f"{n}", entry_key(text=n), entry_key(image=n), pixels, pixels, 1) for n in range(SAMPLES))
     known = {"text": "bench", "image": "bench"}
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
     write_manifest(cache, Manifest(rows, family="qwen_image", dtype=precision, encoders=known, created=time.time()))

@@ -20,8 +20,9 @@ from real_size import build, encoded_batch
 
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.schedule import build_schedule
+from diffsynth_ray.train.graph import SampleBatch
 from diffsynth_ray.train.residency import settle
-from diffsynth_ray.train.trainer import MicroInput, SampleBatch, Trainer, select_trained
+from diffsynth_ray.train.trainer import MicroInput, Trainer, select_trained
 
 SIZE, PROMPT = 1024, "a photograph of a cat on a windowsill in the evening sun, looking at birds " * 8
 

@@ -39,9 +39,10 @@ from diffsynth_ray.data.samples import SampleIndex
 from diffsynth_ray.models.qwen_image import QwenImage
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.cached_input import CachedInput
+from diffsynth_ray.train.graph import SampleBatch
 from diffsynth_ray.train.residency import settle
 from diffsynth_ray.train.split import SampleEncoder
-from diffsynth_ray.train.trainer import MicroInput, SampleBatch, Trainer, select_trained
+from diffsynth_ray.train.trainer import MicroInput, Trainer, select_trained
 
 
 def parse() -> argparse.Namespace:

@@ -59,8 +59,27 @@ def data(tmp_path, photos):
     ],
 )
 def test_two_workers_train_as_one_process(tmp_path, data, family, media, dataset):
+    train_both_ways(tmp_path, JOB.format(data=data[media], dataset=dataset, family=family, output=tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("family", "media", "dataset"), [("qwen_image", "image", ""), ("wan", "video", "num_frames = 5")])
+def test_two_workers_distill_as_one_process(tmp_path, data, family, media, dataset):
+    metadata = data[media] / "metadata.csv"
+    with metadata.open() as file:
+        rows = list(csv.DictReader(file))
+    with metadata.open("w") as file:
+        writer = csv.DictWriter(file, [*rows[0], "seed", "rand_device", "num_inference_steps", "cfg_scale"])
+        writer.writeheader()
+        for number, row in enumerate(rows):
+            writer.writerow(row | {"seed": number, "rand_device": "cpu", "num_inference_steps": 2 + number % 2, "cfg_scale": 4})
+    text = JOB.format(data=data[media], dataset=dataset, family=family, output=tmp_path / "out")
+    columns = 'extra_inputs = ["seed", "rand_device", "num_inference_steps", "cfg_scale"]'
+    train_both_ways(tmp_path, 'task = "direct_distill"\n' + text.replace("tiny = true", f"tiny = true\n{columns}"))
+
+
+def train_both_ways(tmp_path, text):
     path = tmp_path / "job.toml"
-    path.write_text(JOB.format(data=data[media], dataset=dataset, family=family, output=tmp_path / "out"))
+    path.write_text(text)
     resolved = resolve(load_job(str(path)), Resources(cpus=2, gpus=0))
     expected, _ = train_in_process(resolved)
     said = []

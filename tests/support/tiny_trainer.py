@@ -5,8 +5,9 @@ import torch
 
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.schedule import build_schedule
+from diffsynth_ray.train.graph import SampleBatch
 from diffsynth_ray.train.residency import settle
-from diffsynth_ray.train.trainer import MicroInput, SampleBatch, Trainer, load_family, select_trained
+from diffsynth_ray.train.trainer import MicroInput, Trainer, load_family, select_trained
 
 torch.set_num_threads(1)
 PROMPTS = ("a cat", "a rocket on its launch pad", "coffee", "")

@@ -7,9 +7,10 @@ from diffsynth_ray.data.samples import SampleRule, build_sample_index
 from diffsynth_ray.models.family import get_family
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.cached_input import CachedInput
+from diffsynth_ray.train.graph import SampleBatch
 from diffsynth_ray.train.residency import settle
 from diffsynth_ray.train.split import job_of_stage, split_parts
-from diffsynth_ray.train.trainer import MicroInput, SampleBatch, Trainer, load_family, select_trained
+from diffsynth_ray.train.trainer import MicroInput, Trainer, load_family, select_trained
 
 
 def train_in_process(resolved, *, manifest_id=None, steps=2):

@@ -43,6 +43,7 @@ PLAN_READS = {
     "diffsynth_ray.data.holdout",
     "diffsynth_ray.data.cache",
     "diffsynth_ray.data.manifest",
+    "diffsynth_ray.data.teacher",
     "diffsynth_ray.models.inspection",
 }
 NEED_NO_TORCH = {f"diffsynth_ray.models.{name}" for name in ("inspection", "layouts", "sources", "hubs", "download")}

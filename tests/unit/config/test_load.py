@@ -140,7 +140,6 @@ def test_problems_of_overrides_and_file_come_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "feature"),
     [
-        ("task=direct_distill", "direct distillation"),
         ("gradient.checkpointing=auto", "selective recomputation"),
     ],
 )

@@ -12,8 +12,8 @@ from diffsynth_ray.models.lora import add_lora, load_lora, lora_state_dict, merg
 from diffsynth_ray.models.names import LORA_FORMATS, lora_from_memory, lora_to_memory
 from diffsynth_ray.models.weight_source import seeded_generator
 from diffsynth_ray.models.weights import load_components
+from diffsynth_ray.train.graph import SampleBatch, TrainGraph
 from diffsynth_ray.train.initial import load_exported
-from diffsynth_ray.train.trainer import SampleBatch, TrainGraph
 
 torch.set_num_threads(1)
 PROMPTS = ["a cat", "a small dog in the house"]

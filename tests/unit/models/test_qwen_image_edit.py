@@ -8,7 +8,7 @@ from diffsynth_ray.models import qwen_image_edit as edit
 from diffsynth_ray.models.family import EncodedBatch
 from diffsynth_ray.models.packing import pack_latents
 from diffsynth_ray.models.qwen_image import QwenImage
-from diffsynth_ray.train.trainer import SampleBatch, TrainGraph
+from diffsynth_ray.train.graph import SampleBatch, TrainGraph
 
 torch.set_num_threads(1)
 PROMPTS = ("a small dog in the house", "a red square")

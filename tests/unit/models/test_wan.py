@@ -10,8 +10,8 @@ from diffsynth_ray.models.lora import add_lora, load_lora, lora_state_dict, reso
 from diffsynth_ray.models.names import LORA_FORMATS, lora_from_memory, lora_to_memory
 from diffsynth_ray.models.wan import Wan, clean_prompt
 from diffsynth_ray.models.weights import load_components, randomize_weights
+from diffsynth_ray.train.graph import SampleBatch, TrainGraph
 from diffsynth_ray.train.initial import load_exported
-from diffsynth_ray.train.trainer import SampleBatch, TrainGraph
 
 torch.set_num_threads(1)
 PROMPTS = ["a big rabbit", "a small dog in the house"]

@@ -11,8 +11,9 @@ from diffsynth_ray.models.lora import load_lora, lora_state_dict
 from diffsynth_ray.models.names import LORA_FORMATS
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.export import export_weights
+from diffsynth_ray.train.graph import SampleBatch, probe_inputs
 from diffsynth_ray.train.residency import settle
-from diffsynth_ray.train.trainer import MicroInput, SampleBatch, Trainer, load_family, probe_inputs, select_trained
+from diffsynth_ray.train.trainer import MicroInput, Trainer, load_family, select_trained
 
 torch.set_num_threads(1)
 CASES = {

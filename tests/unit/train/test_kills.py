@@ -26,10 +26,11 @@ from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train import saver as saver_module
 from diffsynth_ray.train.checkpoint import damage_of, find_checkpoints, find_restorable, read_checkpoint
 from diffsynth_ray.train.figures import FigureWriter
+from diffsynth_ray.train.graph import SampleBatch
 from diffsynth_ray.train.group import Group
 from diffsynth_ray.train.saver import CheckpointSaver, WriterIdentity
 from diffsynth_ray.train.storage import Storage
-from diffsynth_ray.train.trainer import MicroInput, SampleBatch, Trainer, select_trained
+from diffsynth_ray.train.trainer import MicroInput, Trainer, select_trained
 
 WORLD_SIZE = 2
 JOB = Job.model_validate({
