@@ -51,7 +51,7 @@ def kill_at_random(run, *, seconds, seed, kills):
         num_steps = len(steps_of(run))
         while wait_for_training and len(steps_of(run)) == num_steps and time.monotonic() < end:
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, 4.0))
+        time.sleep(draw.uniform(0, 2.0))
         if time.monotonic() >= end:
             break
         rank = draw.randrange(2)
