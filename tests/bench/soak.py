@@ -124,7 +124,7 @@ def main():
         "kills": len(kills),
         "kills_by_moment": Counter(kill["moment"] for kill in kills),
         "kills_by_rank": Counter(f"rank {kill['rank']}" for kill in kills),
-        "steps_at_kills": [kill["step"] for kill in kills],
+        "steps_at_kills": " ".join(str(kill["step"]) for kill in kills),
         "losses_noted": len(lost),
         "attempts": max(entry["attempt"] for entry in run.dir.attempts()),
         "num_steps": NUM_STEPS,
