@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.data.bad_samples import BadSample, BadSampleList
-from diffsynth_ray.errors import DataError, DsrayError, ExitCode
+from diffsynth_ray.errors import ClusterError, DataError, DsrayError, ExitCode
 from diffsynth_ray.launch.board import Board, Failure, Loss, News
 from diffsynth_ray.launch.early import start_early
 from diffsynth_ray.launch.failures import WorkerPlace, describe, with_hint
@@ -317,15 +317,22 @@ def _stop_on_sigterm(run_dir: RunDir) -> Iterator[None]:
 
 @contextmanager
 def local_ray(say: Say) -> Iterator[None]:
-    """A Ray of this process, without a dashboard, while it lasts."""
+    """A Ray of this process, without a dashboard, while it lasts. Raises ClusterError where it does not come up."""
     say(f"starting Ray in this process ({os.cpu_count()} CPUs)")
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": WITHOUT_DASHBOARD_ENV},
-    )
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"env_vars": WITHOUT_DASHBOARD_ENV},
+        )
+    except Exception as error:  # the boundary to the processes of Ray: a node that is late raises a bare Exception
+        raise ClusterError(
+            f"Ray did not start in this process: {error}",
+            hint="Ray waits 30 s for its own processes: start the command again when the machine is less busy; "
+            "their logs are in /tmp/ray/session_latest/logs",
+        ) from error
     try:
         yield
     finally:

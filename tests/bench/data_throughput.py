@@ -41,6 +41,8 @@ VIDEO = ROOT / "tests" / "assets" / "videos" / "bigbuckbunny.mp4"
 NUM_PROCESSES = 2
 NUM_RANKS = int(os.environ.get("RANKS", "64"))
 CPUS_PER_RANK = float(os.environ.get("CPUS_PER_RANK", "0.25"))
+LIMIT_S = float(os.environ.get("LIMIT_S", "480"))
+LEAST_GIB = 3.0
 ROUNDS = int(os.environ.get("ROUNDS", "3"))
 
 
@@ -223,7 +225,8 @@ def measure_ranks(work: Path) -> dict[str, object]:
 
     The images are tiny, so that what is measured is what an executor costs. A rank's part of a step is one sample; with one
     executor a node, its stream brings the samples of 8 ranks. The consumers of both wait for the slowest before each step, as
-    training does.
+    training does. What has not done its first step after LIMIT_S seconds, or takes the machine's last memory, is given up, and
+    told as such.
     """
     folder = work / "ranks"
     write_photos(folder, count=50, side=64)
@@ -233,17 +236,18 @@ def measure_ranks(work: Path) -> dict[str, object]:
         found[name] = run_executors(ray.put(index), num_executors, num_batches=NUM_RANKS // num_executors)
         say(f"{name}: {found[name]}")
     first, second = found["one a rank"], found["one a node"]
-    ratios = {key: round(first[key] / second[key], 2) for key in first}
+    ratios = {key: round(first[key] / second[key], 2) for key in first if key in second}
     return found | {"ranks": NUM_RANKS, "cpus_per_rank": CPUS_PER_RANK, "rank_over_node": ratios}
 
 
-def run_executors(index: ray.ObjectRef, num_executors: int, *, num_batches: int) -> dict[str, float]:
+def run_executors(index: ray.ObjectRef, num_executors: int, *, num_batches: int) -> dict[str, float | str]:
     """Start so many streams, each for `num_batches` micro batches a step; seconds to the first step and a step."""
     num_steps, skipped = 40, 10
     before, cpu = num_workers(), cpu_seconds()
     barrier = threading.Barrier(num_executors)
     ends: list[float] = []
     failures: list[BaseException] = []
+    have_sample: set[int] = set()
     started = time.perf_counter()
 
     def consume(rank: int) -> None:
@@ -254,17 +258,26 @@ def run_executors(index: ray.ObjectRef, num_executors: int, *, num_batches: int)
             for _ in range(num_steps):
                 for _ in range(num_batches):
                     next(stream)
-                if barrier.wait(timeout=300) == 0:
+                    have_sample.add(rank)
+                if barrier.wait(timeout=LIMIT_S) == 0:
                     ends.append(time.perf_counter() - started)
         except BaseException as error:  # noqa: BLE001  a thread
             failures.append(error)
             barrier.abort()
 
-    threads = [threading.Thread(target=consume, args=(rank,)) for rank in range(num_executors)]
+    threads = [threading.Thread(target=consume, args=(rank,), daemon=True) for rank in range(num_executors)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    while any(thread.is_alive() for thread in threads):
+        time.sleep(0.5)
+        spent, left_gib = time.perf_counter() - started, psutil.virtual_memory().available / 2**30
+        if not ends and not failures and (spent > LIMIT_S or left_gib < LEAST_GIB):
+            cause = f"no step after {spent:.0f} s" if spent > LIMIT_S else f"{left_gib:.1f} GiB of memory left"
+            return {
+                "given_up": f"{cause}; {len(have_sample)} of {num_executors} executors had brought a sample",
+                "ray_workers": num_workers() - before,
+                "cpu_s": round(cpu_seconds() - cpu, 1),
+            }
     if failures:
         raise failures[0]
     return {

@@ -15,6 +15,7 @@ import statistics
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import ray
@@ -25,7 +26,7 @@ from training_runs import PARTS, Run, current_commit, describe_measurement, dist
 from diffsynth_ray.errors import ExitCode
 from diffsynth_ray.launch.driver import WITHOUT_DASHBOARD_ENV
 
-NUM_STEPS = 240
+NUM_STEPS = 400
 SETTINGS = (
     "dataset.max_pixels=1024", "dataset.global_batch_size=2", "distributed.num_workers=2", "output.checkpoint_steps=3",
     f"training.max_steps={NUM_STEPS}", f"output.save_steps={NUM_STEPS}", "distributed.max_failures=1000",
@@ -50,10 +51,11 @@ def kill_at_random(run, *, seconds, seed, kills):
         num_steps = len(steps_of(run))
         while wait_for_training and len(steps_of(run)) == num_steps and time.monotonic() < end:
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, 4.0))
+        time.sleep(draw.uniform(0, 2.0))
         if time.monotonic() >= end:
             break
         rank = draw.randrange(2)
+        moment = moment_of(run)
         try:
             run.kill(rank)
         except (ProcessLookupError, KeyError):
@@ -61,9 +63,21 @@ def kill_at_random(run, *, seconds, seed, kills):
         steps = steps_of(run)
         kills.append({
             "rank": rank, "step": steps[-1] if steps else 0, "age_s": round(time.monotonic() - group_started, 2),
-            "while_training": wait_for_training,
+            "moment": moment,
         })  # fmt: skip
     run.dir.request_stop(reason="the soak's portion is over")
+
+
+def moment_of(run):
+    """What the newest group of workers is doing, from what it said and what lies in the checkpoints' folder."""
+    said = list(run.said)
+    start = max(number for number, line in enumerate(said) if "training worker(s): rank" in line)
+    lines = said[start:]
+    if any(line.startswith("step ") for line in lines):
+        folders = run.dir.checkpoints_dir.glob("step-*")
+        is_saving = any(not (folder / "manifest.json").exists() for folder in folders)
+        return "training, a checkpoint half written" if is_saving else "training"
+    return "loaded, before its first step" if any(line.startswith("model loaded") for line in lines) else "loading"
 
 
 def steps_of(run):
@@ -108,7 +122,9 @@ def main():
     lost = run.lost()
     print(json.dumps({
         "kills": len(kills),
-        "kills_while_training": sum(kill["while_training"] for kill in kills),
+        "kills_by_moment": Counter(kill["moment"] for kill in kills),
+        "kills_by_rank": Counter(f"rank {kill['rank']}" for kill in kills),
+        "steps_at_kills": " ".join(str(kill["step"]) for kill in kills),
         "losses_noted": len(lost),
         "attempts": max(entry["attempt"] for entry in run.dir.attempts()),
         "num_steps": NUM_STEPS,

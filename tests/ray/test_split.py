@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -95,6 +96,17 @@ class Run(training_runs.Run):
 
     def counts(self):
         return [line.strip() for line in self.said if line.startswith("encoded ")]
+
+
+def flip_a_bit_of_an_image(cache):
+    """The shard in which it was."""
+    index = cache.index()
+    location = next(index.location(place) for place in range(len(index)) if index.location(place).kind == "image")
+    shard = Path(cache.path) / location.shard
+    content = bytearray(shard.read_bytes())
+    content[location.offset] ^= 1
+    shard.write_bytes(content)
+    return location.shard
 
 
 def assert_same(first, second):
@@ -284,25 +296,67 @@ def test_changed_texts_damage_and_bad_files(tmp_path, photos):
     # A flipped bit: the run ends with shard and cure, and the next one encodes that entry anew.
     losses = run.losses()
     run.dir.move_aside()
-    index = run.cache.index()
-    location = next(index.location(place) for place in range(len(index)) if index.location(place).kind == "image")
-    shard = tmp_path / "cache" / location.shard
-    content = bytearray(shard.read_bytes())
-    content[location.offset] ^= 1
-    shard.write_bytes(content)
+    shard = flip_a_bit_of_an_image(run.cache)
     assert run.start() == ExitCode.RUN_FAILED
     cause = json.loads(run.dir.error_path.read_text())["cause"]
-    assert location.shard in cause
+    assert shard in cause
     assert "submit the job again" in cause
     assert run.start() == ExitCode.DONE, run.said
     assert run.counts()[-1] == "encoded 0 texts and 1 images, reused 5 texts and 4 images"
     assert run.losses() == losses
+    # One that `verify` has found is encoded anew by the next run, which need not stumble over it.
+    shard = flip_a_bit_of_an_image(run.cache)
+    command = [sys.executable, "-m", "diffsynth_ray.cli.app", "cache", "verify", run.cache.path]
+    verified = subprocess.run(command, capture_output=True, text=True)
+    assert verified.returncode == ExitCode.RUN_FAILED, verified.stderr
+    # The first one lies in its shard as before.
+    assert re.search(rf"{shard}: [12] of \d entries damaged", verified.stdout)
+    run.dir.move_aside()
+    assert run.start() == ExitCode.DONE, run.said
+    assert run.counts()[-1] == "encoded 0 texts and 1 images, reused 5 texts and 4 images"
+    assert run.losses() == losses
+    # A cache of other encoder weights: the tiny ones follow from the seed.
+    run.dir.move_aside()
+    assert run.start("seed=1", "training.max_steps=1") == ExitCode.DONE, run.said
+    assert run.counts()[-1] == "encoded 5 texts and 5 images, reused 0 texts and 0 images"
     (folder / "cat.jpg").write_bytes((folder / "cat.jpg").read_bytes()[:1000])
     run.dir.move_aside()
     assert run.start() == ExitCode.RUN_FAILED
     cause = json.loads(run.dir.error_path.read_text())["cause"]
     assert "1 files cannot be encoded" in cause
     assert "cat.jpg" in cause
+
+
+@pytest.mark.slow
+def test_extra_inputs_are_bit_identical(tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name, grain in (("cat.gif", 10), ("rocket.gif", 40)):
+        first, *others = (Image.effect_noise((32, 32), grain + number).convert("RGB") for number in range(5))
+        first.save(folder / name, save_all=True, append_images=others)
+    (folder / "metadata.csv").write_text("video,prompt\ncat.gif,a cat\nrocket.gif,a rocket\n")
+    first_frame = ['model.family="wan"', 'model.extra_inputs=["input_image"]', "dataset.num_frames=5"]
+    one, other = Run(tmp_path, folder, "split"), Run(tmp_path, folder, "combined")
+    assert one.start(*first_frame) == ExitCode.DONE, one.said
+    counts = ["encoded 2 texts, 2 images and 2 extra inputs, reused 0 texts, 0 images and 0 extra inputs"]
+    assert one.counts() == counts
+    assert other.start(*first_frame, split=False) == ExitCode.DONE, other.said
+    assert_same(one, other)
+
+
+@pytest.mark.slow
+def test_bad_files_that_are_skipped_are_replaced_as_in_combined_training(tmp_path, photos):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    (folder / "cat.jpg").write_bytes((folder / "cat.jpg").read_bytes()[:1000])
+    (folder / "coffee.jpg").unlink()
+    skipping = ['dataset.bad_sample="skip"', "dataset.bad_sample_limit=0.5", "dataset.height=32", "dataset.width=32"]
+    one, other = Run(tmp_path, folder, "split"), Run(tmp_path, folder, "combined")
+    assert one.start(*skipping) == ExitCode.DONE, one.said
+    assert any("2 of 5 rows cannot be used" in line for line in one.said), one.said
+    assert one.counts() == ["encoded 5 texts and 3 images, reused 0 texts and 0 images"]
+    assert other.start(*skipping, split=False) == ExitCode.DONE, other.said
+    assert_same(one, other)
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ from ray.train import WorkerGroupError
 
 from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.config.schema import Job
-from diffsynth_ray.errors import RunError
-from diffsynth_ray.launch import runs
+from diffsynth_ray.errors import ClusterError, RunError
+from diffsynth_ray.launch import driver, runs
 from diffsynth_ray.launch.board import Failure, Hung, Loss, News
 from diffsynth_ray.launch.driver import _Watcher
 from diffsynth_ray.launch.failures import WorkerPlace
@@ -133,3 +133,16 @@ def test_a_full_disk_does_not_end_the_driver(watcher, monkeypatch):
     watcher.tell_news(news(losses=[Loss(PLACE, "its process died", 4, False)]))
     assert any("could not be written" in line for line in watcher.said)
     assert any(line.startswith("lost rank 1") for line in watcher.said)
+
+
+def test_a_ray_that_does_not_come_up_in_time_is_no_bug_of_ours(monkeypatch):
+    def late(**options):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(driver.ray, "init", late)
+    with (
+        pytest.raises(ClusterError, match=r"did not start in this process: The current node timed out") as caught,
+        driver.local_ray(lambda line: None),
+    ):
+        pass
+    assert "less busy" in caught.value.hint
