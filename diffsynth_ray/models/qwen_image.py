@@ -20,7 +20,7 @@ from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import layouts
 from diffsynth_ray.models import qwen_image_configs as configs
 from diffsynth_ray.models import qwen_image_edit as edit
-from diffsynth_ray.models.family import TRAINED_TINY, EncodedBatch, register_family, stack_conditions
+from diffsynth_ray.models.family import TRAINED_TINY, EncodedBatch, real_tensor, register_family, stack_conditions
 from diffsynth_ray.models.layer_names import LayerNames
 from diffsynth_ray.models.layouts import KeyLayout
 from diffsynth_ray.models.library_family import TINY_DIR, InferConfig, LibraryFamily, missing_tokenizer
@@ -59,6 +59,7 @@ class QwenImage(LibraryFamily):
     extra_inputs = ("edit_image",)
     text_reads_extra = True
     option_names = ("zero_cond_t", "edit_prompt", TRAINED_TINY)
+    depth_keys: ClassVar[dict[str, str]] = {"transformer_blocks": "num_layers"}
     names: ClassVar[dict[str, LayerNames]] = {}
     infer_functions: ClassVar[dict[str, InferConfig]] = configs.INFER
     tokenizer_keys: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {
@@ -211,6 +212,28 @@ class QwenImage(LibraryFamily):
                 f"got {width}x{height} and {num_frames} frame(s)"
             )
         return (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
+
+    def blank_batch(
+        self,
+        num_samples: int,
+        *,
+        height: int,
+        width: int,
+        num_frames: int = 1,
+        text_tokens: int,
+        extra_inputs: Sequence[str] = (),
+    ) -> EncodedBatch:
+        """See `ModelFamily.blank_batch`; one picture to edit, as large as the VAE gets it."""
+        config = self.component("dit").config
+        text = torch.zeros(num_samples, min(text_tokens, MAX_PROMPT_TOKENS), config.joint_attention_dim, dtype=self.dtype)
+        conditions = {"prompt_embeds": text}
+        if extra_inputs:
+            rows, columns = edit.blank_shape(height, width)
+            conditions[edit.EDIT_TOKENS] = torch.zeros(num_samples, rows * columns, config.in_channels, dtype=self.dtype)
+            # Its values are read: under a fake mode too this one is real.
+            conditions[edit.EDIT_SHAPES] = real_tensor([[(1, rows, columns)]] * num_samples)
+        latents = torch.zeros(num_samples, *self.latents_shape(height, width, num_frames), dtype=self.dtype)
+        return EncodedBatch(latents, conditions)
 
     def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """[b, 16, h, w] -> the predicted velocity, noise - x_0, of the same shape."""

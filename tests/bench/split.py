@@ -74,7 +74,7 @@ def build_family(options: argparse.Namespace, components: list[str], device: str
         family = QwenImage.build_tiny(0, components=components, dtype=torch.bfloat16, device="meta")
         family.device = torch.device(device)
         return family
-    configs = {"dit": {"num_layers": options.layers}, "vae": {}, "text_encoder": qwen_image_configs._TEXT_ENCODER_7B}
+    configs = {"dit": {"num_layers": options.layers}, "vae": {}, "text_encoder": qwen_image_configs.TEXT_ENCODER_7B}
     modules = {}
     for name in components:
         module = QwenImage.build_component(name, configs[name])
