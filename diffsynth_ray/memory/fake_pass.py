@@ -77,7 +77,7 @@ def block_cost(
     leaves, spec = tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     names = [name for name, _ in block.named_parameters()]
-    params = [param for _, param in block.named_parameters()]
+    params: list[Tensor] = [param for _, param in block.named_parameters()]
 
     def run(params: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
         given = iter(tensors)

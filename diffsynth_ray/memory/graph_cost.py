@@ -110,7 +110,8 @@ def _product_flops(node: fx.Node) -> int:
         return 2 * shapes[0].numel() * shapes[1][-1]
     if name in ("addmm", "baddbmm"):
         rows, inner = node.args[1], node.args[2]
-        assert isinstance(rows, fx.Node) and isinstance(inner, fx.Node)
+        assert isinstance(rows, fx.Node)
+        assert isinstance(inner, fx.Node)
         return 2 * _value(rows).numel() * _value(inner).shape[-1]
     out = _value(node)
     if name == "convolution":

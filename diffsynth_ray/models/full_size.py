@@ -82,4 +82,4 @@ def released_component(origin: Origin) -> tuple[str, str, dict[str, Any]] | None
     component = next((name for name, starts in _NAMES if origin.pattern.startswith(starts)), None)
     if family == "flux" and component == "text_encoder":
         component = "text_encoder_1"
-    return (family, component, configs[component]) if component in configs else None
+    return (family, component, configs[component]) if component is not None and component in configs else None

@@ -1,4 +1,4 @@
-"""What a job's model is made of, in bytes and operations: built on the meta device, a block of each kind traced on fake tensors.
+"""What a job's model is made of, in bytes and operations: built on meta, a block of each kind traced on fake tensors.
 
 Of every list of like blocks one is built and counted as often as the configuration says, so that the largest model takes
 seconds and no memory.

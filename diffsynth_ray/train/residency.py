@@ -17,6 +17,7 @@ from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import JobFileError, Problem
 from diffsynth_ray.memory.activations import ActivationStore
 from diffsynth_ray.memory.checkpointing import BlockCall, PartitionedBlockCall
+from diffsynth_ray.memory.devices import FP8_INSTRUCTIONS
 from diffsynth_ray.memory.fp8 import convert_to_fp8
 from diffsynth_ray.memory.host import NodeGroup, NodePlace
 from diffsynth_ray.memory.offload import LayerOffload, Unit
@@ -26,8 +27,6 @@ from diffsynth_ray.schedule import trained_components
 
 RECOMPILE_LIMIT = 64
 """Variants of a block that are compiled before it runs uncompiled: shapes, with and without graph, with and without mask."""
-_FP8_INSTRUCTIONS = (8, 9)
-"""Compute capability from which compiled code may contain float8 conversions."""
 
 Say = Callable[[str], object]
 
@@ -154,7 +153,7 @@ def _compiles(job: Job, family: ModelFamily, component: str) -> bool:
     if family.device.type != "cuda":
         return asked is True
     capability = torch.cuda.get_device_capability(family.device)
-    if component in job.model.fp8_models and capability < _FP8_INSTRUCTIONS:
+    if component in job.model.fp8_models and capability < FP8_INSTRUCTIONS:
         return False
     if asked == "auto":
         from torch.utils._triton import has_triton
