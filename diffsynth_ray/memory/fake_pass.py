@@ -7,7 +7,7 @@ rule as in torch.compile (a minimal cut between what is kept and what is made ag
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -55,19 +55,19 @@ def tensors_of(arguments: object) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor)]
 
 
-def kept_by_autograd(call: Callable[[], object], *, ignored: Sequence[Tensor]) -> int:
-    """Bytes that a real or fake call saves for backward, each piece of memory once, without the ignored tensors'."""
-    saved: dict[int, int] = {}
+def kept_by_autograd(call: Callable[[], object]) -> dict[int, int]:
+    """What a real or fake call saves for backward: storage -> bytes, its inputs and parameters among them."""
+    saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        saved.update(storages([tensor]))
+        saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = call()
-    known = storages(ignored)
+    sizes = storages(saved.values())
     del result
-    return sum(size for storage, size in saved.items() if storage not in known)
+    return sizes
 
 
 def block_cost(
@@ -107,7 +107,8 @@ def block_cost(
         wanted = [tensor for tensor in (*params, *inputs) if tensor.requires_grad]
         if outs and wanted:
             torch.autograd.grad(outs, wanted, [torch.empty_like(out) for out in outs], allow_unused=True)
-    return _read(graphs, results, num_params=len(params), num_inputs=len(inputs), is_compiled=is_compiled)
+    cost = _read(graphs, results, num_params=len(params), num_inputs=len(inputs), is_compiled=is_compiled)
+    return cost if is_compiled else _as_autograd(cost, lambda: run(params, inputs), params, inputs, mode)
 
 
 def _read(
@@ -127,4 +128,26 @@ def _read(
         kept_inputs=frozenset(number for number, storage in enumerate(inputs) if storage in saved),
         forward=cost(forward, kept=params),
         backward=GraphCost() if backward is None else cost(backward, kept=params),
+    )
+
+
+def _as_autograd(
+    cost: BlockCost, call: Callable[[], object], params: Sequence[Tensor], inputs: Sequence[Tensor], mode: FakeTensorMode
+) -> BlockCost:
+    """The cost of an uncompiled block: what autograd keeps, and attention once only.
+
+    The split of the traced graph may make attention again in its backward, which autograd never does.
+    """
+    with mode:
+        saved = kept_by_autograd(call)
+    places = [next(iter(storages([tensor]))) for tensor in inputs]
+    known = {*storages(params), *places}
+    kept = sum(size for storage, size in saved.items() if storage not in known)
+    attention = cost.forward.attention_flops * 5 // 2 if cost.backward.attention_flops else 0
+    peak = max(cost.backward.peak_bytes, kept)
+    return BlockCost(
+        kept_bytes=kept,
+        kept_inputs=frozenset(number for number, place in enumerate(places) if place in saved),
+        forward=cost.forward,
+        backward=replace(cost.backward, attention_flops=attention, peak_bytes=peak),
     )

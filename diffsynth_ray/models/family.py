@@ -109,6 +109,12 @@ def real_tensor(values: Sequence[Any]) -> Tensor:
         return torch.tensor(values)
 
 
+def real_values(tensor: Tensor) -> list[Any]:
+    """The values of a tensor as nested lists; of a real one also inside of a fake mode."""
+    with unset_fake_temporarily():
+        return list(tensor.tolist())
+
+
 def split_conditions(conditions: Mapping[str, Tensor], *, num_samples: int) -> list[dict[str, Tensor]]:
     """The inverse of `stack_conditions`: one [1, n, ...] a sample, padding and masks taken off."""
     singles = []

@@ -20,7 +20,7 @@ from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import layouts
 from diffsynth_ray.models import qwen_image_configs as configs
 from diffsynth_ray.models import qwen_image_edit as edit
-from diffsynth_ray.models.family import TRAINED_TINY, EncodedBatch, real_tensor, register_family, stack_conditions
+from diffsynth_ray.models.family import TRAINED_TINY, EncodedBatch, real_tensor, real_values, register_family, stack_conditions
 from diffsynth_ray.models.layer_names import LayerNames
 from diffsynth_ray.models.layouts import KeyLayout
 from diffsynth_ray.models.library_family import TINY_DIR, InferConfig, LibraryFamily, missing_tokenizer
@@ -238,7 +238,7 @@ class QwenImage(LibraryFamily):
     def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """[b, 16, h, w] -> the predicted velocity, noise - x_0, of the same shape."""
         shapes = batch.conditions.get(edit.EDIT_SHAPES)
-        if shapes is not None and len(set(map(str, shapes.tolist()))) > 1:
+        if shapes is not None and len(set(map(str, real_values(shapes)))) > 1:
             # The DiT takes one set of positions for the whole batch.
             parts = zip(batch.samples(), noisy_latents.split(1), timesteps.split(1), strict=True)
             return torch.cat([self._predict(*part) for part in parts])
@@ -250,7 +250,7 @@ class QwenImage(LibraryFamily):
         num_tokens, shapes = tokens.shape[1], [(1, height // PATCH, width // PATCH)]
         if edit.EDIT_TOKENS in batch.conditions:
             tokens = torch.cat([tokens, batch.conditions[edit.EDIT_TOKENS].to(tokens)], dim=1)
-            shapes += [tuple(shape) for shape in batch.conditions[edit.EDIT_SHAPES][0].tolist()]
+            shapes += [tuple(shape) for shape in real_values(batch.conditions[edit.EDIT_SHAPES])[0]]
         output = self.component("dit")(
             hidden_states=tokens,
             encoder_hidden_states=batch.conditions["prompt_embeds"].to(self.dtype),

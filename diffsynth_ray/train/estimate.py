@@ -254,8 +254,9 @@ def _gathered(job: Job, cost: ModelCost, spread: Spread) -> int:
 def _units(job: Job, cost: ModelCost) -> tuple[int, int, int]:
     """(bytes of all units of layer offload, the largest, what stays on the device for good)."""
     with_trained = job.offload.optimize_on_cpu
-    total = sum(kind.unit_bytes * kind.count for kind in cost.blocks)
-    largest = max((kind.unit_bytes for kind in cost.blocks), default=0)
+    units = [kind.weights.frozen_bytes + (kind.weights.trained_bytes if with_trained else 0) for kind in cost.blocks]
+    total = sum(size * kind.count for size, kind in zip(units, cost.blocks, strict=True))
+    largest = max(units, default=0)
     parts = [cost.around, *cost.others.values()]
     loose = 0
     for part in parts:
@@ -301,7 +302,7 @@ def _host_memory(job: Job, cost: ModelCost, spread: Spread) -> dict[str, int]:
             found["pinned parameters"] = whole * workers // share
     if job.gradient.checkpointing_offload:
         found["pinned activations"] = workers * sum(kind.count * kind.input_bytes for kind in cost.blocks)
-    largest = max((kind.unit_bytes for kind in cost.blocks), default=0)
+    largest = max((kind.weights.frozen_bytes + kind.weights.trained_bytes for kind in cost.blocks), default=0)
     found["while loading: tensors on their way"] = READ_AHEAD * largest // 4 * workers
     return found
 
@@ -364,6 +365,6 @@ def _state_bytes(training: TrainingSection) -> float:
         except (RuntimeError, TypeError, JobFileError):
             return 8.0
         state = (value for values in optimizer.state.values() for value in values.values())
-        size = sum(value.numel() * value.element_size() for value in state if isinstance(value, torch.Tensor))
+        size = sum(value.numel() * value.element_size() for value in state if isinstance(value, torch.Tensor) and value.ndim)
         _STATE_BYTES[key] = size / param.numel()
     return _STATE_BYTES[key]

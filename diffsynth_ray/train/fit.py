@@ -92,13 +92,16 @@ def advise(job: Job, cost: ModelCost, device: Device | None, spread: Spread, fou
         setting = f"dataset.max_pixels = {job.dataset.max_pixels // 2} (smaller pictures, a new run)"
         saved.append(((kept + working) // 2, setting))
     if not job.model.fp8_models:
-        named = {name: other.weights for name, other in cost.others.items()}
+        named = {name: other.weights for name, other in cost.others.items() if other.weights.frozen_linear_bytes}
         if job.lora.base_model is not None:
             named[job.lora.base_model] = cost.weights
         linear = sum(weights.frozen_linear_bytes for weights in named.values())
         if not job.offload.cpu_offload:
             setting = f"model.fp8_models = [{', '.join(repr(name) for name in named)}] (a new run)"
             saved.append((linear // 2, setting.replace("'", '"')))
+    if cost.others and not job.offload.cpu_offload:
+        encoders = sum(other.weights.frozen_bytes for other in cost.others.values())
+        saved.append((encoders, "split.enabled = true (encodes everything beforehand)"))
     if job.training.trainable_models:
         state = sum(found.memory.get(name, 0) for name in ("float32 masters", "optimizer state", "gradients"))
         saved.append((state, "lora.base_model instead of training.trainable_models: a LoRA (a new run)"))

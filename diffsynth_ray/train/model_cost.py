@@ -21,7 +21,7 @@ from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import JobFileError, ModelError, Problem
 from diffsynth_ray.memory.fake_pass import BlockCost, block_cost, fake_weights, kept_by_autograd, tensors_of
 from diffsynth_ray.memory.fp8 import convert_to_fp8
-from diffsynth_ray.memory.graph_cost import nbytes
+from diffsynth_ray.memory.graph_cost import nbytes, storages
 from diffsynth_ray.memory.peak import peak_bytes
 from diffsynth_ray.memory.placement import split_units
 from diffsynth_ray.models import sources
@@ -70,8 +70,6 @@ class BlockKind:
 
     count: int
     weights: Weights
-    unit_bytes: int
-    """What layer offload loads at once for a block."""
     input_bytes: int
     """Of what a block gets from the one before."""
     shared_bytes: int
@@ -195,7 +193,7 @@ class _Traced:
         self.job, self.name = job, name
         config = family.component_config(name, config, job.model.options)
         module = family.build_component(name, {**config, **dict.fromkeys(family.depth_keys.values(), 1)})
-        module.to(dtype)
+        nn.Module.to(module, dtype)  # diffusers' own warns of what it would do better itself
         defaults = inspect.signature(type(module).__init__).parameters
         depth = {key: int(config[key] if key in config else defaults[key].default) for key in family.depth_keys.values()}
         self.family = family({name: module}, dtype=dtype, device="cpu", options=job.model.options)
@@ -211,7 +209,6 @@ class _Traced:
 
     def trace(self, shape: Shape, *, is_compiled: bool) -> tuple[list[BlockKind], int]:
         """The kinds of blocks in the order of the forward pass, and what is kept around them."""
-        units = self._unit_bytes()
         fake_weights(self.module, self.mode)
         calls: dict[nn.Module, tuple[Any, Any, Any]] = {}
         for block in self.family.repeated_blocks(self.name):
@@ -231,7 +228,6 @@ class _Traced:
                 BlockKind(
                     count=self.counts[block],
                     weights=weights_of([block]),
-                    unit_bytes=units[block],
                     input_bytes=nbytes(own),
                     shared_bytes=nbytes(shared),
                     cost=cost,
@@ -253,17 +249,9 @@ class _Traced:
             def forward() -> Tensor:
                 return family.predict(batch, batch.latents, times)
 
-            return kept_by_autograd(forward, ignored=list(self.module.parameters()))
-
-    def _unit_bytes(self) -> dict[nn.Module, int]:
-        """What is loaded at once for each block."""
-        with_trained = self.job.offload.optimize_on_cpu
-        return {
-            block: sum(
-                param.numel() * param.element_size() for param in block.parameters() if with_trained or not param.requires_grad
-            )
-            for block in self.family.repeated_blocks(self.name)
-        }
+            saved = kept_by_autograd(forward)
+        known = storages(self.module.parameters())
+        return sum(size for storage, size in saved.items() if storage not in known)
 
     def around(self) -> Component:
         """The component without its blocks."""
@@ -303,7 +291,7 @@ def weights_of(modules: list[nn.Module], *, without: frozenset[int] = frozenset(
 def _component(module: nn.Module, blocks: list[nn.Module], *, with_trained: bool) -> Component:
     """What is around the blocks, and how layer offload cuts it up."""
     inside = frozenset(id(param) for block in blocks for param in block.parameters())
-    weights = weights_of([module], without=inside)
+    weights = replace(weights_of([module], without=inside), frozen_linear_bytes=0)  # FP8 is for blocks
     units = split_units(module, blocks, max_bytes=None, with_trained=with_trained)
     sizes, claimed = [0], set(inside)
     for unit in units.values():
@@ -322,7 +310,7 @@ def _measure_other(
     # What is not run needs no real table either, and a text encoder is built in a tenth of the time.
     with nullcontext() if encodes else torch.device("meta"):
         module = family.build_component(name, family.component_config(name, config, job.model.options))
-    module.to(dtype).requires_grad_(False).eval()
+    nn.Module.to(module, dtype).requires_grad_(False).eval()
     holder = object.__new__(family)
     ModelFamily.__init__(holder, {name: module}, dtype=dtype, device="cpu")
     blocks = holder.repeated_blocks(name)
