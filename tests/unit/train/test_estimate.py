@@ -51,7 +51,8 @@ MEASURED = {
     "full, 12 blocks": (FULL, SQUARE, 12, (0.257, 0.267), 68.24),
     "full, 12 blocks, on the host": (ON_HOST, SQUARE, 12, (3.09, 3.24), 3.69),
 }  # fmt: skip
-SLOW = {"lora 512 batch 4 without checkpointing", "full, 12 blocks, on the host"}
+# Each needs another trace, which takes seconds.
+SLOW = {"lora 512 batch 4 without checkpointing", "full, 12 blocks, on the host", "fp8", "fp8 offload"}
 _TRACED = {}
 
 
@@ -126,7 +127,7 @@ def kept_bytes(block, args, kwargs):
     return sum(size for storage, size in saved.items() if storage not in known)
 
 
-@pytest.mark.parametrize("row", TINY)
+@pytest.mark.parametrize("row", [pytest.param(row, marks=pytest.mark.slow if "picture" in row else ()) for row in TINY])
 def test_the_fake_pass_keeps_what_a_real_one_keeps(row):
     job, (extra, side, num_frames) = tiny_job(row), TINY[row]
     cost = measure_model(job, Shape(2, side, side, num_frames, text_tokens=12), is_compiled=False, say=silent)
@@ -153,22 +154,33 @@ def record(block, calls, *args, **kwargs):
     return block.plain(*args, **kwargs)
 
 
-def test_every_family_at_its_real_size_by_its_name_alone():
-    expected = {
-        ("qwen_image", "Qwen/Qwen-Image-Edit-2509:transformer/*"): 20.43,
-        ("wan", "Wan-AI/Wan2.1-T2V-1.3B:diffusion_pytorch_model*"): 1.42,
-        ("flux", "black-forest-labs/FLUX.1-dev:flux1-dev.safetensors"): 11.9,
-        ("z_image", "Tongyi-MAI/Z-Image-Turbo:transformer/*"): 6.15,
-    }
-    for (family, origin), billions in expected.items():
-        job = build_job(model={"id_with_origin_paths": [origin]})
-        name, configs, notes = find_configs(job)
+def test_configurations_follow_from_the_ids_alone():
+    for family, origin in (
+        ("qwen_image", "Qwen/Qwen-Image-Edit-2509:transformer/*"),
+        ("wan", "Wan-AI/Wan2.1-T2V-1.3B:diffusion_pytorch_model*"),
+        ("flux", "black-forest-labs/FLUX.1-dev:flux1-dev.safetensors"),
+        ("z_image", "Tongyi-MAI/Z-Image-Turbo:transformer/*"),
+    ):
+        name, configs, notes = find_configs(build_job(model={"id_with_origin_paths": [origin]}))
         assert (name, list(configs)) == (family, ["dit"])
         assert "its files are not here yet" in notes[0]
-        if family == "z_image":  # the others are as slow to trace
-            cost = measure_model(job, Shape(1, 256, 256, text_tokens=32), is_compiled=False, say=silent)
-            assert cost.weights.frozen_bytes / 2e9 == pytest.approx(billions, rel=0.01)
-            assert [kind.count for kind in cost.blocks] == [2, 2, 30]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("origin", "billions", "counts"),
+    [
+        ("Qwen/Qwen-Image-Edit-2509:transformer/*", 20.43, [60]),
+        ("Wan-AI/Wan2.1-T2V-1.3B:diffusion_pytorch_model*", 1.42, [30]),
+        ("black-forest-labs/FLUX.1-dev:flux1-dev.safetensors", 11.9, [19, 38]),
+        ("Tongyi-MAI/Z-Image-Turbo:transformer/*", 6.15, [2, 2, 30]),
+    ],
+)
+def test_every_family_has_its_real_size(origin, billions, counts):
+    job = build_job(model={"id_with_origin_paths": [origin]})
+    cost = measure_model(job, Shape(1, 256, 256, text_tokens=32), is_compiled=False, say=silent)
+    assert cost.weights.frozen_bytes / 2e9 == pytest.approx(billions, rel=0.01)
+    assert [kind.count for kind in cost.blocks] == counts
 
 
 def test_what_cannot_be_reckoned_is_said():
