@@ -148,7 +148,7 @@ def estimate(job: Job, cost: ModelCost, device: Device | None, *, spread: Spread
 
 
 def recomputes(job: Job) -> bool:
-    """Whether the blocks' activations are made again in backward."""
+    """Whether the blocks' activations are made again in backward; for "auto" as if all were."""
     return job.gradient.checkpointing is not False
 
 
@@ -208,7 +208,7 @@ def _held(job: Job, cost: ModelCost, spread: Spread) -> _Bytes:
     all_weights = [cost.weights, *(other.weights for other in cost.others.values())]
     frozen = sum(weights.frozen_bytes for weights in all_weights)
     trained, elements = cost.weights.trained_bytes, cost.weights.num_trained
-    state = int(elements * _state_bytes(job.training))
+    state = int(elements * state_bytes(job.training))
     has_masters = job.training.precision == "bf16" and job.training.master_weights
     wide = 4 * elements
     static = {"frozen weights": frozen, "trained weights": trained}
@@ -238,7 +238,7 @@ def _zero(job: Job, static: dict[str, int], trained: int, elements: int, spread:
     if distributed.zero_stage == 3:
         parts = {name: -(-size // workers) for name, size in static.items()}
         static = {name: 0 for name in parts} if distributed.offload_param_device == "cpu" else parts
-    state = int(on_device / 4 * _state_bytes(job.training))
+    state = int(on_device / 4 * state_bytes(job.training))
     static = static | {"float32 masters": on_device, "optimizer state": state, "DeepSpeed's buckets": 2 * bucket}
     gradients = (share if distributed.zero_stage > 1 else 4 * elements) if on_device else min(trained, bucket)
     return _Bytes(static, gradients, 0, gradients)
@@ -290,7 +290,7 @@ def _host_memory(job: Job, cost: ModelCost, spread: Spread) -> dict[str, int]:
     elements, share = cost.weights.num_trained, spread.num_workers or 1
     if job.offload.cpu_offload:
         found["pinned weights, once a node"] = _units(job, cost)[0]
-    state = int(elements * _state_bytes(job.training))
+    state = int(elements * state_bytes(job.training))
     if job.offload.optimize_on_cpu:
         found["masters and optimizer state"] = 4 * elements + state
         found["gradients on the host"] = 4 * elements + cost.weights.trained_bytes
@@ -353,7 +353,7 @@ _STATE_BYTES: dict[str, float] = {}
 """Bytes of an optimizer's state an element, by its class and arguments."""
 
 
-def _state_bytes(training: TrainingSection) -> float:
+def state_bytes(training: TrainingSection) -> float:
     """Found by one step on a small matrix; two moments, as AdamW has, where the optimizer is not to be had here."""
     key = f"{training.optimizer} {training.optimizer_args}"
     if key not in _STATE_BYTES:

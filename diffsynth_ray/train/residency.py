@@ -38,6 +38,8 @@ class Residency:
     offload: LayerOffload | None = None
     activations: ActivationStore | None = None
     place: NodePlace = field(default_factory=NodePlace)
+    selectable: tuple[BlockCall, ...] = ()
+    """Blocks that may keep their activations instead of being recomputed; see `train.selection`."""
 
     @property
     def moved_bytes(self) -> int:
@@ -91,8 +93,23 @@ def settle(family: ModelFamily, job: Job, *, group: NodeGroup | None = None, say
             f"{offload.budget_bytes / 2**30:.1f} GiB of them on the device at a time"
         )
     activations = ActivationStore(family.device) if job.gradient.checkpointing_offload else None
-    _install(family, job, blocks, built, offload, activations)
-    return Residency(offload, activations, group.place if group is not None else NodePlace())
+    calls = _install(family, job, blocks, built, offload, activations)
+    place_on_node = group.place if group is not None else NodePlace()
+    return Residency(offload, activations, place_on_node, tuple(calls) if _is_selective(job, family.device) else ())
+
+
+def _is_selective(job: Job, device: torch.device) -> bool:
+    """Whether blocks are chosen one by one: with offload, and where parameters are partitioned, all are recomputed."""
+    is_fixed = job.offload.cpu_offload or job.gradient.checkpointing_offload or bool(partitioned_components(job))
+    return job.gradient.checkpointing == "auto" and not is_fixed and device.type == "cuda"
+
+
+def recomputes_at_first(job: Job, device: torch.device) -> bool:
+    """Whether blocks begin as recomputed ones. "auto" on a CPU keeps everything: its memory is not a device's."""
+    if job.gradient.checkpointing != "auto":
+        return job.gradient.checkpointing
+    is_fixed = job.offload.cpu_offload or job.gradient.checkpointing_offload
+    return is_fixed or device.type == "cuda"
 
 
 def partitioned_components(job: Job) -> list[str]:
@@ -123,29 +140,37 @@ def _install(
     units: dict[nn.Module, Unit],
     offload: LayerOffload | None,
     activations: ActivationStore | None,
-) -> None:
-    """Put a BlockCall around every block, and around every other module that is loaded by itself."""
+) -> list[BlockCall]:
+    """Put a BlockCall around every block, and around every other module that is loaded by itself.
+
+    Returns those of the blocks that are part of every prediction.
+    """
     installed: set[nn.Module] = set()
+    calls: list[BlockCall] = []
     for name, found in blocks.items():
         if name in partitioned_components(job):
             for block in found:
-                block.forward = PartitionedBlockCall(block, recompute=job.gradient.checkpointing is not False)
+                block.forward = PartitionedBlockCall(block, recompute=recomputes_at_first(job, family.device))
             continue
         compiles = name in family.predict_components and _compiles(job, family, name)
         for block in found:
             is_split = block not in units and any(inner in units for inner in block.modules())
-            block.forward = BlockCall(
+            call = BlockCall(
                 block,
-                recompute=job.gradient.checkpointing is not False,
+                recompute=recomputes_at_first(job, family.device),
                 compile=compiles and not is_split,
                 unit=units.get(block),
                 offload=offload,
                 activations=activations,
             )
+            block.forward = call
             installed.add(block)
+            if name in family.predict_components:
+                calls.append(call)
     for module, unit in units.items():
         if module not in installed:
             module.forward = BlockCall(module, recompute=True, unit=unit, offload=offload)
+    return calls
 
 
 def _compiles(job: Job, family: ModelFamily, component: str) -> bool:

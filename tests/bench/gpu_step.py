@@ -18,6 +18,7 @@ from diffsynth_ray.config.schema import Job
 from diffsynth_ray.models.family import EncodedBatch
 from diffsynth_ray.models.qwen_image import QwenImage
 from diffsynth_ray.schedule import build_schedule
+from diffsynth_ray.train import selection
 from diffsynth_ray.train.residency import Residency, settle
 from diffsynth_ray.train.trainer import MicroInput, Trainer, select_trained
 
@@ -103,7 +104,13 @@ def main() -> None:
     embeds = torch.randn(options.batch, TEXT_TOKENS, 3584, device="cuda", dtype=torch.bfloat16)
     micro = MicroInput(EncodedBatch(latents, {"prompt_embeds": embeds}), tuple(range(options.batch)))
     started = time.perf_counter()
+    if residency.selectable:
+        selection.watch(trainer)
     trainer.start(micro)
+    if residency.selectable:
+        selection.keep_what_fits(
+            trainer, selection.read_memory(), gather=lambda value: [value], say=lambda line: print(line, flush=True)
+        )
     torch.cuda.synchronize()
     start_s = time.perf_counter() - started
     loading_peak_gib = torch.cuda.max_memory_allocated() / 2**30
