@@ -20,10 +20,13 @@ from diffsynth_ray.memory.offload import RING_UNITS
 from diffsynth_ray.memory.placement import READ_AHEAD
 from diffsynth_ray.train.model_cost import BlockKind, ModelCost
 from diffsynth_ray.train.optim import COLLECTED_BYTES, build_optimizer
+from diffsynth_ray.train.residency import selects_blocks
 
 GIB = 2**30
 RESERVED_BYTES = int(1.2 * GIB)
 """Of the device, beside what torch allocates: the CUDA context with its libraries, and gaps between allocations."""
+MARGIN = 0.08
+"""Share of the memory that "auto" leaves free: larger texts than the probe's, and gaps between allocations."""
 _PROCESS_BYTES = 3 * GIB
 """Host memory of a worker's process with torch and CUDA."""
 _BUCKET_ELEMENTS = 500_000_000
@@ -126,6 +129,14 @@ def estimate(job: Job, cost: ModelCost, device: Device | None, *, spread: Spread
     memory, moment = _device_memory(job, cost, spread)
     times, step_s, moved = _times(job, cost, device, spread)
     notes = list(cost.notes)
+    if device is not None and selects_blocks(job):
+        extra = sum(kind.count * (_kept_of(kind, recompute=False) - kind.input_bytes) for kind in cost.blocks)
+        free = int((1 - MARGIN) * (device.memory_bytes - RESERVED_BYTES)) - sum(memory.values())
+        share = min(max(free / extra, 0.0), 1.0) if extra else 0.0
+        memory["activations kept"] = memory.get("activations kept", 0) + int(share * extra)
+        step_s -= share * times["recomputation"]
+        times["recomputation"] *= 1 - share
+        notes.append(f'gradient.checkpointing = "auto" will keep the activations of about {share:.0%} of the blocks')
     if device is not None and not device.is_measured:
         notes.append(f"the speeds of {device.name} are its data sheet's, scaled as an H100 reaches its own")
     if job.distributed.strategy == "deepspeed":

@@ -95,13 +95,15 @@ def settle(family: ModelFamily, job: Job, *, group: NodeGroup | None = None, say
     activations = ActivationStore(family.device) if job.gradient.checkpointing_offload else None
     calls = _install(family, job, blocks, built, offload, activations)
     place_on_node = group.place if group is not None else NodePlace()
-    return Residency(offload, activations, place_on_node, tuple(calls) if _is_selective(job, family.device) else ())
+    return Residency(
+        offload, activations, place_on_node, tuple(calls) if selects_blocks(job) and family.device.type == "cuda" else ()
+    )
 
 
-def _is_selective(job: Job, device: torch.device) -> bool:
-    """Whether blocks are chosen one by one: with offload, and where parameters are partitioned, all are recomputed."""
+def selects_blocks(job: Job) -> bool:
+    """Whether "auto" chooses block by block: with offload, and where parameters are partitioned, all are recomputed."""
     is_fixed = job.offload.cpu_offload or job.gradient.checkpointing_offload or bool(partitioned_components(job))
-    return job.gradient.checkpointing == "auto" and not is_fixed and device.type == "cuda"
+    return job.gradient.checkpointing == "auto" and not is_fixed
 
 
 def recomputes_at_first(job: Job, device: torch.device) -> bool:

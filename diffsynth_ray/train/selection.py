@@ -9,11 +9,8 @@ from typing import Any
 import torch
 
 from diffsynth_ray.memory.selective import BlockUse, RecomputationMeter, choose
-from diffsynth_ray.train.estimate import state_bytes
+from diffsynth_ray.train.estimate import MARGIN, state_bytes
 from diffsynth_ray.train.trainer import Trainer
-
-MARGIN = 0.08
-"""Share of the memory that is left free: larger texts than the probe's, and gaps between allocations."""
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,6 @@ def test_problems_of_overrides_and_file_come_together(tmp_path: Path) -> None:
     ("override", "feature"),
     [
         ("task=direct_distill", "direct distillation"),
-        ("gradient.checkpointing=auto", "selective recomputation"),
     ],
 )
 def test_what_is_not_built_is_refused(tmp_path: Path, override: str, feature: str) -> None:

@@ -216,6 +216,23 @@ def test_what_does_not_fit_is_told_with_the_keys_that_help():
     assert estimate(job, cost, None, spread=Spread(), is_compiled=True).fits is None
 
 
+def test_auto_keeps_what_fits_the_device():
+    cost = traced(build_job(), SQUARE)
+    auto = build_job(gradient={"checkpointing": "auto"})
+    found = {
+        name: estimate(job, cost, device, spread=Spread(), is_compiled=True)
+        for name, job, device in (
+            ("all", build_job(), H100), ("none", build_job(gradient={"checkpointing": False}), H100),
+            ("h100", auto, H100), ("h200", auto, DEVICES["h200"]), ("a100-40", auto, DEVICES["a100-40"]),
+        )
+    }  # fmt: skip
+    assert found["h100"].step_s == pytest.approx(found["none"].step_s)
+    assert found["h100"].peak_bytes == pytest.approx(found["none"].peak_bytes, rel=0.01)
+    assert found["h200"].times["recomputation"] == 0
+    assert found["a100-40"].peak_bytes == found["all"].peak_bytes  # nothing is left there
+    assert "about 100% of the blocks" in found["h200"].notes[-2]
+
+
 def test_strategies_share_out_what_they_share_out():
     cost = traced(build_job(), SQUARE)
     sizes = {}

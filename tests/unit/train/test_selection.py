@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_trainer import build_job, build_trainer, micro
 
 from diffsynth_ray.memory.checkpointing import BlockCall
 from diffsynth_ray.memory.selective import BlockUse, RecomputationMeter, choose
 from diffsynth_ray.train.residency import recomputes_at_first
 from diffsynth_ray.train.selection import DeviceMemory, keep_what_fits
-from tests.support.tiny_trainer import build_job, build_trainer, micro
 
 torch.set_num_threads(1)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
