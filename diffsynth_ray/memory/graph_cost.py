@@ -33,11 +33,6 @@ class GraphCost:
     peak_bytes: int = 0
     """Alive at once, without parameters: inputs until their last use, intermediate results and outputs."""
 
-    @property
-    def flops(self) -> int:
-        """All of it."""
-        return self.attention_flops + sum(flops for flops, _ in self.products)
-
 
 @dataclass
 class _Walk:

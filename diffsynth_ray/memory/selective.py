@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+MARGIN = 0.08
+"""Share of the memory that is left free: larger texts than the probe's, and gaps between allocations."""
+
 
 @dataclass(frozen=True)
 class BlockUse:

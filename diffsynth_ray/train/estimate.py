@@ -9,24 +9,20 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
-from diffsynth_ray.config.schema import Job, TrainingSection
-from diffsynth_ray.errors import JobFileError
+from diffsynth_ray.config.schema import Job
 from diffsynth_ray.memory.activations import STILL_LEAVING
 from diffsynth_ray.memory.devices import Device
 from diffsynth_ray.memory.graph_cost import GraphCost
 from diffsynth_ray.memory.offload import RING_UNITS
 from diffsynth_ray.memory.placement import READ_AHEAD
+from diffsynth_ray.memory.selective import MARGIN
 from diffsynth_ray.train.model_cost import BlockKind, ModelCost
-from diffsynth_ray.train.optim import COLLECTED_BYTES, build_optimizer
+from diffsynth_ray.train.optim import COLLECTED_BYTES, state_bytes
 from diffsynth_ray.train.residency import selects_blocks
 
 GIB = 2**30
 RESERVED_BYTES = int(1.2 * GIB)
 """Of the device, beside what torch allocates: the CUDA context with its libraries, and gaps between allocations."""
-MARGIN = 0.08
-"""Share of the memory that "auto" leaves free: larger texts than the probe's, and gaps between allocations."""
 _PROCESS_BYTES = 3 * GIB
 """Host memory of a worker's process with torch and CUDA."""
 _BUCKET_ELEMENTS = 500_000_000
@@ -358,24 +354,3 @@ def _times(job: Job, cost: ModelCost, device: Device | None, spread: Spread) -> 
         times["the update"] = _UPDATE_BYTES * elements / share / device.traffic_bytes
         step_s += times["the update"]
     return times, step_s, moved
-
-
-_STATE_BYTES: dict[str, float] = {}
-"""Bytes of an optimizer's state an element, by its class and arguments."""
-
-
-def state_bytes(training: TrainingSection) -> float:
-    """Found by one step on a small matrix; two moments, as AdamW has, where the optimizer is not to be had here."""
-    key = f"{training.optimizer} {training.optimizer_args}"
-    if key not in _STATE_BYTES:
-        param = torch.nn.Parameter(torch.zeros(256, 256))
-        param.grad = torch.ones_like(param)
-        try:
-            optimizer = build_optimizer([param], training)
-            optimizer.step()
-        except (RuntimeError, TypeError, JobFileError):
-            return 8.0
-        state = (value for values in optimizer.state.values() for value in values.values())
-        size = sum(value.numel() * value.element_size() for value in state if isinstance(value, torch.Tensor) and value.ndim)
-        _STATE_BYTES[key] = size / param.numel()
-    return _STATE_BYTES[key]

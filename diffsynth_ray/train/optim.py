@@ -84,6 +84,30 @@ def build_optimizer(
         ) from error
 
 
+_STATE_BYTES: dict[str, float] = {}
+"""Bytes of an optimizer's state an element, by its class and arguments."""
+
+
+def state_bytes(training: TrainingSection) -> float:
+    """Bytes of the optimizer's state an element, found by one step on a small matrix.
+
+    Two moments, as AdamW has, where the optimizer is not to be had here.
+    """
+    key = f"{training.optimizer} {training.optimizer_args}"
+    if key not in _STATE_BYTES:
+        param = nn.Parameter(torch.zeros(256, 256))
+        param.grad = torch.ones_like(param)
+        try:
+            optimizer = build_optimizer([param], training)
+            optimizer.step()
+        except (RuntimeError, TypeError, JobFileError):
+            return 8.0
+        state = (value for values in optimizer.state.values() for value in values.values())
+        size = sum(value.numel() * value.element_size() for value in state if isinstance(value, Tensor) and value.ndim)
+        _STATE_BYTES[key] = size / param.numel()
+    return _STATE_BYTES[key]
+
+
 class MasterOptimizer:
     """A torch optimizer over the masters of named parameters."""
 

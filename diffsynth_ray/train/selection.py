@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from diffsynth_ray.memory.selective import BlockUse, RecomputationMeter, choose
-from diffsynth_ray.train.estimate import MARGIN, state_bytes
+from diffsynth_ray.memory.selective import MARGIN, BlockUse, RecomputationMeter, choose
+from diffsynth_ray.train.optim import state_bytes
 from diffsynth_ray.train.trainer import Trainer
 
 
