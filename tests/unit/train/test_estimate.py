@@ -127,9 +127,7 @@ def kept_bytes(block, args, kwargs):
     return sum(size for storage, size in saved.items() if storage not in known)
 
 
-@pytest.mark.parametrize(
-    "row", [pytest.param(row, marks=() if row in ("qwen_image", "flux") else pytest.mark.slow) for row in TINY]
-)
+@pytest.mark.parametrize("row", [pytest.param(row, marks=() if row == "qwen_image" else pytest.mark.slow) for row in TINY])
 def test_the_fake_pass_keeps_what_a_real_one_keeps(row):
     job, (extra, side, num_frames) = tiny_job(row), TINY[row]
     cost = measure_model(job, Shape(2, side, side, num_frames, text_tokens=12), is_compiled=False, say=silent)
