@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffsynth_ray.cli import render
+from diffsynth_ray.cli import estimating, render
 from diffsynth_ray.cli.options import JobFile, Json, Overrides, Run
 from diffsynth_ray.errors import ClusterError, ExitCode, RunNotFoundError
 
@@ -19,17 +19,33 @@ if TYPE_CHECKING:
 _POLL_S = 0.5
 
 
-def plan(job_file: JobFile, overrides: Overrides = None, as_json: Json = False) -> int:
+def plan(
+    job_file: JobFile,
+    overrides: Overrides = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Estimate memory and step time of a worker; seconds, needs no GPU.")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What to estimate for (h100, a100, 4090, ...); else this machine's GPU.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
     """Show what a job would run, without running it."""
     from diffsynth_ray.config.load import load_job
     from diffsynth_ray.config.resolve import local_resources, resolve
     from diffsynth_ray.plan import build_plan
 
-    built = build_plan(resolve(load_job(job_file, overrides), local_resources(), source=job_file))
+    wants_estimate = estimate or gpu is not None
+    device = estimating.device_of(gpu) if wants_estimate else None
+    resolved = resolve(load_job(job_file, overrides), local_resources(), source=job_file)
+    built = build_plan(resolved)
+    found = estimating.estimate(resolved, device) if wants_estimate else None
     if as_json:
-        render.result_json(built.as_dict())
+        render.result_json(built.as_dict() | ({"estimate": found.as_dict()} if found else {}))
     else:
-        render.plan(built.lines(), render.result)
+        render.plan(built.lines() + (found.lines() if found else []), render.result)
+    if found is not None:
+        estimating.check_host(resolved, found)
     return ExitCode.DONE
 
 

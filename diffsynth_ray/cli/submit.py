@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffsynth_ray.cli import render, starting
+from diffsynth_ray.cli import estimating, render, starting
 from diffsynth_ray.cli.options import Json, New, Overrides
 from diffsynth_ray.cli.starting import Outcome
 from diffsynth_ray.errors import ClusterError, DsrayError, ExitCode
@@ -25,6 +25,7 @@ class _Wishes:
     address: str | None
     detach: bool
     new: bool
+    estimates: bool
 
 
 def submit(
@@ -38,6 +39,9 @@ def submit(
     ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Do not follow the run.")] = False,
     new: New = False,
+    no_estimate: Annotated[
+        bool, typer.Option("--no-estimate", help="Do not estimate whether the job fits the GPUs' memory.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the plan only.")] = False,
     as_json: Json = False,
 ) -> int:
@@ -49,7 +53,7 @@ def submit(
     if detach and len(job_files) > 1:
         raise DsrayError("--detach takes one job file: several run one after the other, which needs this command")
     jobs = starting.load_jobs(job_files, overrides)
-    wishes = _Wishes(address=address, detach=detach, new=new)
+    wishes = _Wishes(address=address, detach=detach, new=new, estimates=not no_estimate)
     if dry_run:
         return _dry_run(jobs, job_files, wishes, as_json=as_json)
     for job, reference in zip(jobs, job_files, strict=True):
@@ -101,6 +105,8 @@ def _submit_one(job: Job, reference: str, wishes: _Wishes) -> Outcome:
         if finished := starting.finished_outcome(resolved, plan):
             return finished
     with client.open_cluster(wishes.address, resources, say=render.say) as cluster:
+        if wishes.estimates:
+            estimating.warn_before_submit(resolved, client.accelerators(cluster), is_remote=remote)
         submission_id = _find_or_submit(resolved, cluster, new=wishes.new)
         submission = registry.Submission(
             run=resolved.run,

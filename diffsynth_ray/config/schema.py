@@ -186,7 +186,8 @@ class GradientSection(Section):
     """Gradients: recomputation and accumulation."""
 
     checkpointing: bool | Literal["auto"] = _key(True)
-    """Recompute the blocks' activations in the backward pass: much less memory, about a third more time."""
+    """Recompute the blocks' activations in the backward pass: much less memory, about a third more time. "auto": as few blocks
+    as the device's memory demands, found out before the first step; on a CPU none."""
     checkpointing_offload: bool = _key(False)
     """Keep the blocks' inputs in host memory."""
     accumulation_steps: int = _key(1, ge=1)

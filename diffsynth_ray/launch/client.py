@@ -241,12 +241,25 @@ def job_client(cluster: Cluster) -> JobSubmissionClient:
         raise ClusterError(f"the cluster at {cluster.url} does not take us: {error}", hint=_ADDRESS_HINT) from error
 
 
+def _node_totals(cluster: Cluster) -> list[dict[str, float]]:
+    """Ray's resources of all live nodes."""
+    answer = cluster.request("/api/v0/nodes?limit=10000")
+    return [node.get("resources_total") or {} for node in answer["data"]["result"]["result"] if node.get("state") == "ALIVE"]
+
+
+def accelerators(cluster: Cluster) -> list[str]:
+    """Kinds of GPUs in the cluster, as Ray names them ("H100")."""
+    if cluster.local:
+        return []
+    prefix = "accelerator_type:"
+    return sorted({name.removeprefix(prefix) for total in _node_totals(cluster) for name in total if name.startswith(prefix)})
+
+
 def cluster_resources(cluster: Cluster) -> Resources:
     """CPUs and GPUs of all live nodes."""
     if cluster.local:
         return Resources(cpus=cluster.local.cpus, gpus=cluster.local.gpus)
-    answer = cluster.request("/api/v0/nodes?limit=10000")
-    totals = [node.get("resources_total") or {} for node in answer["data"]["result"]["result"] if node.get("state") == "ALIVE"]
+    totals = _node_totals(cluster)
     return Resources(cpus=sum(total.get("CPU", 0.0) for total in totals), gpus=sum(total.get("GPU", 0.0) for total in totals))
 
 

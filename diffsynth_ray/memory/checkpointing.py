@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffsynth_ray.memory.activations import ActivationStore
 from diffsynth_ray.memory.offload import LayerOffload, Unit
+from diffsynth_ray.memory.selective import RecomputationMeter
 
 
 class BlockCall:
@@ -41,6 +42,8 @@ class BlockCall:
         self.inner = torch.compile(inner) if compile else inner
         self.trained = [param for param in module.parameters() if param.requires_grad]
         self.out_spec: TreeSpec | None = None
+        self.meter: RecomputationMeter | None = None
+        """Measures recomputations while it is set."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's result; same values and gradients as the module's own forward."""
@@ -67,6 +70,14 @@ class BlockCall:
         args, kwargs = arguments.filled(tensors)
         results, self.out_spec = tree_flatten(self.inner(*args, **kwargs))
         assert all(isinstance(result, Tensor) for result in results), f"{type(self.module).__name__} returns more than tensors"
+        return results
+
+    def run_again(self, arguments: _Arguments, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """`run` in a backward pass, measured where it is wanted."""
+        if self.meter is None:
+            return self.run(arguments, tensors)
+        with self.meter.stretch(lambda: sum(result.numel() * result.element_size() for result in results)):
+            results = self.run(arguments, tensors)
         return results
 
 
@@ -126,7 +137,7 @@ class _Recomputed(torch.autograd.Function):
         wanted = [tensor for tensor in tensors if tensor.requires_grad] + call.trained
         with call.weights():
             with torch.enable_grad():
-                results = call.run(ctx.arguments, tensors)
+                results = call.run_again(ctx.arguments, tensors)
             pairs = [
                 (result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None and result.requires_grad
             ]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import layouts
@@ -102,6 +103,18 @@ def stack_conditions(conditions: Sequence[Mapping[str, Tensor]]) -> dict[str, Te
     return stacked
 
 
+def real_tensor(values: Sequence[Any]) -> Tensor:
+    """A CPU tensor with values, also inside of a fake mode."""
+    with unset_fake_temporarily():
+        return torch.tensor(values)
+
+
+def real_values(tensor: Tensor) -> list[Any]:
+    """The values of a tensor as nested lists; of a real one also inside of a fake mode."""
+    with unset_fake_temporarily():
+        return list(tensor.tolist())
+
+
 def split_conditions(conditions: Mapping[str, Tensor], *, num_samples: int) -> list[dict[str, Tensor]]:
     """The inverse of `stack_conditions`: one [1, n, ...] a sample, padding and masks taken off."""
     singles = []
@@ -174,6 +187,8 @@ class ModelFamily(ABC):
     """Whether `encode_conditions` reads prompt and extra inputs together, so that neither can be cached without the other."""
     option_names: ClassVar[tuple[str, ...]] = ()
     """Keys of `[model] options`."""
+    depth_keys: ClassVar[dict[str, str]] = {}
+    """A list of like blocks in the DiT -> the key of its configuration that has their number, for `blank_batch`'s users."""
 
     def __init__(self, components: dict[str, nn.Module], *, dtype: torch.dtype, device: torch.device | str) -> None:
         self.components = components
@@ -296,6 +311,19 @@ class ModelFamily(ABC):
         """Prompts, uint8 pixels [b, f, h, w, 3] and extra inputs -> one encoded batch."""
         conditions = self.encode_conditions(prompts, pixels=pixels, extra=extra or {})
         return EncodedBatch(self.encode_image(pixels), conditions, tuple(sample_ids))
+
+    def blank_batch(
+        self,
+        num_samples: int,
+        *,
+        height: int,
+        width: int,
+        num_frames: int = 1,
+        text_tokens: int,
+        extra_inputs: Sequence[str] = (),
+    ) -> EncodedBatch:
+        """A batch of zeros in the shapes that the encoders give for samples of this size; only the DiT is needed for it."""
+        raise ModelError(f"the family {self.name} does not say what its encoders give: memory and time cannot be estimated")
 
     def sample(self, request: SampleRequest) -> Frames:
         """One picture or clip, uint8 [f, h, w, 3], made by diffusers' pipeline with the weights as they are."""

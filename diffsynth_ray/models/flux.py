@@ -45,6 +45,10 @@ class Flux(LibraryFamily):
     predict_components = ("dit",)
     size_multiple = image_vae.VAE_FACTOR * PATCH
     option_names = ("embedded_guidance",)
+    depth_keys: ClassVar[dict[str, str]] = {
+        "transformer_blocks": "num_layers",
+        "single_transformer_blocks": "num_single_layers",
+    }
     names: ClassVar[dict[str, LayerNames]] = NAMES
     infer_functions: ClassVar[dict[str, InferConfig]] = configs.INFER
     tokenizer_keys: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {
@@ -164,6 +168,25 @@ class Flux(LibraryFamily):
     def latents_shape(self, height: int, width: int, num_frames: int = 1) -> tuple[int, ...]:
         """(16, height / 8, width / 8)."""
         return image_vae.latents_shape(height, width, num_frames, family=self.name)
+
+    def blank_batch(
+        self,
+        num_samples: int,
+        *,
+        height: int,
+        width: int,
+        num_frames: int = 1,
+        text_tokens: int,
+        extra_inputs: Sequence[str] = (),
+    ) -> EncodedBatch:
+        """See `ModelFamily.blank_batch`; the text has one length."""
+        config = self.component("dit").config
+        conditions = {
+            "prompt_embeds": torch.zeros(num_samples, T5_TOKENS, config.joint_attention_dim, dtype=self.dtype),
+            "pooled_prompt_embeds": torch.zeros(num_samples, config.pooled_projection_dim, dtype=self.dtype),
+        }
+        latents = torch.zeros(num_samples, *self.latents_shape(height, width, num_frames), dtype=self.dtype)
+        return EncodedBatch(latents, conditions)
 
     def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """[b, 16, h, w] -> the predicted velocity, noise - x_0, of the same shape."""

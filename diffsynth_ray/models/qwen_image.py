@@ -20,7 +20,7 @@ from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import layouts
 from diffsynth_ray.models import qwen_image_configs as configs
 from diffsynth_ray.models import qwen_image_edit as edit
-from diffsynth_ray.models.family import TRAINED_TINY, EncodedBatch, register_family, stack_conditions
+from diffsynth_ray.models.family import TRAINED_TINY, EncodedBatch, real_tensor, real_values, register_family, stack_conditions
 from diffsynth_ray.models.layer_names import LayerNames
 from diffsynth_ray.models.layouts import KeyLayout
 from diffsynth_ray.models.library_family import TINY_DIR, InferConfig, LibraryFamily, missing_tokenizer
@@ -59,6 +59,7 @@ class QwenImage(LibraryFamily):
     extra_inputs = ("edit_image",)
     text_reads_extra = True
     option_names = ("zero_cond_t", "edit_prompt", TRAINED_TINY)
+    depth_keys: ClassVar[dict[str, str]] = {"transformer_blocks": "num_layers"}
     names: ClassVar[dict[str, LayerNames]] = {}
     infer_functions: ClassVar[dict[str, InferConfig]] = configs.INFER
     tokenizer_keys: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {
@@ -212,10 +213,32 @@ class QwenImage(LibraryFamily):
             )
         return (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
 
+    def blank_batch(
+        self,
+        num_samples: int,
+        *,
+        height: int,
+        width: int,
+        num_frames: int = 1,
+        text_tokens: int,
+        extra_inputs: Sequence[str] = (),
+    ) -> EncodedBatch:
+        """See `ModelFamily.blank_batch`; one picture to edit, as large as the VAE gets it."""
+        config = self.component("dit").config
+        text = torch.zeros(num_samples, min(text_tokens, MAX_PROMPT_TOKENS), config.joint_attention_dim, dtype=self.dtype)
+        conditions = {"prompt_embeds": text}
+        if extra_inputs:
+            rows, columns = edit.blank_shape(height, width)
+            conditions[edit.EDIT_TOKENS] = torch.zeros(num_samples, rows * columns, config.in_channels, dtype=self.dtype)
+            # Its values are read: under a fake mode too this one is real.
+            conditions[edit.EDIT_SHAPES] = real_tensor([[(1, rows, columns)]] * num_samples)
+        latents = torch.zeros(num_samples, *self.latents_shape(height, width, num_frames), dtype=self.dtype)
+        return EncodedBatch(latents, conditions)
+
     def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """[b, 16, h, w] -> the predicted velocity, noise - x_0, of the same shape."""
         shapes = batch.conditions.get(edit.EDIT_SHAPES)
-        if shapes is not None and len(set(map(str, shapes.tolist()))) > 1:
+        if shapes is not None and len(set(map(str, real_values(shapes)))) > 1:
             # The DiT takes one set of positions for the whole batch.
             parts = zip(batch.samples(), noisy_latents.split(1), timesteps.split(1), strict=True)
             return torch.cat([self._predict(*part) for part in parts])
@@ -227,7 +250,7 @@ class QwenImage(LibraryFamily):
         num_tokens, shapes = tokens.shape[1], [(1, height // PATCH, width // PATCH)]
         if edit.EDIT_TOKENS in batch.conditions:
             tokens = torch.cat([tokens, batch.conditions[edit.EDIT_TOKENS].to(tokens)], dim=1)
-            shapes += [tuple(shape) for shape in batch.conditions[edit.EDIT_SHAPES][0].tolist()]
+            shapes += [tuple(shape) for shape in real_values(batch.conditions[edit.EDIT_SHAPES])[0]]
         output = self.component("dit")(
             hidden_states=tokens,
             encoder_hidden_states=batch.conditions["prompt_embeds"].to(self.dtype),

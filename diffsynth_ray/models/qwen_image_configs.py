@@ -13,7 +13,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 _ROPE_AXES = {128: (16, 56, 56), 32: (8, 12, 12)}
 
 # Qwen2.5-VL-7B-Instruct, the text encoder of every released Qwen-Image.
-_TEXT_ENCODER_7B: dict[str, Any] = {
+TEXT_ENCODER_7B: dict[str, Any] = {
     "tie_word_embeddings": False,
     "image_token_id": 151655,
     "video_token_id": 151656,
@@ -69,13 +69,13 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "vae": {"base_dim": 8, "z_dim": 16},
     "text_encoder": {
-        **_TEXT_ENCODER_7B,
+        **TEXT_ENCODER_7B,
         "image_token_id": 552,
         "video_token_id": 553,
         "vision_start_token_id": 549,
         "vision_end_token_id": 550,
         "text_config": {
-            **_TEXT_ENCODER_7B["text_config"],
+            **TEXT_ENCODER_7B["text_config"],
             "vocab_size": 576,
             "hidden_size": 64,
             "intermediate_size": 128,
@@ -88,7 +88,7 @@ TINY: dict[str, dict[str, Any]] = {
             "eos_token_id": 542,
         },
         "vision_config": {
-            **_TEXT_ENCODER_7B["vision_config"],
+            **TEXT_ENCODER_7B["vision_config"],
             "depth": 2,
             "hidden_size": 32,
             "intermediate_size": 64,
@@ -140,7 +140,7 @@ def _infer_vae(shapes: Shapes) -> dict[str, Any]:
 
 
 def _infer_text_encoder(shapes: Shapes) -> dict[str, Any]:
-    text = _TEXT_ENCODER_7B["text_config"]
+    text = TEXT_ENCODER_7B["text_config"]
     prefix = "model.language_model." if "model.language_model.embed_tokens.weight" in shapes else "model."
     embedding = shapes[f"{prefix}embed_tokens.weight"]
     if embedding != (text["vocab_size"], text["hidden_size"]):
@@ -148,7 +148,7 @@ def _infer_text_encoder(shapes: Shapes) -> dict[str, Any]:
             f"qwen_image text_encoder: embeddings of shape {list(embedding)} are not Qwen2.5-VL-7B's "
             f"{[text['vocab_size'], text['hidden_size']]}; put its config.json beside the weights"
         )
-    return _TEXT_ENCODER_7B
+    return TEXT_ENCODER_7B
 
 
 INFER: dict[str, Callable[[Shapes], dict[str, Any]]] = {

@@ -57,6 +57,13 @@ def scaled(picture: Image.Image, area: int) -> Image.Image:
     return picture.resize((round(width / _SIDE) * _SIDE, round(height / _SIDE) * _SIDE))
 
 
+def blank_shape(height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of tokens of a picture of these proportions as the DiT gets it."""
+    side_width = math.sqrt(_VAE_AREA * width / height)
+    side_height = side_width * height / width
+    return round(side_height / _SIDE) * _SIDE // 16, round(side_width / _SIDE) * _SIDE // 16
+
+
 def for_the_vae(pictures: Sequence[Image.Image]) -> list[Image.Image]:
     """The sample's pictures at the size that the VAE gets them."""
     return [scaled(picture, _VAE_AREA) for picture in pictures]

@@ -31,6 +31,8 @@ from diffsynth_ray.models.weights import meta_parameters
 
 TEXT_TOKENS = 512
 """The DiT always attends to this many text tokens; those after the prompt are zeros."""
+CLIP_TOKENS = 257
+"""Of a picture."""
 FRAMES_PER_LATENT = 4
 PATCH = 2
 """Latent pixels to a token, each way."""
@@ -53,6 +55,7 @@ class Wan(LibraryFamily):
     size_multiple = 16
     clip_step = FRAMES_PER_LATENT
     extra_inputs = ("input_image", "end_image")
+    depth_keys: ClassVar[dict[str, str]] = {"blocks": "num_layers"}
     names: ClassVar[dict[str, LayerNames]] = NAMES
     infer_functions: ClassVar[dict[str, InferConfig]] = configs.INFER
     tokenizer_keys: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {
@@ -235,6 +238,30 @@ class Wan(LibraryFamily):
         mean, std = (square.new_tensor(values).view(1, 3, 1, 1) for values in (_CLIP_MEAN, _CLIP_STD))
         output = encoder(pixel_values=((square - mean) / std).to(self.dtype), output_hidden_states=True)
         return output.hidden_states[-2].to(self.dtype)
+
+    def blank_batch(
+        self,
+        num_samples: int,
+        *,
+        height: int,
+        width: int,
+        num_frames: int = 1,
+        text_tokens: int,
+        extra_inputs: Sequence[str] = (),
+    ) -> EncodedBatch:
+        """See `ModelFamily.blank_batch`."""
+        config = self.component("dit").config
+        latents = torch.zeros(num_samples, *self.latents_shape(height, width, num_frames), dtype=self.dtype)
+        text = torch.zeros(num_samples, min(text_tokens, TEXT_TOKENS), config.text_dim, dtype=self.dtype)
+        conditions = {"prompt_embeds": text}
+        if extra_inputs and self._is_ti2v():
+            conditions[FIRST_FRAME] = torch.zeros_like(latents[:, :, :1])
+        elif extra_inputs:
+            added = config.in_channels - config.out_channels
+            conditions["image_latents"] = latents.new_zeros(num_samples, added, *latents.shape[2:])
+        if config.image_dim is not None:
+            conditions["image_embeds"] = latents.new_zeros(num_samples, len(extra_inputs), CLIP_TOKENS, config.image_dim)
+        return EncodedBatch(latents, conditions)
 
     def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """[b, c, f, h, w] -> the predicted velocity, noise - x_0, of the same shape."""

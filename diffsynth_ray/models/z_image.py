@@ -40,6 +40,11 @@ class ZImage(LibraryFamily):
     image_components = ("vae",)
     predict_components = ("dit",)
     size_multiple = image_vae.VAE_FACTOR * PATCH
+    depth_keys: ClassVar[dict[str, str]] = {
+        "layers": "n_layers",
+        "noise_refiner": "n_refiner_layers",
+        "context_refiner": "n_refiner_layers",
+    }
     names: ClassVar[dict[str, LayerNames]] = {"vae": image_vae.NAMES}
     infer_functions: ClassVar[dict[str, InferConfig]] = configs.INFER
     tokenizer_keys: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {"tokenizer_path": ("text_encoder", ("tokenizer",))}
@@ -136,6 +141,22 @@ class ZImage(LibraryFamily):
     def latents_shape(self, height: int, width: int, num_frames: int = 1) -> tuple[int, ...]:
         """(16, height / 8, width / 8)."""
         return image_vae.latents_shape(height, width, num_frames, family=self.name)
+
+    def blank_batch(
+        self,
+        num_samples: int,
+        *,
+        height: int,
+        width: int,
+        num_frames: int = 1,
+        text_tokens: int,
+        extra_inputs: Sequence[str] = (),
+    ) -> EncodedBatch:
+        """See `ModelFamily.blank_batch`."""
+        width_of_text = self.component("dit").config.cap_feat_dim
+        conditions = {"prompt_embeds": torch.zeros(num_samples, min(text_tokens, MAX_TOKENS), width_of_text, dtype=self.dtype)}
+        latents = torch.zeros(num_samples, *self.latents_shape(height, width, num_frames), dtype=self.dtype)
+        return EncodedBatch(latents, conditions)
 
     def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """[b, 16, h, w] -> the predicted velocity, noise - x_0, of the same shape.

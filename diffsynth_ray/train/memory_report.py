@@ -109,7 +109,7 @@ def savings(job: Job, use: MemoryUse, world_size: int) -> list[tuple[int, str]]:
     """(bytes, key and what it costs) of the settings that would free memory, the largest first; only what is built."""
     state = use.masters + use.optimizer
     found: list[tuple[float, str, str]] = []
-    if job.gradient.checkpointing is False:
+    if job.gradient.checkpointing is not True:
         found.append((use.activations * _RECOMPUTED_SHARE, "gradient.checkpointing", "= true (a third more time)"))
     if job.dataset.batch_size > 1:
         half = -(-job.dataset.batch_size // 2)

@@ -61,6 +61,10 @@ _HAVE_FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 """Their updates are one kernel for many parameters on the GPU, where asked for."""
 
 
+COLLECTED_BYTES = 1 << 30
+"""Gradients that are added to their masters' at once."""
+
+
 def build_optimizer(
     params: Sequence[Tensor], training: TrainingSection, optimizer_class: Callable[..., torch.optim.Optimizer] | None = None
 ) -> torch.optim.Optimizer:
@@ -78,6 +82,30 @@ def build_optimizer(
             "job",
             [Problem("training.optimizer_args", f"{training.optimizer}({arguments}) is not accepted: {error}")],
         ) from error
+
+
+_STATE_BYTES: dict[str, float] = {}
+"""Bytes of an optimizer's state an element, by its class and arguments."""
+
+
+def state_bytes(training: TrainingSection) -> float:
+    """Bytes of the optimizer's state an element, found by one step on a small matrix.
+
+    Two moments, as AdamW has, where the optimizer is not to be had here.
+    """
+    key = f"{training.optimizer} {training.optimizer_args}"
+    if key not in _STATE_BYTES:
+        param = nn.Parameter(torch.zeros(256, 256))
+        param.grad = torch.ones_like(param)
+        try:
+            optimizer = build_optimizer([param], training)
+            optimizer.step()
+        except (RuntimeError, TypeError, JobFileError):
+            return 8.0
+        state = (value for values in optimizer.state.values() for value in values.values())
+        size = sum(value.numel() * value.element_size() for value in state if isinstance(value, Tensor) and value.ndim)
+        _STATE_BYTES[key] = size / param.numel()
+    return _STATE_BYTES[key]
 
 
 class MasterOptimizer:
@@ -101,26 +129,19 @@ class MasterOptimizer:
         """Add the parameters' gradients to their masters' in float32 and drop them."""
         if not self.keeps_masters:
             return
-        sums: list[Tensor] = []
-        added: list[Tensor] = []
-        new: list[Tensor] = []
-        first: list[Tensor] = []
-        for param, master in zip(self.params, self.masters, strict=True):
-            if param.grad is None:
+        # Few kernels for all parameters: a LoRA has thousands, and launching one for each takes longer than its work. But not
+        # one for all: the gradients of a whole model would be there in both number formats at once.
+        part: list[tuple[nn.Parameter, nn.Parameter]] = []
+        num_bytes = 0
+        for pair in zip(self.params, self.masters, strict=True):
+            if (gradient := pair[0].grad) is None:
                 continue
-            if master.grad is None:
-                master.grad = torch.empty_like(master)
-                new.append(master.grad)
-                first.append(param.grad)
-            else:
-                sums.append(master.grad)
-                added.append(param.grad)
-            param.grad = None
-        # Few kernels for all parameters: a LoRA has thousands, and launching one for each takes longer than its work.
-        if new:
-            torch._foreach_copy_(new, first)
-        if sums:
-            torch._foreach_add_(sums, added)
+            part.append(pair)
+            num_bytes += gradient.numel() * gradient.element_size()
+            if num_bytes >= COLLECTED_BYTES:
+                _collect(part)
+                part, num_bytes = [], 0
+        _collect(part)
 
     def step(self, lr: float) -> Tensor:
         """Clip, update, write the masters back; returns the gradient norm before clipping (a 0-d tensor, not synchronised)."""
@@ -211,6 +232,28 @@ class MasterOptimizer:
             if not self.optimizer.state[master]:
                 del self.optimizer.state[master]  # a parameter that never had a gradient has no state
         self.write_back()
+
+
+def _collect(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    """Add the gradients of parameters to those of their masters, and drop them."""
+    sums: list[Tensor] = []
+    added: list[Tensor] = []
+    new: list[Tensor] = []
+    first: list[Tensor] = []
+    for param, master in pairs:
+        assert param.grad is not None
+        if master.grad is None:
+            master.grad = torch.empty_like(master)
+            new.append(master.grad)
+            first.append(param.grad)
+        else:
+            sums.append(master.grad)
+            added.append(param.grad)
+        param.grad = None
+    if new:
+        torch._foreach_copy_(new, first)
+    if sums:
+        torch._foreach_add_(sums, added)
 
 
 _NUMBERS: dict[str, Callable[[float], float]] = {"int": int, "float": float}

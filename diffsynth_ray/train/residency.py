@@ -17,6 +17,7 @@ from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import JobFileError, Problem
 from diffsynth_ray.memory.activations import ActivationStore
 from diffsynth_ray.memory.checkpointing import BlockCall, PartitionedBlockCall
+from diffsynth_ray.memory.devices import FP8_INSTRUCTIONS
 from diffsynth_ray.memory.fp8 import convert_to_fp8
 from diffsynth_ray.memory.host import NodeGroup, NodePlace
 from diffsynth_ray.memory.offload import LayerOffload, Unit
@@ -26,8 +27,6 @@ from diffsynth_ray.schedule import trained_components
 
 RECOMPILE_LIMIT = 64
 """Variants of a block that are compiled before it runs uncompiled: shapes, with and without graph, with and without mask."""
-_FP8_INSTRUCTIONS = (8, 9)
-"""Compute capability from which compiled code may contain float8 conversions."""
 
 Say = Callable[[str], object]
 
@@ -39,6 +38,8 @@ class Residency:
     offload: LayerOffload | None = None
     activations: ActivationStore | None = None
     place: NodePlace = field(default_factory=NodePlace)
+    selectable: tuple[BlockCall, ...] = ()
+    """Blocks that may keep their activations instead of being recomputed; see `train.selection`."""
 
     @property
     def moved_bytes(self) -> int:
@@ -92,8 +93,25 @@ def settle(family: ModelFamily, job: Job, *, group: NodeGroup | None = None, say
             f"{offload.budget_bytes / 2**30:.1f} GiB of them on the device at a time"
         )
     activations = ActivationStore(family.device) if job.gradient.checkpointing_offload else None
-    _install(family, job, blocks, built, offload, activations)
-    return Residency(offload, activations, group.place if group is not None else NodePlace())
+    calls = _install(family, job, blocks, built, offload, activations)
+    place_on_node = group.place if group is not None else NodePlace()
+    return Residency(
+        offload, activations, place_on_node, tuple(calls) if selects_blocks(job) and family.device.type == "cuda" else ()
+    )
+
+
+def selects_blocks(job: Job) -> bool:
+    """Whether "auto" chooses block by block: with offload, and where parameters are partitioned, all are recomputed."""
+    is_fixed = job.offload.cpu_offload or job.gradient.checkpointing_offload or bool(partitioned_components(job))
+    return job.gradient.checkpointing == "auto" and not is_fixed
+
+
+def recomputes_at_first(job: Job, device: torch.device) -> bool:
+    """Whether blocks begin as recomputed ones. "auto" on a CPU keeps everything: its memory is not a device's."""
+    if job.gradient.checkpointing != "auto":
+        return job.gradient.checkpointing
+    is_fixed = job.offload.cpu_offload or job.gradient.checkpointing_offload
+    return is_fixed or device.type == "cuda"
 
 
 def partitioned_components(job: Job) -> list[str]:
@@ -124,29 +142,37 @@ def _install(
     units: dict[nn.Module, Unit],
     offload: LayerOffload | None,
     activations: ActivationStore | None,
-) -> None:
-    """Put a BlockCall around every block, and around every other module that is loaded by itself."""
+) -> list[BlockCall]:
+    """Put a BlockCall around every block, and around every other module that is loaded by itself.
+
+    Returns those of the blocks that are part of every prediction.
+    """
     installed: set[nn.Module] = set()
+    calls: list[BlockCall] = []
     for name, found in blocks.items():
         if name in partitioned_components(job):
             for block in found:
-                block.forward = PartitionedBlockCall(block, recompute=job.gradient.checkpointing is not False)
+                block.forward = PartitionedBlockCall(block, recompute=recomputes_at_first(job, family.device))
             continue
         compiles = name in family.predict_components and _compiles(job, family, name)
         for block in found:
             is_split = block not in units and any(inner in units for inner in block.modules())
-            block.forward = BlockCall(
+            call = BlockCall(
                 block,
-                recompute=job.gradient.checkpointing is not False,
+                recompute=recomputes_at_first(job, family.device),
                 compile=compiles and not is_split,
                 unit=units.get(block),
                 offload=offload,
                 activations=activations,
             )
+            block.forward = call
             installed.add(block)
+            if name in family.predict_components:
+                calls.append(call)
     for module, unit in units.items():
         if module not in installed:
             module.forward = BlockCall(module, recompute=True, unit=unit, offload=offload)
+    return calls
 
 
 def _compiles(job: Job, family: ModelFamily, component: str) -> bool:
@@ -154,7 +180,7 @@ def _compiles(job: Job, family: ModelFamily, component: str) -> bool:
     if family.device.type != "cuda":
         return asked is True
     capability = torch.cuda.get_device_capability(family.device)
-    if component in job.model.fp8_models and capability < _FP8_INSTRUCTIONS:
+    if component in job.model.fp8_models and capability < FP8_INSTRUCTIONS:
         return False
     if asked == "auto":
         from torch.utils._triton import has_triton

@@ -29,6 +29,7 @@ from diffsynth_ray.errors import DsrayError, RunError, is_lost_connection
 from diffsynth_ray.memory.host import NodePlace
 from diffsynth_ray.run_dir import RunDir, write_whole
 from diffsynth_ray.schedule import build_schedule
+from diffsynth_ray.train import selection
 from diffsynth_ray.train.cached_input import CachedInput
 from diffsynth_ray.train.checkpoint import Checkpoint, damage_of, find_checkpoints, find_restorable, read_checkpoint
 from diffsynth_ray.train.environment import describe_environment
@@ -182,7 +183,12 @@ class _Worker:
         self.say(f"model loaded in {time.monotonic() - started:.1f} s, {count:,} trained parameters")
         probe = self._probe_input()
         self.computed = f"the costliest micro batch, tried before the first step ({probe.describe()})"
+        selects = bool(self.trainer.residency.selectable)
+        if selects:
+            selection.watch(self.trainer)
         self.trainer.start(probe, say=self.say)
+        if selects:
+            selection.keep_what_fits(self.trainer, selection.read_memory(), gather=self.control.gather, say=self.say)
 
     def _node_workers(self) -> NodeWorkers | None:
         context = ray.train.get_context()

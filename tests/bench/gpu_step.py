@@ -17,6 +17,7 @@ from real_size import MODELS, build, encoded_batch
 
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.schedule import build_schedule
+from diffsynth_ray.train import selection
 from diffsynth_ray.train.residency import Residency, settle
 from diffsynth_ray.train.trainer import MicroInput, Trainer, select_trained
 
@@ -87,7 +88,13 @@ def main() -> None:
     )
     micro = MicroInput(batch, tuple(range(options.batch)))
     started = time.perf_counter()
+    if residency.selectable:
+        selection.watch(trainer)
     trainer.start(micro)
+    if residency.selectable:
+        selection.keep_what_fits(
+            trainer, selection.read_memory(), gather=lambda value: [value], say=lambda line: print(line, flush=True)
+        )
     torch.cuda.synchronize()
     start_s = time.perf_counter() - started
     loading_peak_gib = torch.cuda.max_memory_allocated() / 2**30

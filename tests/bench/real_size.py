@@ -38,7 +38,7 @@ class RealSize:
 
 
 MODELS = {
-    "qwen-image": RealSize(QwenImage, {"prompt_embeds": (256, 3584)}, {"text_encoder": qwen_image_configs._TEXT_ENCODER_7B}),
+    "qwen-image": RealSize(QwenImage, {"prompt_embeds": (256, 3584)}, {"text_encoder": qwen_image_configs.TEXT_ENCODER_7B}),
     "wan2.1-14b": RealSize(Wan, {"prompt_embeds": (512, 4096)}),
     "wan2.1-1.3b": RealSize(
         Wan, {"prompt_embeds": (512, 4096)}, {"dit": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}}

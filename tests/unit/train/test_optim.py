@@ -150,3 +150,22 @@ def test_moving_averages_follow_their_formula_and_survive_a_restart(dtype):
     for each in (optimizer, restored):
         step(each)
     assert torch.equal(optimizer.averages[0], restored.averages[0])
+
+
+def test_gradients_are_collected_in_parts_with_the_same_result(monkeypatch):
+    def step(part_bytes):
+        monkeypatch.setattr(optim, "COLLECTED_BYTES", part_bytes)
+        generator = torch.Generator().manual_seed(0)
+        params = {name: nn.Parameter(torch.randn(8, 8, generator=generator).bfloat16()) for name in "abcde"}
+        optimizer = MasterOptimizer(params, TrainingSection())
+        for _ in range(2):
+            for param in params.values():
+                param.grad = torch.randn(8, 8, generator=generator).bfloat16()
+            optimizer.collect_gradients()
+        assert all(param.grad is None for param in params.values())
+        optimizer.step(1e-3)
+        return [master.detach().clone() for master in optimizer.masters]
+
+    whole = step(1 << 30)
+    for part_bytes in (1, 300):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(step(part_bytes), whole, strict=True))
