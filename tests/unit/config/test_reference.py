@@ -21,7 +21,7 @@ def test_every_key_has_a_row_with_a_meaning() -> None:
 
 def test_reserved_keys_are_marked() -> None:
     rows = {line.split("`")[1]: line for line in build_reference().splitlines() if line.startswith("| `")}
-    assert 'Later version: `"direct_distill"`' in rows["task"]
+    assert 'Later version: `"auto"`' in rows["checkpointing"]
     assert "Later version" not in rows["learning_rate"]
 
 
