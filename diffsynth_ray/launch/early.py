@@ -7,6 +7,7 @@ finds them. While the first stage builds its index the other CPUs have nothing t
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 
 import ray
@@ -19,7 +20,7 @@ def start_early() -> None:
         from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 
         get_or_create_autoscaling_coordinator()
-    environment = ray.get_runtime_context().runtime_env.get("env_vars", {})
+    environment = {**os.environ, **ray.get_runtime_context().runtime_env.get("env_vars", {})}
     if environment.get("RAY_TRAIN_ENABLE_STATE_TRACKING") != "1":
         return
     with suppress(ImportError):

@@ -11,12 +11,12 @@ from typing import Any
 
 import ray
 from ray.train import Result
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 
-class ElasticTrainer(TorchTrainer):
-    """A TorchTrainer whose elastic runs start workers on nodes that stay."""
+class ElasticTrainer(DataParallelTrainer):
+    """A trainer whose elastic runs start workers on nodes that stay."""
 
     def _initialize_and_run_controller(self, **given: Any) -> Result:
         if self.scaling_config.elasticity_enabled:

@@ -102,8 +102,9 @@ def train_stage(
     `manifest_id` is what stage one returned.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+    from diffsynth_ray.launch.process_group import ProcessGroup
     from diffsynth_ray.launch.watch import Watch
     from diffsynth_ray.train.services import check_services
     from diffsynth_ray.train.split import split_parts
@@ -135,7 +136,7 @@ def train_stage(
         wait_for_turn(place, need_to_train(resolved), waits=board.wait.remote)
     count = f"{resolved.min_workers} to {resolved.num_workers}" if resolved.is_elastic else f"{resolved.num_workers}"
     say(f"starting {count} training worker(s)")
-    trainer_class = TorchTrainer
+    trainer_class = DataParallelTrainer
     if resolved.is_elastic:
         # It stands on insides of Ray Train: other runs do without them.
         from diffsynth_ray.launch.elastic import ElasticTrainer
@@ -153,7 +154,10 @@ def train_stage(
             "board": board,
         },
         # The driver ends what hangs after timeout_s, and names it; torch's own time-out is for what it does not see.
-        torch_config=TorchConfig(timeout_s=int(resolved.job.distributed.timeout_s) + _TORCH_TIMEOUT_MARGIN_S),
+        backend_config=ProcessGroup(
+            backend="nccl" if resolved.device == "cuda" else "gloo",
+            timeout_s=int(resolved.job.distributed.timeout_s) + _TORCH_TIMEOUT_MARGIN_S,
+        ),
         scaling_config=ScalingConfig(
             num_workers=(resolved.min_workers, resolved.num_workers) if resolved.is_elastic else resolved.num_workers,
             elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,

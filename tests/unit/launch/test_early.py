@@ -7,8 +7,8 @@ import ray
 from ray.data._internal import cluster_autoscaler
 from ray.train.v2._internal.state import state_actor
 
-from diffsynth_ray.launch.driver import WITHOUT_DASHBOARD_ENV, WORKER_ENV
 from diffsynth_ray.launch.early import start_early
+from diffsynth_ray.launch.environment import ONE_NODE_ENV, WITHOUT_DASHBOARD_ENV, WORKER_ENV, inherited
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,18 @@ def test_only_actors_that_the_run_will_wait_for_are_started(monkeypatch, environ
     monkeypatch.setattr(state_actor, "get_or_create_state_actor", lambda: started.append("state"))
     start_early()
     assert started == expected
+
+
+def test_an_environment_that_ray_was_started_with_counts_too(monkeypatch):
+    started = []
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(runtime_env={}))
+    monkeypatch.setattr(cluster_autoscaler, "get_or_create_autoscaling_coordinator", lambda: started.append("coordinator"))
+    monkeypatch.setattr(state_actor, "get_or_create_state_actor", lambda: started.append("state"))
+    with inherited(WITHOUT_DASHBOARD_ENV):
+        start_early()
+    with inherited(ONE_NODE_ENV):
+        start_early()
+    assert started == ["coordinator", "coordinator", "state"]
 
 
 def test_another_ray_that_has_no_such_actors_is_no_error(monkeypatch):
