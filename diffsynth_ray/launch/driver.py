@@ -25,7 +25,6 @@ from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.data.bad_samples import BadSample, BadSampleList
 from diffsynth_ray.errors import DataError, DsrayError, ExitCode
 from diffsynth_ray.launch.board import Board, Failure, Loss, News
-from diffsynth_ray.launch.early import start_early
 from diffsynth_ray.launch.environment import ELASTIC_ENV, WITHOUT_DASHBOARD_ENV, WORKER_ENV, inherited, leave_out_runtime_env
 from diffsynth_ray.launch.failures import WorkerPlace, describe, with_hint
 from diffsynth_ray.launch.queue import RENEW_EVERY_S, QueuePlace, join_queue, need_to_encode, need_to_train
@@ -106,7 +105,6 @@ def _chain_stages(
     environment = {"runtime_env": {"env_vars": ELASTIC_ENV}} if resolved.is_elastic else {}
     train = train_stage.options(scheduling_strategy=here, **environment)
     stages.append(train.remote(resolved_json, attempt.token, name, board, place, *stages))
-    start_early()
     kept = time.monotonic()
     while True:
         done, _ = ray.wait(stages[-1:], timeout=_POLL_S)

@@ -15,6 +15,7 @@ from diffsynth_ray.config.schema import Job
 from diffsynth_ray.config.validation import check_sample_size
 from diffsynth_ray.data.cached import open_cached_samples
 from diffsynth_ray.data.samples import SampleRule, build_sample_index
+from diffsynth_ray.launch.early import start_early
 from diffsynth_ray.launch.fetch import bring_model, bring_to_worker
 from diffsynth_ray.launch.queue import QueuePlace, need_to_encode, need_to_train, wait_for_turn
 from diffsynth_ray.run_dir import EncodeProgress, RunDir
@@ -105,6 +106,8 @@ def train_stage(
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from diffsynth_ray.launch.process_group import ProcessGroup
+
+    start_early()  # before the imports below, which are seconds too
     from diffsynth_ray.launch.watch import Watch
     from diffsynth_ray.train.services import check_services
     from diffsynth_ray.train.split import split_parts

@@ -1,9 +1,6 @@
 """Which of Ray Train's actors are started ahead. That Ray still has these functions is part of what is tested."""
 
-from types import SimpleNamespace
-
 import pytest
-import ray
 from ray.data._internal import cluster_autoscaler
 from ray.train.v2._internal.state import state_actor
 
@@ -12,31 +9,24 @@ from diffsynth_ray.launch.environment import ONE_NODE_ENV, WITHOUT_DASHBOARD_ENV
 
 
 @pytest.mark.parametrize(
-    ("environment", "expected"), [(WORKER_ENV, ["coordinator", "state"]), (WITHOUT_DASHBOARD_ENV, ["coordinator"])]
+    ("environment", "expected"),
+    [
+        (WORKER_ENV, ["coordinator", "state"]),
+        (ONE_NODE_ENV, ["coordinator", "state"]),
+        (WITHOUT_DASHBOARD_ENV, ["coordinator"]),
+    ],
 )
 def test_only_actors_that_the_run_will_wait_for_are_started(monkeypatch, environment, expected):
     started = []
-    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(runtime_env={"env_vars": environment}))
     monkeypatch.setattr(cluster_autoscaler, "get_or_create_autoscaling_coordinator", lambda: started.append("coordinator"))
     monkeypatch.setattr(state_actor, "get_or_create_state_actor", lambda: started.append("state"))
-    start_early()
+    with inherited(environment):
+        start_early()
     assert started == expected
 
 
-def test_an_environment_that_ray_was_started_with_counts_too(monkeypatch):
-    started = []
-    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(runtime_env={}))
-    monkeypatch.setattr(cluster_autoscaler, "get_or_create_autoscaling_coordinator", lambda: started.append("coordinator"))
-    monkeypatch.setattr(state_actor, "get_or_create_state_actor", lambda: started.append("state"))
-    with inherited(WITHOUT_DASHBOARD_ENV):
-        start_early()
-    with inherited(ONE_NODE_ENV):
-        start_early()
-    assert started == ["coordinator", "coordinator", "state"]
-
-
 def test_another_ray_that_has_no_such_actors_is_no_error(monkeypatch):
-    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(runtime_env={"env_vars": WORKER_ENV}))
     monkeypatch.delattr(cluster_autoscaler, "get_or_create_autoscaling_coordinator")
     monkeypatch.delattr(state_actor, "get_or_create_state_actor")
-    start_early()
+    with inherited(WORKER_ENV):
+        start_early()
