@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from diffsynth_ray.config.distillation import DIRECT_DISTILL
 from diffsynth_ray.config.schema import DatasetSection
 from diffsynth_ray.data.bad_samples import BadSample, check_limit
 from diffsynth_ray.data.batches import Bucket, MicroBatch, SampleOrder, build_buckets, deal
+from diffsynth_ray.data.decoded import MAX_BYTES, DecodedFiles
 from diffsynth_ray.data.holdout import held_out_rows
 from diffsynth_ray.data.media import (
     SIDE_MULTIPLE,
@@ -80,6 +82,13 @@ class SampleIndex:
     """Rows whose header shows that they cannot be trained on, and why; only under `bad_sample = "skip"`."""
     holdout: SampleIndex | None = None
     """Samples of the validation loss. A bad one is always an error there: another in its place would be another loss."""
+    kept: DecodedFiles | None = None
+    """What this process has decoded already; see `keeping_decoded`."""
+
+    def keeping_decoded(self) -> SampleIndex:
+        """The same for a process that decodes many steps: where all samples are small enough together, each once only."""
+        num_bytes = sum(len(b.rows) * b.num_frames * b.height * b.width * 3 for b in self.order.buckets)
+        return replace(self, kept=DecodedFiles()) if num_bytes <= MAX_BYTES else self
 
     def prompt(self, row: int) -> str:
         """The caption of a row; an empty cell is the empty prompt."""
@@ -190,13 +199,16 @@ class SampleIndex:
         if row in self.unusable:
             raise DataError(self.unusable[row])
         path = self.path(row)
-        frames = decode(
+        read = partial(
+            decode,
             path,
             height=micro.height,
             width=micro.width,
             num_frames=micro.num_frames,
             frame_rate=self.dataset.frame_rate,
         )
+        target = (micro.num_frames, micro.height, micro.width)
+        frames = read() if self.kept is None else self.kept.get(path, target, read)
         if len(frames) != micro.num_frames:
             raise DataError(f"{path}: {len(frames)} frames, its batch has {micro.num_frames}; the file is shorter than it was")
         return frames, {column: self._decode_extra(row, column) for column in self.extra_columns}

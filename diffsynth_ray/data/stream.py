@@ -122,7 +122,7 @@ def load_index(reference: ray.ObjectRef) -> SampleIndex:
     Once a task would not do: reading back the rows of a large dataset takes longer than decoding a chunk.
     """
     index: SampleIndex = ray.get(reference)
-    return index
+    return index.keeping_decoded()
 
 
 def _decode_chunk(block: pa.Table, index: ray.ObjectRef) -> pa.Table:

@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ray
 
-from diffsynth_ray.data.bad_samples import BadSample
 from diffsynth_ray.errors import DsrayError
 from diffsynth_ray.launch.failures import WorkerPlace, pick_root
 from diffsynth_ray.train.heartbeat import DONE, LOADING, LOADING_PATIENCE
+
+if TYPE_CHECKING:
+    from diffsynth_ray.data.bad_samples import BadSample
 
 _SHOWN_WORKERS = 8
 
@@ -42,7 +44,8 @@ class Loss:
 class Hung:
     """Workers that no longer do anything, and the text that says so."""
 
-    handles: list[Any]
+    handles: list[bytes]
+    """Pickled handles of their actors: reading one imports Ray Train, a second that only the driver needs to spend."""
     text: str
 
 
@@ -66,7 +69,7 @@ class News:
 @dataclass
 class _Worker:
     place: WorkerPlace
-    handle: Any
+    handle: bytes
     heard: float
     phase: str = "starting"
     since: float = 0.0
@@ -113,7 +116,7 @@ class Board:
         """Leave samples that were replaced."""
         self._bad += samples
 
-    def begin_group(self, places: list[WorkerPlace], handles: list[Any]) -> None:
+    def begin_group(self, places: list[WorkerPlace], handles: list[bytes]) -> None:
         """A group of workers has started."""
         now = time.monotonic()
         pairs = zip(places, handles, strict=True)

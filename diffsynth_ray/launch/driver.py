@@ -25,43 +25,13 @@ from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.data.bad_samples import BadSample, BadSampleList
 from diffsynth_ray.errors import ClusterError, DataError, DsrayError, ExitCode
 from diffsynth_ray.launch.board import Board, Failure, Loss, News
-from diffsynth_ray.launch.early import start_early
+from diffsynth_ray.launch.environment import ELASTIC_ENV, WITHOUT_DASHBOARD_ENV, WORKER_ENV, inherited, leave_out_runtime_env
 from diffsynth_ray.launch.failures import WorkerPlace, describe, with_hint
 from diffsynth_ray.launch.queue import RENEW_EVERY_S, QueuePlace, join_queue, need_to_encode, need_to_train
 from diffsynth_ray.launch.stages import encode_stage, train_stage
 from diffsynth_ray.launch.visibility import check_visible
 from diffsynth_ray.plan import build_plan
 from diffsynth_ray.run_dir import Attempt, RunDir, write_whole
-
-WORKER_ENV = {
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-    # Start-ups that time out do not count as failures: the sooner one is given up, the sooner one that fits is tried.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-    # Threads of a computation on the CPU that wait for each other would spin on the very CPUs that Ray, the decoding and other
-    # workers need: a step of a tiny model takes 0.13 to 0.26 s instead of 1.5 to 7 s on two busy CPUs, with the same loss.
-    "OMP_WAIT_POLICY": "passive",
-}
-"""Environment of the driver and its workers: how Ray and its processes behave, never a setting of the job."""
-_ELASTIC_ENV = {
-    # Ray Train's view of a node that has just died is some seconds old: it first waits in vain for as many workers as before.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
-}
-"""What is different where fewer workers will do."""
-WITHOUT_DASHBOARD_ENV = WORKER_ENV | {
-    # Nobody takes away a cluster's only node and lets it live.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # Nobody shows what it would track.
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
-    # Ray Train asks the dashboard whether its controller lives. Where there is none it looks for its address for 40 s, and a
-    # run that ends waits for that; a port that refuses answers at once.
-    "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9",
-}
-"""The same where Ray has no dashboard."""
 
 _STATE_OF_EXIT = {ExitCode.DONE: "SUCCEEDED", ExitCode.STOPPED: "STOPPED", ExitCode.RUN_FAILED: "FAILED"}
 _POLL_S = 0.2
@@ -130,10 +100,9 @@ def _chain_stages(resolved: ResolvedJob, attempt: Attempt, watcher: _Watcher, pl
     if resolved.encode is not None:
         stages.append(encode_stage.options(scheduling_strategy=here).remote(resolved_json, board, place))
     # Stage two takes what stage one returns, so that Ray starts it when that is there.
-    environment = {"runtime_env": {"env_vars": _ELASTIC_ENV}} if resolved.is_elastic else {}
+    environment = {"runtime_env": {"env_vars": ELASTIC_ENV}} if resolved.is_elastic else {}
     train = train_stage.options(scheduling_strategy=here, **environment)
     stages.append(train.remote(resolved_json, attempt.token, name, board, place, *stages))
-    start_early()
     kept = time.monotonic()
     while True:
         done, _ = ray.wait(stages[-1:], timeout=_POLL_S)
@@ -148,7 +117,7 @@ def _chain_stages(resolved: ResolvedJob, attempt: Attempt, watcher: _Watcher, pl
             return ray.get(stages[-1])
         if news.hung is not None:
             for handle in news.hung.handles:
-                ray.kill(handle)
+                ray.kill(ray.cloudpickle.loads(handle))
         if place is not None and news.has_turn and time.monotonic() - kept > RENEW_EVERY_S:
             kept = time.monotonic()
             place.keep(need_to_encode(resolved) if is_encoding else need_to_train(resolved))
@@ -319,32 +288,31 @@ def _stop_on_sigterm(run_dir: RunDir) -> Iterator[None]:
 def local_ray(say: Say) -> Iterator[None]:
     """A Ray of this process, without a dashboard, while it lasts. Raises ClusterError where it does not come up."""
     say(f"starting Ray in this process ({os.cpu_count()} CPUs)")
-    try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            runtime_env={"env_vars": WITHOUT_DASHBOARD_ENV},
-        )
-    except Exception as error:  # the boundary to the processes of Ray: a node that is late raises a bare Exception
-        raise ClusterError(
-            f"Ray did not start in this process: {error}",
-            hint="Ray waits 30 s for its own processes: start the command again when the machine is less busy; "
-            "their logs are in /tmp/ray/session_latest/logs",
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with inherited(WITHOUT_DASHBOARD_ENV):
+        try:
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        except Exception as error:  # the boundary to the processes of Ray: a node that is late raises a bare Exception
+            raise ClusterError(
+                f"Ray did not start in this process: {error}",
+                hint="Ray waits 30 s for its own processes: start the command again when the machine is less busy; "
+                "their logs are in /tmp/ray/session_latest/logs",
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def join_cluster() -> None:
     """Connect the entrypoint of a Ray job to its cluster."""
-    # Ray Train's actors ask the cluster that their environment names, else the one that last started on this machine, which
-    # may be another or gone: then a run that ends waits for an answer. Ray Jobs gives the address to this process only.
-    address = {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]} if "RAY_ADDRESS" in os.environ else {}
-    ray.init(address="auto", log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": WORKER_ENV | address})
+    runtime_env = None
+    if not leave_out_runtime_env(os.environ):
+        # Ray Train's actors ask the cluster that their environment names, else the one that last started on this machine,
+        # which may be another or gone: then a run that ends waits for an answer. Ray Jobs gives the address to this process
+        # only.
+        address = {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]} if "RAY_ADDRESS" in os.environ else {}
+        runtime_env = {"env_vars": WORKER_ENV | address}
+    ray.init(address="auto", log_to_driver=False, logging_level="ERROR", runtime_env=runtime_env)
 
 
 def run_locally(resolved: ResolvedJob, *, say: Say) -> ExitCode:

@@ -2,14 +2,14 @@
 
 Ray Train starts its coordinator of resources, waits for it, then starts the actor behind the dashboard's Train page and
 waits for that. Each takes some four seconds of imports, and both are named: who asks first makes them, and who asks later
-finds them. While the first stage builds its index the other CPUs have nothing to do.
+finds them. While the stage that trains builds its index the other CPUs have nothing to do. It starts them, not the driver,
+because asking for them imports Ray Data, which it needs anyway.
 """
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
-
-import ray
 
 
 def start_early() -> None:
@@ -19,8 +19,7 @@ def start_early() -> None:
         from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 
         get_or_create_autoscaling_coordinator()
-    environment = ray.get_runtime_context().runtime_env.get("env_vars", {})
-    if environment.get("RAY_TRAIN_ENABLE_STATE_TRACKING") != "1":
+    if os.environ.get("RAY_TRAIN_ENABLE_STATE_TRACKING") != "1":
         return
     with suppress(ImportError):
         from ray.train.v2._internal.state.state_actor import get_or_create_state_actor

@@ -14,7 +14,7 @@ from diffsynth_ray.run_dir import RunDir
 
 _POLL_S = 1.0
 _ONLINE = {"HF_HUB_OFFLINE": "0"}
-"""The training workers are kept offline (driver.WORKER_ENV); this is the one place where a hub may be asked."""
+"""The training workers are kept offline (environment.WORKER_ENV); this is the one place where a hub may be asked."""
 
 
 def bring_model(resolved: ResolvedJob, board: Any, *, resources: Mapping[str, float] | None = None) -> bool:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-from diffsynth_ray.config.resolve import READ_CPUS, ResolvedJob
+if TYPE_CHECKING:
+    from diffsynth_ray.config.resolve import ResolvedJob
 
 NAME, NAMESPACE = "queue", "dsray"
 RENEW_EVERY_S = 5.0
@@ -59,6 +60,8 @@ def need_to_encode(resolved: ResolvedJob) -> Need:
 
 
 def _need(resolved: ResolvedJob, resources: Amounts, *, decode_cpus: float, workers: tuple[int, int]) -> Need:
+    from diffsynth_ray.config.resolve import READ_CPUS  # the queue's own process does without the job's schema
+
     per_worker = {**resources, "CPU": resources.get("CPU", 0.0) + READ_CPUS + decode_cpus}
     return Need(resolved.run, resolved.job.distributed.priority, per_worker, *workers)
 

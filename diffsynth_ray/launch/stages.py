@@ -18,6 +18,7 @@ from diffsynth_ray.config.validation import check_sample_size
 from diffsynth_ray.data.cached import open_cached_samples
 from diffsynth_ray.data.samples import SampleRule, build_sample_index
 from diffsynth_ray.errors import ClusterError
+from diffsynth_ray.launch.early import start_early
 from diffsynth_ray.launch.fetch import bring_model, bring_to_worker
 from diffsynth_ray.launch.queue import QueuePlace, need_to_encode, need_to_train, wait_for_turn
 from diffsynth_ray.run_dir import EncodeProgress, RunDir
@@ -116,6 +117,7 @@ def train_stage(
     Ray Train would otherwise take up what it finds under the name of an earlier run; our checkpoints alone say where a run is.
     `manifest_id` is what stage one returned.
     """
+    start_early()  # before the imports below, which are seconds too
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 

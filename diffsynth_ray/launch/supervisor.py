@@ -30,6 +30,7 @@ from typing import Any
 import psutil
 
 from diffsynth_ray.launch.embedded import FIRST_JOB_TIMEOUT_S, IDLE_GRACE_S, START_TIMEOUT_S, LocalRay, lock, state_path
+from diffsynth_ray.launch.environment import local_environment
 from diffsynth_ray.launch.registry import state_dir
 from diffsynth_ray.run_dir import write_whole
 
@@ -92,7 +93,9 @@ class _Supervisor:
                 cpus=self.cpus, gpus=self.gpus, temp_dir=self.temp_dir, ports=self.ports,
                 object_store_bytes=_object_store_bytes(),
             ),
-            env=os.environ | head_environment(self.token_path, metric_ports=self.metric_ports),
+            env=os.environ
+            | head_environment(self.token_path, metric_ports=self.metric_ports)
+            | local_environment(self.dashboard_url),
             stdin=subprocess.DEVNULL,
             cwd="/",
         ).pid  # fmt: skip
@@ -217,9 +220,6 @@ def head_environment(token_path: Path, *, metric_ports: list[int]) -> dict[str, 
         # A driver that was sent SIGTERM may be writing a checkpoint; Ray's default is to kill it after 3 s.
         "RAY_JOB_STOP_WAIT_TIME_S": "600",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-        # Nobody takes away a cluster's only node; the process that looks for it costs every start seconds of a CPU.
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "AUTOSCALER_METRIC_PORT": str(metric_ports[0]),
         "DASHBOARD_METRIC_PORT": str(metric_ports[1]),
         "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"])),

@@ -41,7 +41,7 @@ class Watch(WorkerGroupCallback, ControllerCallback):
             for worker in workers
         ]
         self._has_told, self._is_running = False, True
-        self._board.begin_group.remote(places, [worker.actor for worker in workers])
+        self._board.begin_group.remote(places, [ray.cloudpickle.dumps(worker.actor) for worker in workers])
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         """Called several times a second; tells the first errors of a group."""

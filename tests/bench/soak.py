@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from training_runs import PARTS, Run, current_commit, describe_measurement, distance
 
 from diffsynth_ray.errors import ExitCode
-from diffsynth_ray.launch.driver import WITHOUT_DASHBOARD_ENV
+from diffsynth_ray.launch.environment import WITHOUT_DASHBOARD_ENV
 
 NUM_STEPS = 400
 SETTINGS = (

@@ -44,7 +44,7 @@ from ray.cluster_utils import Cluster
 from diffsynth_ray.config.load import load_job
 from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.launch.board import Board
-from diffsynth_ray.launch.driver import WORKER_ENV
+from diffsynth_ray.launch.environment import WORKER_ENV
 from diffsynth_ray.launch.fetch import bring_model, worker_nodes
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})

@@ -112,7 +112,8 @@ def layer_of(module: str) -> str:
 
 def test_imports_are_found_wherever_they_stand() -> None:
     found = {name for _, name in imports_of("diffsynth_ray.launch.stages")}
-    assert {"diffsynth_ray.train.worker", "ray.train.torch", "diffsynth_ray.run_dir"} <= found  # the first two are late
+    late = {"diffsynth_ray.train.worker", "ray.train.torch"}
+    assert late | {"diffsynth_ray.run_dir"} <= found
     assert "diffsynth_ray.launch.registry" in {name for _, name in imports_of("diffsynth_ray.launch.runs")}
 
 
@@ -208,6 +209,23 @@ def test_the_packages_of_pyproject_are_the_package_directories() -> None:
 def test_help_and_plan_import_neither_ray_nor_torch(entry: str) -> None:
     heavy = {"ray", "torch", "diffusers", "transformers", "peft", "rich", "modelscope_hub", "huggingface_hub", "requests"}
     program = f"import sys; {entry}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("board queue", {"torch", "ray.data", "pydantic", "numpy"}),
+        ("driver", {"torch", "ray.data", "ray.train"}),
+        ("supervisor", {"torch", "ray", "numpy"}),
+    ],
+)
+def test_processes_of_a_run_import_no_more_than_they_need(modules: str, heavy: set[str]) -> None:
+    """Each import is up to seconds of a CPU in every such process, before the first step."""
+    names = ", ".join(f"diffsynth_ray.launch.{module}" for module in modules.split())
+    program = f"import sys, {names}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

@@ -10,6 +10,7 @@ from PIL import Image
 
 from diffsynth_ray.config.load import load_job
 from diffsynth_ray.config.resolve import Resources, resolve
+from diffsynth_ray.data import samples as samples_module
 from diffsynth_ray.data.bad_samples import BadSample, BadSampleList
 from diffsynth_ray.data.batches import MicroBatch
 from diffsynth_ray.data.media import decode
@@ -319,3 +320,27 @@ def test_one_file_cannot_be_shared_out(dataset: Dataset) -> None:
     dataset.add("0.png")
     with pytest.raises(DataError, match=r"validation\.holdout"):
         dataset.build("validation.holdout=0.5")
+
+
+def test_a_small_data_set_is_decoded_once(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("0.png", "1.png"):
+        dataset.add(name)
+    read = []
+    monkeypatch.setattr(samples_module, "decode", lambda path, **target: read.append(path) or decode(path, **target))
+    index = dataset.build().keeping_decoded()
+    first, again = (index.decode(micro_of(index, 1), step=step) for step in (0, 1))
+    assert len(read) == 1
+    assert again.pixels.tolist() == first.pixels.tolist() == np.full((1, 1, 48, 64, 3), 1).tolist()
+    index.decode(micro_of(index, 0), step=2)
+    assert len(read) == 2
+
+
+def test_a_data_set_that_is_too_large_is_not_kept(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("0.png", "1.png"):
+        dataset.add(name)
+    index = dataset.build("dataset.repeat=50")
+    one = 48 * 64 * 3
+    monkeypatch.setattr(samples_module, "MAX_BYTES", 2 * one)
+    assert index.keeping_decoded().kept is not None, "repeats are the same samples"
+    monkeypatch.setattr(samples_module, "MAX_BYTES", 2 * one - 1)
+    assert index.keeping_decoded().kept is None

@@ -14,6 +14,9 @@ from diffsynth_ray.errors import DataError
 class Samples:
     """Rows of two sizes whose pixels are their number; row 7 cannot be decoded."""
 
+    def keeping_decoded(self):
+        return self
+
     def __init__(self) -> None:
         sizes = [(16, 16 + 16 * (row % 2), 1) for row in range(10)]
         self.order = SampleOrder(build_buckets(sizes), repeat=3, batch_size=2, global_batch_size=6, seed=0)

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import ray
 from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
@@ -56,7 +57,7 @@ def test_workers_are_announced_with_their_places(watch, board):
     name, places, handles = board.sent[0]
     assert name == "begin_group"
     assert [(place.rank, place.node, place.pid) for place in places] == [(1, "10.0.0.1", 71), (0, "10.0.0.1", 70)]
-    assert handles == ["handle 1", "handle 0"]
+    assert [ray.cloudpickle.loads(handle) for handle in handles] == ["handle 1", "handle 0"]
 
 
 def test_the_first_errors_of_a_group_are_told_once(watch, board):
