@@ -36,6 +36,7 @@ from diffsynth_ray.train.units import ImageItem, Item, Unreadable, decode_unit, 
 
 WRITE_CPUS = 0.1
 """CPUs of a task that writes a shard."""
+_MIN_WRITERS = 2
 _SHARD_ENTRIES = 64
 """Entries of a shard: 130 MB of texts, 34 MB of 1024x1024 images. A killed stage loses a shard at most."""
 _MIN_SHARDS = 16
@@ -147,6 +148,8 @@ def _build_dataset(
                 batch_size=shard_entries,
                 batch_format="pyarrow",
                 num_cpus=WRITE_CPUS,
+                # Writers ask for next to no CPU: without a bound Ray starts a process for each block that is ready.
+                concurrency=max(_MIN_WRITERS, stage.num_workers),
             )
         )
     finally:
