@@ -9,7 +9,7 @@ from diffsynth_ray.launch.environment import WITHOUT_DASHBOARD_ENV, inherited
 @pytest.fixture(scope="session")
 def local_ray(tmp_path_factory):
     """Two CPUs, as on the smallest machine that the quickstart runs on; stopped at the end."""
-    with inherited(WITHOUT_DASHBOARD_ENV):
+    with inherited(WITHOUT_DASHBOARD_ENV):  # by Ray's processes; the tests that follow go without
         ray.init(
             address="local",
             num_cpus=2,
@@ -18,5 +18,5 @@ def local_ray(tmp_path_factory):
             logging_level="ERROR",
             object_store_memory=512 << 20,
         )
-        yield
-        ray.shutdown()
+    yield
+    ray.shutdown()
