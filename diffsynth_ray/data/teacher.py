@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from diffsynth_ray.config.distillation import REQUIRED_COLUMNS
@@ -43,12 +44,13 @@ def longest_run(metadata: Metadata) -> TeacherRun:
 
 
 def _whole_number(name: str, value: Value) -> int:
-    try:
-        number = float(value)  # type: ignore[arg-type]
-        if number == int(number):
-            return int(value) if isinstance(value, (int, str)) and str(value).lstrip("-").isdigit() else int(number)
-    except (TypeError, ValueError, OverflowError):
-        pass
+    text = str(value)
+    with suppress(ValueError):
+        return int(text)
+    with suppress(ValueError):
+        number = float(text)  # a spreadsheet's 4.0
+        if number.is_integer():
+            return int(number)
     raise DataError(f"{name}: got {value!r}, wanted a whole number")
 
 
