@@ -105,7 +105,7 @@ def _submit_one(job: Job, reference: str, wishes: _Wishes) -> Outcome:
         if finished := starting.finished_outcome(resolved, plan):
             return finished
     with client.open_cluster(wishes.address, resources, say=render.say) as cluster:
-        if wishes.estimates:
+        if wishes.estimates and resolved.device == "cuda":
             estimating.warn_before_submit(resolved, client.accelerators(cluster), is_remote=remote)
         submission_id = _find_or_submit(resolved, cluster, new=wishes.new)
         submission = registry.Submission(
