@@ -36,6 +36,17 @@ FIRST_FRAME = "first_frame_latents"
 
 
 @dataclass(frozen=True)
+class BatchShape:
+    """Sizes of a micro batch before the encoders."""
+
+    num_samples: int
+    height: int
+    width: int
+    num_frames: int = 1
+    text_tokens: int = 256
+
+
+@dataclass(frozen=True)
 class EncodedBatch:
     """Samples after the encoders: what stage one writes, stage two reads, and the train step consumes."""
 
@@ -312,18 +323,15 @@ class ModelFamily(ABC):
         conditions = self.encode_conditions(prompts, pixels=pixels, extra=extra or {})
         return EncodedBatch(self.encode_image(pixels), conditions, tuple(sample_ids))
 
-    def blank_batch(
-        self,
-        num_samples: int,
-        *,
-        height: int,
-        width: int,
-        num_frames: int = 1,
-        text_tokens: int,
-        extra_inputs: Sequence[str] = (),
-    ) -> EncodedBatch:
+    def blank_batch(self, shape: BatchShape, *, extra_inputs: Sequence[str] = ()) -> EncodedBatch:
         """A batch of zeros in the shapes that the encoders give for samples of this size; only the DiT is needed for it."""
         raise ModelError(f"the family {self.name} does not say what its encoders give: memory and time cannot be estimated")
+
+    def blank_latents(self, shape: BatchShape) -> Tensor:
+        """Their part of it, for the families' `blank_batch`."""
+        return torch.zeros(
+            shape.num_samples, *self.latents_shape(shape.height, shape.width, shape.num_frames), dtype=self.dtype
+        )
 
     def sample(self, request: SampleRequest) -> Frames:
         """One picture or clip, uint8 [f, h, w, 3], made by diffusers' pipeline with the weights as they are."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import flux_configs as configs
 from diffsynth_ray.models import image_vae, layouts, t5
-from diffsynth_ray.models.family import EncodedBatch, register_family
+from diffsynth_ray.models.family import BatchShape, EncodedBatch, register_family
 from diffsynth_ray.models.flux_names import NAMES
 from diffsynth_ray.models.layer_names import LayerNames
 from diffsynth_ray.models.layouts import KeyLayout
@@ -169,23 +169,14 @@ class Flux(LibraryFamily):
         """(16, height / 8, width / 8)."""
         return image_vae.latents_shape(height, width, num_frames, family=self.name)
 
-    def blank_batch(
-        self,
-        num_samples: int,
-        *,
-        height: int,
-        width: int,
-        num_frames: int = 1,
-        text_tokens: int,
-        extra_inputs: Sequence[str] = (),
-    ) -> EncodedBatch:
+    def blank_batch(self, shape: BatchShape, *, extra_inputs: Sequence[str] = ()) -> EncodedBatch:
         """See `ModelFamily.blank_batch`; the text has one length."""
         config = self.component("dit").config
         conditions = {
-            "prompt_embeds": torch.zeros(num_samples, T5_TOKENS, config.joint_attention_dim, dtype=self.dtype),
-            "pooled_prompt_embeds": torch.zeros(num_samples, config.pooled_projection_dim, dtype=self.dtype),
+            "prompt_embeds": torch.zeros(shape.num_samples, T5_TOKENS, config.joint_attention_dim, dtype=self.dtype),
+            "pooled_prompt_embeds": torch.zeros(shape.num_samples, config.pooled_projection_dim, dtype=self.dtype),
         }
-        latents = torch.zeros(num_samples, *self.latents_shape(height, width, num_frames), dtype=self.dtype)
+        latents = self.blank_latents(shape)
         return EncodedBatch(latents, conditions)
 
     def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:

@@ -20,7 +20,15 @@ from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import layouts
 from diffsynth_ray.models import qwen_image_configs as configs
 from diffsynth_ray.models import qwen_image_edit as edit
-from diffsynth_ray.models.family import TRAINED_TINY, EncodedBatch, real_tensor, real_values, register_family, stack_conditions
+from diffsynth_ray.models.family import (
+    TRAINED_TINY,
+    BatchShape,
+    EncodedBatch,
+    real_tensor,
+    real_values,
+    register_family,
+    stack_conditions,
+)
 from diffsynth_ray.models.layer_names import LayerNames
 from diffsynth_ray.models.layouts import KeyLayout
 from diffsynth_ray.models.library_family import TINY_DIR, InferConfig, LibraryFamily, missing_tokenizer
@@ -213,26 +221,19 @@ class QwenImage(LibraryFamily):
             )
         return (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
 
-    def blank_batch(
-        self,
-        num_samples: int,
-        *,
-        height: int,
-        width: int,
-        num_frames: int = 1,
-        text_tokens: int,
-        extra_inputs: Sequence[str] = (),
-    ) -> EncodedBatch:
+    def blank_batch(self, shape: BatchShape, *, extra_inputs: Sequence[str] = ()) -> EncodedBatch:
         """See `ModelFamily.blank_batch`; one picture to edit, as large as the VAE gets it."""
         config = self.component("dit").config
-        text = torch.zeros(num_samples, min(text_tokens, MAX_PROMPT_TOKENS), config.joint_attention_dim, dtype=self.dtype)
+        text = torch.zeros(
+            shape.num_samples, min(shape.text_tokens, MAX_PROMPT_TOKENS), config.joint_attention_dim, dtype=self.dtype
+        )
         conditions = {"prompt_embeds": text}
         if extra_inputs:
-            rows, columns = edit.blank_shape(height, width)
-            conditions[edit.EDIT_TOKENS] = torch.zeros(num_samples, rows * columns, config.in_channels, dtype=self.dtype)
+            rows, columns = edit.blank_shape(shape.height, shape.width)
+            conditions[edit.EDIT_TOKENS] = torch.zeros(shape.num_samples, rows * columns, config.in_channels, dtype=self.dtype)
             # Its values are read: under a fake mode too this one is real.
-            conditions[edit.EDIT_SHAPES] = real_tensor([[(1, rows, columns)]] * num_samples)
-        latents = torch.zeros(num_samples, *self.latents_shape(height, width, num_frames), dtype=self.dtype)
+            conditions[edit.EDIT_SHAPES] = real_tensor([[(1, rows, columns)]] * shape.num_samples)
+        latents = self.blank_latents(shape)
         return EncodedBatch(latents, conditions)
 
     def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:

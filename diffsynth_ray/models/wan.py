@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import layouts, t5
 from diffsynth_ray.models import wan_configs as configs
-from diffsynth_ray.models.family import FIRST_FRAME, EncodedBatch, register_family, stack_conditions
+from diffsynth_ray.models.family import FIRST_FRAME, BatchShape, EncodedBatch, register_family, stack_conditions
 from diffsynth_ray.models.layer_names import LayerNames, tensors_from_memory
 from diffsynth_ray.models.layouts import KeyLayout
 from diffsynth_ray.models.library_family import InferConfig, LibraryFamily, extra_image, missing_tokenizer
@@ -239,28 +239,19 @@ class Wan(LibraryFamily):
         output = encoder(pixel_values=((square - mean) / std).to(self.dtype), output_hidden_states=True)
         return output.hidden_states[-2].to(self.dtype)
 
-    def blank_batch(
-        self,
-        num_samples: int,
-        *,
-        height: int,
-        width: int,
-        num_frames: int = 1,
-        text_tokens: int,
-        extra_inputs: Sequence[str] = (),
-    ) -> EncodedBatch:
+    def blank_batch(self, shape: BatchShape, *, extra_inputs: Sequence[str] = ()) -> EncodedBatch:
         """See `ModelFamily.blank_batch`."""
         config = self.component("dit").config
-        latents = torch.zeros(num_samples, *self.latents_shape(height, width, num_frames), dtype=self.dtype)
-        text = torch.zeros(num_samples, min(text_tokens, TEXT_TOKENS), config.text_dim, dtype=self.dtype)
+        latents = self.blank_latents(shape)
+        text = torch.zeros(shape.num_samples, min(shape.text_tokens, TEXT_TOKENS), config.text_dim, dtype=self.dtype)
         conditions = {"prompt_embeds": text}
         if extra_inputs and self._is_ti2v():
             conditions[FIRST_FRAME] = torch.zeros_like(latents[:, :, :1])
         elif extra_inputs:
             added = config.in_channels - config.out_channels
-            conditions["image_latents"] = latents.new_zeros(num_samples, added, *latents.shape[2:])
+            conditions["image_latents"] = latents.new_zeros(shape.num_samples, added, *latents.shape[2:])
         if config.image_dim is not None:
-            conditions["image_embeds"] = latents.new_zeros(num_samples, len(extra_inputs), CLIP_TOKENS, config.image_dim)
+            conditions["image_embeds"] = latents.new_zeros(shape.num_samples, len(extra_inputs), CLIP_TOKENS, config.image_dim)
         return EncodedBatch(latents, conditions)
 
     def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import image_vae, layouts
 from diffsynth_ray.models import z_image_configs as configs
-from diffsynth_ray.models.family import EncodedBatch, register_family, stack_conditions
+from diffsynth_ray.models.family import BatchShape, EncodedBatch, register_family, stack_conditions
 from diffsynth_ray.models.layer_names import LayerNames
 from diffsynth_ray.models.layouts import KeyLayout
 from diffsynth_ray.models.library_family import TINY_DIR, InferConfig, LibraryFamily, missing_tokenizer
@@ -142,20 +142,13 @@ class ZImage(LibraryFamily):
         """(16, height / 8, width / 8)."""
         return image_vae.latents_shape(height, width, num_frames, family=self.name)
 
-    def blank_batch(
-        self,
-        num_samples: int,
-        *,
-        height: int,
-        width: int,
-        num_frames: int = 1,
-        text_tokens: int,
-        extra_inputs: Sequence[str] = (),
-    ) -> EncodedBatch:
+    def blank_batch(self, shape: BatchShape, *, extra_inputs: Sequence[str] = ()) -> EncodedBatch:
         """See `ModelFamily.blank_batch`."""
         width_of_text = self.component("dit").config.cap_feat_dim
-        conditions = {"prompt_embeds": torch.zeros(num_samples, min(text_tokens, MAX_TOKENS), width_of_text, dtype=self.dtype)}
-        latents = torch.zeros(num_samples, *self.latents_shape(height, width, num_frames), dtype=self.dtype)
+        conditions = {
+            "prompt_embeds": torch.zeros(shape.num_samples, min(shape.text_tokens, MAX_TOKENS), width_of_text, dtype=self.dtype)
+        }
+        latents = self.blank_latents(shape)
         return EncodedBatch(latents, conditions)
 
     def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from diffsynth_ray.config.distillation import DIRECT_DISTILL
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.data.metadata import PROMPT_COLUMN, read_metadata
 from diffsynth_ray.errors import DataError, JobFileError, Problem
 from diffsynth_ray.memory.devices import FP8_INSTRUCTIONS, Device
-from diffsynth_ray.models.family import ModelFamily, get_family
+from diffsynth_ray.models.family import BatchShape, ModelFamily, get_family
 from diffsynth_ray.train.estimate import GIB, RESERVED_BYTES, Estimate, Spread, activation_bytes, estimate
-from diffsynth_ray.train.model_cost import ModelCost, Shape, find_configs, measure_model
+from diffsynth_ray.train.model_cost import ModelCost, find_configs, measure_model
 from diffsynth_ray.train.residency import partitioned_components
 
 _TEXT_TOKENS = 256
@@ -30,6 +31,9 @@ Say = Callable[[str], object]
 def estimate_job(resolved: ResolvedJob, *, device: Device | None, is_remote: bool, say: Say) -> Estimate:
     """The estimate of a worker, with advice where it does not fit; raises DsrayError for what cannot be reckoned."""
     job = resolved.job
+    if job.task == DIRECT_DISTILL:
+        message = "estimates cover single timesteps; direct distillation computes through every step of inference"
+        raise JobFileError(f"job {job.name}", [Problem("task", message)])
     is_compiled = compiles(job, device)
     family = get_family(find_configs(job)[0])
     cost = measure_model(job, largest_shape(job, family), is_compiled=is_compiled, say=say)
@@ -47,7 +51,7 @@ def compiles(job: Job, device: Device | None) -> bool:
     return is_new or not set(job.model.fp8_models) & {job.lora.base_model, *job.training.trainable_models}
 
 
-def largest_shape(job: Job, family: type[ModelFamily]) -> Shape:
+def largest_shape(job: Job, family: type[ModelFamily]) -> BatchShape:
     """The costliest micro batch that the job's keys allow; the samples themselves may be smaller."""
     dataset, multiple = job.dataset, 2 * family.size_multiple
     side = max(math.isqrt(dataset.max_pixels) // multiple, 1) * multiple
@@ -56,7 +60,7 @@ def largest_shape(job: Job, family: type[ModelFamily]) -> Shape:
     if family.clip_step is not None:
         num_frames = (dataset.num_frames - 1) // family.clip_step * family.clip_step + 1
     tokens = _text_tokens(job) + (_PICTURE_TOKENS if family.text_reads_extra and job.model.extra_inputs else 0)
-    return Shape(dataset.batch_size, height, width, num_frames, tokens)
+    return BatchShape(dataset.batch_size, height, width, num_frames, tokens)
 
 
 def _text_tokens(job: Job) -> int:

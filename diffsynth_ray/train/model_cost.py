@@ -25,7 +25,7 @@ from diffsynth_ray.memory.graph_cost import nbytes, storages
 from diffsynth_ray.memory.peak import peak_bytes
 from diffsynth_ray.memory.placement import split_units
 from diffsynth_ray.models import sources
-from diffsynth_ray.models.family import ModelFamily, get_family
+from diffsynth_ray.models.family import BatchShape, ModelFamily, get_family
 from diffsynth_ray.models.full_size import released_component
 from diffsynth_ray.models.library_family import LibraryFamily
 from diffsynth_ray.models.weights import load_components
@@ -33,17 +33,6 @@ from diffsynth_ray.schedule import trained_components
 from diffsynth_ray.train.trainer import select_trained
 
 Say = Callable[[str], object]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The largest micro batch of a job."""
-
-    num_samples: int
-    height: int
-    width: int
-    num_frames: int = 1
-    text_tokens: int = 256
 
 
 @dataclass(frozen=True)
@@ -96,7 +85,7 @@ class ModelCost:
     """Everything that an estimate adds up."""
 
     family: str
-    shape: Shape
+    shape: BatchShape
     blocks: tuple[BlockKind, ...]
     around: Component
     """The trained component without its blocks."""
@@ -152,7 +141,7 @@ def _as_list(entry: str | list[str]) -> list[str]:
     return [entry] if isinstance(entry, str) else entry
 
 
-def measure_model(job: Job, shape: Shape, *, is_compiled: bool, say: Say) -> ModelCost:
+def measure_model(job: Job, shape: BatchShape, *, is_compiled: bool, say: Say) -> ModelCost:
     """Build and trace a job's model; seconds, on the CPU, without its weights.
 
     Raises JobFileError or ModelError for what cannot be reckoned.
@@ -180,7 +169,7 @@ def measure_model(job: Job, shape: Shape, *, is_compiled: bool, say: Say) -> Mod
     return ModelCost(name, shape, tuple(blocks), traced.around(), around_kept, others, tuple(notes))
 
 
-def describe(shape: Shape) -> str:
+def describe(shape: BatchShape) -> str:
     """For people."""
     frames = f" x {shape.num_frames} frames" if shape.num_frames > 1 else ""
     return f"{shape.num_samples} x {shape.height}x{shape.width}{frames}, {shape.text_tokens} text tokens"
@@ -207,7 +196,7 @@ class _Traced:
         self.module = module
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def trace(self, shape: Shape, *, is_compiled: bool) -> tuple[list[BlockKind], int]:
+    def trace(self, shape: BatchShape, *, is_compiled: bool) -> tuple[list[BlockKind], int]:
         """The kinds of blocks in the order of the forward pass, and what is kept around them."""
         fake_weights(self.module, self.mode)
         calls: dict[nn.Module, tuple[Any, Any, Any]] = {}
@@ -236,14 +225,11 @@ class _Traced:
             )
         return kinds, around_kept
 
-    def _run(self, shape: Shape) -> int:
+    def _run(self, shape: BatchShape) -> int:
         """The forward pass around the blocks; returns what it keeps for backward."""
         family, job = self.family, self.job
         with self.mode:
-            batch = family.blank_batch(
-                shape.num_samples, height=shape.height, width=shape.width, num_frames=shape.num_frames,
-                text_tokens=shape.text_tokens, extra_inputs=job.model.extra_inputs,
-            )  # fmt: skip
+            batch = family.blank_batch(shape, extra_inputs=job.model.extra_inputs)
             times = torch.zeros(shape.num_samples)
 
             def forward() -> Tensor:
@@ -303,7 +289,7 @@ def _component(module: nn.Module, blocks: list[nn.Module], *, with_trained: bool
 
 
 def _measure_other(
-    family: type[LibraryFamily], job: Job, name: str, config: Mapping[str, Any], shape: Shape, dtype: torch.dtype
+    family: type[LibraryFamily], job: Job, name: str, config: Mapping[str, Any], shape: BatchShape, dtype: torch.dtype
 ) -> Component:
     """A frozen component: its weights, and what encoding pictures takes."""
     encodes = name in family.image_components

@@ -16,6 +16,7 @@ import torch._inductor.config
 from real_size import MODELS, build, encoded_batch
 
 from diffsynth_ray.config.schema import Job
+from diffsynth_ray.models.family import BatchShape
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train import selection
 from diffsynth_ray.train.residency import Residency, settle
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--width", type=int, help="where it is not SIZE")
     parser.add_argument("--frames", type=int, default=1)
+    parser.add_argument("--text-tokens", type=int, default=256, help="of families whose text has no fixed length")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
@@ -82,10 +84,8 @@ def main() -> None:
     residency = settle(family, job, say=lambda line: print(line, flush=True))
     schedule = build_schedule(job, num_samples=1000, global_batch_size=options.batch)
     trainer = Trainer(job, family, schedule, residency=residency)
-    width = options.width or options.size
-    batch = encoded_batch(
-        family, options.model, batch=options.batch, height=options.size, width=width, num_frames=options.frames
-    )
+    shape = BatchShape(options.batch, options.size, options.width or options.size, options.frames, options.text_tokens)
+    batch = encoded_batch(family, shape)
     micro = MicroInput(batch, tuple(range(options.batch)))
     started = time.perf_counter()
     if residency.selectable:

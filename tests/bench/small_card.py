@@ -19,6 +19,7 @@ import torch
 from real_size import build, encoded_batch
 
 from diffsynth_ray.config.schema import Job
+from diffsynth_ray.models.family import BatchShape
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.graph import SampleBatch
 from diffsynth_ray.train.residency import settle
@@ -66,7 +67,7 @@ def main() -> None:
         pixels = np.random.default_rng(0).integers(0, 256, (1, 1, SIZE, SIZE, 3), dtype=np.uint8)
         micro = MicroInput(SampleBatch(pixels, (PROMPT,), (0,)), (0,))
     else:
-        micro = MicroInput(encoded_batch(family, "qwen-image", batch=1, height=SIZE, width=SIZE), (0,))
+        micro = MicroInput(encoded_batch(family, BatchShape(1, SIZE, SIZE)), (0,))
     trainer.start(micro)
     times, losses = [], []
     for _ in range(options.steps):

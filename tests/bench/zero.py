@@ -23,6 +23,7 @@ import torch.multiprocessing as mp
 from real_size import build, encoded_batch
 
 from diffsynth_ray.config.schema import Job
+from diffsynth_ray.models.family import BatchShape
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.residency import settle
 from diffsynth_ray.train.trainer import MicroInput, Trainer, select_trained
@@ -80,7 +81,7 @@ def measure(options: argparse.Namespace, job: Job, device: torch.device) -> dict
     trainer = Trainer(job, family, schedule, residency=residency)
     num_trained = sum(param.numel() for param in trainer.trained.values())
     generator = torch.Generator(device).manual_seed(rank)
-    batch = encoded_batch(family, "qwen-image", batch=1, height=options.size, width=options.size, generator=generator)
+    batch = encoded_batch(family, BatchShape(1, options.size, options.size), generator=generator)
     micro = MicroInput(batch, (rank,))
     trainer.start(micro, say=say)
     start_s = time.perf_counter() - started

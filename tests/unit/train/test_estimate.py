@@ -13,10 +13,10 @@ from diffsynth_ray.errors import JobFileError, ModelError
 from diffsynth_ray.memory.devices import DEVICES, H100, find_device
 from diffsynth_ray.memory.fake_pass import kept_by_autograd, tensors_of
 from diffsynth_ray.memory.graph_cost import storages
-from diffsynth_ray.models.family import get_family
+from diffsynth_ray.models.family import BatchShape, get_family
 from diffsynth_ray.train import fit
 from diffsynth_ray.train.estimate import GIB, Spread, estimate
-from diffsynth_ray.train.model_cost import Shape, find_configs, measure_model
+from diffsynth_ray.train.model_cost import find_configs, measure_model
 from diffsynth_ray.train.trainer import select_trained
 
 torch.set_num_threads(1)
@@ -28,7 +28,7 @@ ON_HOST = {
     "lora": {"base_model": None},
     "offload": {"cpu_offload": True, "optimize_on_cpu": True},
 }
-SQUARE = Shape(1, 1024, 1024, text_tokens=256)
+SQUARE = BatchShape(1, 1024, 1024, text_tokens=256)
 
 # On an H100 80GB, Qwen-Image at its real size: tests/bench/results/memory_table.json, gpu_step.json, and runs of
 # tests/bench/gpu_step.py. Fastest and slowest run in seconds, GiB. The H100's speeds in memory.devices stem from there too, so
@@ -37,7 +37,7 @@ MEASURED = {
     "lora": ({}, SQUARE, 60, (0.55, 0.58), 43.38),
     "lora without checkpointing": ({"gradient": {"checkpointing": False}}, SQUARE, 60, (0.403, 0.448), 68.5),
     "lora 512 batch 4 without checkpointing": (
-        {"gradient": {"checkpointing": False}}, Shape(4, 512, 512, text_tokens=256), 60, (0.39, 0.42), 75.0
+        {"gradient": {"checkpointing": False}}, BatchShape(4, 512, 512, text_tokens=256), 60, (0.39, 0.42), 75.0
     ),
     "lora offload": ({"offload": {"cpu_offload": True}}, SQUARE, 60, (1.467, 1.6), 7.84),
     "lora offload, activations too": (
@@ -130,14 +130,14 @@ def kept_bytes(block, args, kwargs):
 @pytest.mark.parametrize("row", [pytest.param(row, marks=() if row == "qwen_image" else pytest.mark.slow) for row in TINY])
 def test_the_fake_pass_keeps_what_a_real_one_keeps(row):
     job, (extra, side, num_frames) = tiny_job(row), TINY[row]
-    cost = measure_model(job, Shape(2, side, side, num_frames, text_tokens=12), is_compiled=False, say=silent)
+    cost = measure_model(job, BatchShape(2, side, side, num_frames, text_tokens=12), is_compiled=False, say=silent)
     family = get_family(job.model.family).build_tiny(0, components=["dit"], extra_inputs=extra)
     select_trained(family, job)
     blocks, calls = family.repeated_blocks("dit"), {}
     for block in blocks:
         block.plain = block.forward
         block.forward = partial(record, block, calls)
-    batch = family.blank_batch(2, height=side, width=side, num_frames=num_frames, text_tokens=12, extra_inputs=extra)
+    batch = family.blank_batch(BatchShape(2, side, side, num_frames, text_tokens=12), extra_inputs=extra)
     with torch.no_grad():
         family.predict(batch, batch.latents, torch.zeros(2))
     assert len(calls) == len(blocks) == sum(kind.count for kind in cost.blocks)
@@ -178,7 +178,7 @@ def test_configurations_follow_from_the_ids_alone():
 )
 def test_every_family_has_its_real_size(origin, billions, counts):
     job = build_job(model={"id_with_origin_paths": [origin]})
-    cost = measure_model(job, Shape(1, 256, 256, text_tokens=32), is_compiled=False, say=silent)
+    cost = measure_model(job, BatchShape(1, 256, 256, text_tokens=32), is_compiled=False, say=silent)
     assert cost.weights.frozen_bytes / 2e9 == pytest.approx(billions, rel=0.01)
     assert [kind.count for kind in cost.blocks] == counts
 
@@ -261,10 +261,10 @@ def test_host_memory_is_refused_with_the_cure():
 
 def test_the_largest_micro_batch_follows_from_the_keys():
     wan, qwen = get_family("wan"), get_family("qwen_image")
-    assert fit.largest_shape(build_job(dataset={"height": 480, "width": 832, "num_frames": 80}), wan) == Shape(
+    assert fit.largest_shape(build_job(dataset={"height": 480, "width": 832, "num_frames": 80}), wan) == BatchShape(
         1, 480, 832, 77, text_tokens=256
     )
-    assert fit.largest_shape(build_job(dataset={"batch_size": 3}), qwen) == Shape(3, 1024, 1024, text_tokens=256)
+    assert fit.largest_shape(build_job(dataset={"batch_size": 3}), qwen) == BatchShape(3, 1024, 1024, text_tokens=256)
 
 
 def test_an_estimate_reads_the_longest_prompt(tmp_path):
