@@ -44,6 +44,7 @@ def test_two_workers_train_the_same(reference, tmp_path, photos):
     assert 0 < distance(reference.weights(), run.weights()) < 1e-3
 
 
+@pytest.mark.slow  # the killed worker below goes on from a checkpoint too
 def test_stopped_and_continued_is_bit_equal(reference, tmp_path, photos):
     run = Run(tmp_path, photos)
 

@@ -283,6 +283,7 @@ def test_devices_are_known_by_the_names_that_drivers_and_ray_give_them():
     assert fit.compiles(fp8, H100)
 
 
+@pytest.mark.slow  # tests/unit/cli/test_estimating.py makes one too
 def test_a_whole_estimate_of_a_resolved_job(tmp_path):
     raw = {
         "name": "job", "dataset": {"base_path": str(tmp_path), "max_pixels": 4096, "num_frames": 5},

@@ -57,7 +57,12 @@ def micro(family, extra_inputs):
     return MicroInput(SampleBatch(pixels, ("a cat", "a rocket on its launch pad"), (0, 1), extra), (0, 1))
 
 
-@pytest.mark.parametrize("case", CASES)
+ON_EVERY_RUN = ("wan", "z_image")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in ON_EVERY_RUN else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_a_step_with_blocks_recomputed_is_one_without(case, tmp_path):
     seen = []
     for checkpointing in (True, False):
