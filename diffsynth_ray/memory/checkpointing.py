@@ -39,6 +39,7 @@ class BlockCall:
         self.recompute = recompute
         self.unit, self.offload, self.activations = unit, offload, activations
         inner: Callable[..., Any] = module.forward
+        self.is_compiled = compile
         self.inner = torch.compile(inner) if compile else inner
         self.trained = [param for param in module.parameters() if param.requires_grad]
         self.out_spec: TreeSpec | None = None

@@ -33,6 +33,10 @@ class FlowMatchingTable:
     weights: Tensor
     """[1000] float32, loss weights, sum 1000."""
 
+    def to(self, device: torch.device) -> FlowMatchingTable:
+        """The same table on another device."""
+        return FlowMatchingTable(self.sigmas.to(device), self.timesteps.to(device), self.weights.to(device))
+
 
 @dataclass(frozen=True)
 class Targets:

@@ -25,8 +25,7 @@ class DistillGraph(TrainGraph):
 
     def forward(self, batch: AnyBatch, noise: Tensor, num_steps: Tensor) -> Tensor:
         """Losses [b], float32; noise is shaped like the latents, num_steps [b] are those of inference."""
-        with self.encoding.stretch():
-            encoded = self.encode(batch)
+        encoded = self.encode_timed(batch)
         counts = num_steps.tolist()
         if len(set(counts)) == 1:
             return self._losses(encoded, noise, counts[0])

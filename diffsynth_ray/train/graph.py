@@ -17,7 +17,7 @@ from diffsynth_ray.data.samples import Extra
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.memory.timing import DeviceTimer
 from diffsynth_ray.models.family import FIRST_FRAME, EncodedBatch, ModelFamily
-from diffsynth_ray.models.flow_matching import flow_matching_table, make_targets, per_sample_loss
+from diffsynth_ray.models.flow_matching import FlowMatchingTable, flow_matching_table, make_targets, per_sample_loss
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class HalfEncodedBatch:
 
 
 AnyBatch = SampleBatch | EncodedBatch | HalfEncodedBatch
+_CONDITION = "condition."
 
 
 def tensors_of(batch: AnyBatch) -> list[Tensor]:
@@ -100,6 +101,13 @@ class TrainGraph(nn.Module):
                 )
         return EncodedBatch(latents=latents, conditions=conditions, sample_ids=batch.rows)
 
+    def encode_timed(self, batch: AnyBatch) -> EncodedBatch:
+        """`encode`, whose time counts as the encoders' part of the step."""
+        if isinstance(batch, EncodedBatch):
+            return batch
+        with self.encoding.stretch():
+            return self.encode(batch)
+
     def _encode_image(self, pixels: Tensor) -> Tensor:
         with torch.set_grad_enabled(self.image_is_trained):
             return self.family.encode_image(pixels.to(self.family.device, non_blocking=True))
@@ -110,9 +118,8 @@ class TrainGraph(nn.Module):
 
     def forward(self, batch: AnyBatch, noise: Tensor, timestep_ids: Tensor) -> Tensor:
         """Weighted losses [b], float32; noise is shaped like the latents, timestep_ids [b] index the table."""
-        with self.encoding.stretch():
-            encoded = self.encode(batch)
-        targets = make_targets(encoded.latents, noise, timestep_ids, self.table)
+        encoded = self.encode_timed(batch)
+        targets = make_targets(encoded.latents, noise, timestep_ids, self._table_on(timestep_ids.device))
         noisy_latents, target = targets.noisy_latents.to(self.family.dtype), targets.target
         first_frame = encoded.conditions.get(FIRST_FRAME)
         if first_frame is not None:
@@ -121,6 +128,28 @@ class TrainGraph(nn.Module):
         if first_frame is not None:
             pred, target = pred[:, :, 1:], target[:, :, 1:]
         return per_sample_loss(pred, target, targets.loss_weight)
+
+    def _table_on(self, device: torch.device) -> FlowMatchingTable:
+        if self.table.sigmas.device != device:
+            self.table = self.table.to(device)
+        return self.table
+
+    def to_tensors(self, batch: AnyBatch, noise: Tensor, timestep_ids: Tensor) -> dict[str, Tensor]:
+        """What `from_tensors` computes the losses from: the encoded batch and the rest, on the device.
+
+        Conditions of whole numbers are shapes and stay on the CPU.
+        """
+        encoded = self.encode_timed(batch)
+        ids = timestep_ids.pin_memory().to(self.family.device, non_blocking=True)
+        conditions = {_CONDITION + name: tensor for name, tensor in encoded.conditions.items()}
+        return {"latents": encoded.latents, "noise": noise, "timestep_ids": ids, **conditions}
+
+    def from_tensors(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Losses [b] of what `to_tensors` gave."""
+        conditions = {name.removeprefix(_CONDITION): tensor for name, tensor in tensors.items() if name.startswith(_CONDITION)}
+        batch = EncodedBatch(tensors["latents"], conditions)
+        losses: Tensor = self(batch, tensors["noise"], tensors["timestep_ids"])
+        return losses
 
 
 def extra_inputs(given: Mapping[str, tuple[Any, ...]], pixels: Tensor, names: Sequence[str]) -> dict[str, Any]:

@@ -40,6 +40,8 @@ class Residency:
     place: NodePlace = field(default_factory=NodePlace)
     selectable: tuple[BlockCall, ...] = ()
     """Blocks that may keep their activations instead of being recomputed; see `train.selection`."""
+    is_replayable: bool = False
+    """Blocks of a prediction are compiled and stay on a GPU: a step can be a CUDA graph."""
 
     @property
     def moved_bytes(self) -> int:
@@ -95,8 +97,13 @@ def settle(family: ModelFamily, job: Job, *, group: NodeGroup | None = None, say
     activations = ActivationStore(family.device) if job.gradient.checkpointing_offload else None
     calls = _install(family, job, blocks, built, offload, activations)
     place_on_node = group.place if group is not None else NodePlace()
+    is_cuda = family.device.type == "cuda"
     return Residency(
-        offload, activations, place_on_node, tuple(calls) if selects_blocks(job) and family.device.type == "cuda" else ()
+        offload,
+        activations,
+        place_on_node,
+        selectable=tuple(calls) if selects_blocks(job) and is_cuda else (),
+        is_replayable=is_cuda and not (offload or activations) and all(call.is_compiled for call in calls) and bool(calls),
     )
 
 

@@ -270,10 +270,11 @@ class Trainer:
             last = number == len(micro_inputs)
             noise, timestep_ids = self._draw(micro, step=self.step)
             self.residency.begin()
-            losses = self.strategy.forward(micro.batch, noise, timestep_ids, last=last)
-            micro_loss = losses.sum() * (0.0 if micro.is_dummy else 1.0)
-            self.strategy.backward(micro_loss / num_samples, last=last)
-            loss_sum += micro_loss.detach()
+            weight = 0.0 if micro.is_dummy else 1.0
+            losses = self.strategy.micro_step(
+                micro.batch, noise, timestep_ids, weight=weight, num_samples=num_samples, last=last
+            )
+            loss_sum += losses.sum() * weight
             num_tokens += 0 if micro.is_dummy else noise.numel() // noise.shape[1] // 4
         lr = self.lr(self.step)
         grad_norm = self.strategy.step(lr)

@@ -110,6 +110,8 @@ class Validation:
         return step % every == 0 if every is not None else schedule.export_stem(step) is not None
 
     def _validate(self) -> None:
+        assert self._trainer.strategy is not None  # built by start()
+        self._trainer.strategy.release_memory()
         if self._loss is not None:
             self._compute(self._loss)
         if self._samples is not None:

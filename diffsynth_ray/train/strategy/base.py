@@ -65,16 +65,20 @@ class Strategy(Protocol):
     rank: int
     world_size: int
 
-    def forward(self, *inputs: Any, last: bool) -> Tensor:
-        """Losses [b] of one micro batch; `last`: its backward completes the step's gradients."""
+    def micro_step(self, *inputs: Any, weight: float, num_samples: int, last: bool) -> Tensor:
+        """Forward and backward of one micro batch; returns its losses [b], detached.
+
+        The gradients are those of weight * the sum of the losses / num_samples, the batch's share of the step's mean loss: the
+        shares of all workers sum up to it. `last`: this batch completes the step's gradients.
+        """
         ...
 
     def evaluate(self, *inputs: Any) -> Tensor:
         """Losses [b] of one micro batch, called without gradients between two steps, equally often on all ranks."""
         ...
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Backward of one micro batch's share of the step's mean loss (the shares of all workers sum up to it)."""
+    def release_memory(self) -> None:
+        """Give back what is only kept to be faster; called before other work on the device."""
         ...
 
     def step(self, lr: float) -> Tensor:

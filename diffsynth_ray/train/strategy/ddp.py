@@ -3,10 +3,14 @@
 DistributedDataParallel gets the trained parameters only. Gradients of the micro steps of one step are summed in float32: in
 fp32 by DDP's own accumulation without communication in between; in bf16 every micro step's gradients are averaged over the
 workers and added to the float32 masters' gradients, because DDP cannot accumulate in another number format.
+
+Where steps are replayed as CUDA graphs, the gradients of a micro step lie in one tensor, which is summed over the workers after
+it: a LoRA's are small beside the step, so that nothing is lost by not sending them during backward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -14,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from diffsynth_ray.memory.step_replay import StepReplay
+from diffsynth_ray.train.graph import TrainGraph
 from diffsynth_ray.train.optim import MasterOptimizer
 from diffsynth_ray.train.shards import balanced_slices
 from diffsynth_ray.train.strategy.base import GradientWatch, StateReader, StateSlice
@@ -24,13 +30,16 @@ class DDPStrategy:
 
     def __init__(
         self,
-        graph: nn.Module,
+        graph: TrainGraph,
         optimizer: MasterOptimizer,
         *,
         find_unused_parameters: bool | Literal["auto"],
         probe: tuple[Any, ...] | None = None,
+        build_replay: Callable[[Sequence[nn.Parameter]], StepReplay] | None = None,
     ) -> None:
+        """`build_replay`: steps are to be replayed as CUDA graphs, where every parameter gets a gradient."""
         self.optimizer = optimizer
+        has_unused = probe is None
         if probe is not None:
             has_unused = self._probe(graph, probe)
             find_unused_parameters = has_unused if find_unused_parameters == "auto" else find_unused_parameters
@@ -38,7 +47,8 @@ class DDPStrategy:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.module = graph
         self.ddp: DistributedDataParallel | None = None
-        if self.world_size > 1:
+        self.replay = build_replay(optimizer.params) if build_replay is not None and not has_unused else None
+        if self.world_size > 1 and self.replay is None:
             frozen = {name for name, param in graph.named_parameters() if not param.requires_grad}
             frozen |= {name for name, _ in graph.named_buffers()}
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(graph, frozen)
@@ -57,27 +67,32 @@ class DDPStrategy:
             param.grad = None
         return bool(watch.stop())
 
-    def forward(self, *inputs: Any, last: bool) -> Tensor:
+    def micro_step(self, *inputs: Any, weight: float, num_samples: int, last: bool) -> Tensor:
+        """See Strategy. DDP averages over the workers, so that a share is scaled up by their number first."""
+        if self.replay is not None:
+            tensors = self.replay.with_room(lambda: self.module.to_tensors(*inputs))
+            losses = self.replay.run(tensors, weight / num_samples)
+            self.sum_over_workers(self.replay.flat)
+        elif self.ddp is None:
+            losses = self.module(*inputs)
+            (losses.sum() * weight / num_samples).backward()
+        else:
+            with self._no_sync(last):
+                losses = self.ddp(*inputs)
+                (losses.sum() * weight / num_samples * self.world_size).backward()
+        if not last:
+            self.optimizer.collect_gradients()
+        return losses.detach()
+
+    def release_memory(self) -> None:
         """See Strategy."""
-        if self.ddp is None:
-            return self.module(*inputs)
-        with self._no_sync(last):
-            return self.ddp(*inputs)
+        if self.replay is not None:
+            self.replay.release()
 
     def evaluate(self, *inputs: Any) -> Tensor:
         """See Strategy. The plain module: no worker waits for another."""
         losses: Tensor = self.module(*inputs)
         return losses
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """See Strategy. DDP averages over the workers, so that the share is scaled up by their number first."""
-        if self.ddp is None:
-            loss.backward()
-        else:
-            with self._no_sync(last):
-                (loss * self.world_size).backward()
-        if not last:
-            self.optimizer.collect_gradients()
 
     def _no_sync(self, last: bool) -> Any:
         assert self.ddp is not None

@@ -109,7 +109,7 @@ class DeepSpeedStrategy:
                 param.register_hook(partial(_fill, param))
         if probe is not None:
             # Gradients of 0, which those of the first step are added to.
-            self.backward(self.forward(*probe, last=False).sum() * 0.0, last=False)
+            self.micro_step(*probe, weight=0.0, num_samples=1, last=False)
             self._stop_watch()
 
     def _stop_watch(self) -> None:
@@ -143,18 +143,19 @@ class DeepSpeedStrategy:
                     say(f"sharing out {component}: {number} of {len(units)} parts")
                     last_said = time.monotonic()
 
-    def forward(self, *inputs: Any, last: bool) -> Tensor:
+    def micro_step(self, *inputs: Any, weight: float, num_samples: int, last: bool) -> Tensor:
         """See Strategy."""
         self.engine.set_gradient_accumulation_boundary(last)
-        return self.engine(*inputs)
+        losses: Tensor = self.engine(*inputs)
+        self.engine.backward(losses.sum() * weight / num_samples * self.world_size, scale_wrt_gas=False)
+        return losses.detach()
+
+    def release_memory(self) -> None:
+        """See Strategy. Nothing."""
 
     def evaluate(self, *inputs: Any) -> Tensor:
         """See Strategy. Through the engine, which at stage 3 gathers the parameters."""
         return self.engine(*inputs)
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """See Strategy."""
-        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def step(self, lr: float) -> Tensor:
         """See Strategy."""

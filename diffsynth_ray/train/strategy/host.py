@@ -139,24 +139,24 @@ class HostStrategy:
         # What lies on the device is little, and is brought back from the masters.
         group.in_one_pass = fused and group.unit is not None and takes(group.optimizer) and compiled_steps() is not None
 
-    def forward(self, *inputs: Any, last: bool) -> Tensor:
+    def micro_step(self, *inputs: Any, weight: float, num_samples: int, last: bool) -> Tensor:
         """See Strategy."""
+        self._single = self._single and last
         losses: Tensor = self._graph(*inputs)
-        return losses
+        (losses.sum() * weight / num_samples).backward()
+        for group in self._groups:  # those with a parameter that unexpectedly got no gradient
+            self._send(group)
+        if not last:
+            self._single = False
+        return losses.detach()
+
+    def release_memory(self) -> None:
+        """See Strategy. Nothing."""
 
     def evaluate(self, *inputs: Any) -> Tensor:
         """See Strategy. A block that is being updated is waited for where it is loaded."""
         losses: Tensor = self._graph(*inputs)
         return losses
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """See Strategy."""
-        self._single = self._single and last
-        loss.backward()
-        for group in self._groups:  # those with a parameter that unexpectedly got no gradient
-            self._send(group)
-        if not last:
-            self._single = False
 
     def _take_gradient(self, group: _Group, position: int, param: nn.Parameter) -> None:
         if param.grad is None:

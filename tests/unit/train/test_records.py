@@ -64,8 +64,8 @@ def replay(mode, output_dir):
     for step, (sample, update) in enumerate(zip(record["records"], record["optimizer"], strict=True)):
         batch = EncodedBatch(inputs[f"{step:02d}.input_latents"], {"prompt_embeds": inputs[f"{step:02d}.prompt_emb"]})
         ids = torch.tensor([sample["timestep_id_drawn"]])
-        loss = trainer.strategy.forward(batch, inputs[f"{step:02d}.noise"], ids, last=True).mean()
-        trainer.strategy.backward(loss, last=True)
+        noise = inputs[f"{step:02d}.noise"]
+        [loss] = trainer.strategy.micro_step(batch, noise, ids, weight=1.0, num_samples=1, last=True)
         assert sum(param.grad is not None for param in trainer.trained.values()) == update["n_params"]
         norms.append(float(trainer.strategy.step(update["lr"])))
         losses.append(loss.item())

@@ -1,0 +1,141 @@
+"""Forward and backward of a micro batch as one CUDA graph.
+
+A training step of a diffusion transformer is some ten thousand kernels of 30 microseconds. Launched one by one each is followed
+by a gap, and where the host is slow or the pictures are small the device waits for it. Captured once, they are launched as one.
+
+A graph holds for one set of shapes. A set is computed as usual until it has come often enough, then captured; sets that have not
+come for longest give way. All graphs share one pool of memory, and what is computed as usual has another: where the device is
+too small for both, the graphs go, and are captured anew.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+USUAL_RUNS = 2
+"""Runs of a set of shapes before it is captured: they compile what is compiled, and fill what caches by shape."""
+MOST_GRAPHS = 16
+MOST_RELEASES = 2 * USUAL_RUNS * MOST_GRAPHS
+"""Times that the graphs give way to what needs their memory before there are no more."""
+
+Result = TypeVar("Result")
+Losses = Callable[[Mapping[str, Tensor]], Tensor]
+"""Losses [b] from named tensors."""
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, Tensor]
+    losses: Tensor
+
+
+class StepReplay:
+    """Losses of micro batches and the gradients of their sum, from graphs where there are any."""
+
+    def __init__(self, losses: Losses, params: Sequence[nn.Parameter], *, say: Callable[[str], object]) -> None:
+        """`params`: all of them get a gradient in every run."""
+        self._losses, self._params, self._say = losses, params, say
+        # One tensor behind all gradients: what is done with all of them is one kernel, or one message to other workers.
+        self.flat = torch.zeros(sum(param.numel() for param in params), dtype=params[0].dtype, device=params[0].device)
+        """The gradients of the last run."""
+        sizes = [param.numel() for param in params]
+        self._gradients = [part.view_as(param) for part, param in zip(self.flat.split(sizes), params, strict=True)]
+        self._graphs: OrderedDict[tuple[object, ...], _Captured] = OrderedDict()
+        self._runs: Counter[tuple[object, ...]] = Counter()
+        self._pool = torch.cuda.graph_pool_handle()
+        self._releases = 0
+        self.is_on = True
+        """Until a graph could not be captured, or the graphs were in the way too often."""
+
+    @property
+    def num_graphs(self) -> int:
+        """Sets of shapes that are captured now."""
+        return len(self._graphs)
+
+    def run(self, inputs: Mapping[str, Tensor], weight: float) -> Tensor:
+        """Losses [b], detached; the gradients of their sum times `weight` replace those of the parameters.
+
+        Inputs on the CPU are constants of a graph: others mean another graph.
+        """
+        given = {**inputs, "weight": torch.full((), weight, device=self.flat.device)}
+        key = tuple(_kind(name, tensor) for name, tensor in given.items())
+        self._runs[key] += 1
+        if self.is_on and key not in self._graphs and self._runs[key] > USUAL_RUNS:
+            self._capture(key, given)
+        if key not in self._graphs:
+            losses = self.with_room(lambda: self._run(given))
+        else:
+            self._graphs.move_to_end(key)
+            captured = self._graphs[key]
+            torch._foreach_copy_([*captured.inputs.values()], [given[name] for name in captured.inputs])
+            captured.graph.replay()
+            losses = captured.losses.clone()  # the next run writes over it
+        for param, gradient in zip(self._params, self._gradients, strict=True):
+            param.grad = gradient
+        return losses
+
+    def release(self) -> None:
+        """Give the graphs' memory back; those that are needed are captured anew."""
+        self._graphs.clear()
+        if self._runs:
+            torch.cuda.empty_cache()
+
+    def with_room(self, compute: Callable[[], Result]) -> Result:
+        """The result; where there is no memory for it beside the graphs, they go first."""
+        try:
+            return compute()
+        except torch.OutOfMemoryError:
+            if not self._graphs:
+                raise
+        # Outside of the handler, whose traceback keeps what was computed.
+        self.release()
+        self._releases += 1
+        if self._releases == MOST_RELEASES:
+            self._turn_off("there is no memory for them beside other work")
+        return compute()
+
+    def _run(self, given: Mapping[str, Tensor]) -> Tensor:
+        for param in self._params:
+            param.grad = None
+        losses = self._losses(given)
+        (losses.sum() * given["weight"]).backward()
+        found = [param.grad for param in self._params if param.grad is not None]
+        torch._foreach_copy_(self._gradients, found)  # refuses lists of unequal length
+        for param in self._params:
+            param.grad = None
+        return losses.detach()
+
+    def _capture(self, key: tuple[object, ...], given: Mapping[str, Tensor]) -> None:
+        """A graph of this set of shapes; nothing is computed yet."""
+        while len(self._graphs) >= MOST_GRAPHS:
+            self._graphs.popitem(last=False)
+        inputs = {name: tensor.clone() for name, tensor in given.items() if tensor.is_cuda}
+        graph, problem = torch.cuda.CUDAGraph(), None
+        try:
+            # Other threads copy the next samples to the device meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                losses = self._run({**given, **inputs})
+        except RuntimeError as error:  # a copy from unpinned memory, a look at a value, no memory
+            problem = str(error).strip().splitlines()[0]
+        if problem is None:
+            self._graphs[key] = _Captured(graph, inputs, losses)
+            return
+        del graph
+        self._turn_off(f"a step of this model cannot be captured ({problem})")
+
+    def _turn_off(self, reason: str) -> None:
+        self.is_on = False
+        self.release()
+        self._say(f"CUDA graphs are off: {reason}")
+
+
+def _kind(name: str, tensor: Tensor) -> tuple[object, ...]:
+    value = "" if tensor.is_cuda else str(tensor.tolist())
+    return (name, tuple(tensor.shape), tensor.dtype, value)
