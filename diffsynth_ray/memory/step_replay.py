@@ -3,9 +3,9 @@
 A training step of a diffusion transformer is some ten thousand kernels of 30 microseconds. Launched one by one each is followed
 by a gap, and where the host is slow or the pictures are small the device waits for it. Captured once, they are launched as one.
 
-A graph holds for one set of shapes. A set is computed as usual until it has come often enough, then captured; sets that have not
-come for longest give way. All graphs share one pool of memory, and what is computed as usual has another: where the device is
-too small for both, the graphs go, and are captured anew.
+A graph holds for one set of shapes. A set is computed as usual until it has come often enough, then captured; sets that have
+not come for longest give way. All graphs share one pool of memory, and what is computed as usual has another: where both do not
+fit the device, the graphs go, and are captured anew.
 """
 
 from __future__ import annotations

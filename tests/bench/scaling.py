@@ -82,10 +82,15 @@ def write_weights(folder: Path, *, tiny: bool) -> list[Path]:
             shards[-1][name] = tensor.shape
             size += 2 * tensor.numel()
         for number, shard in enumerate(shards, start=1):
-            tensors = {name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02) for name, shape in shard.items()}
+            tensors = {name: random_weight(shape) for name, shape in shard.items()}
             save_file(tensors, folder / f"diffusion_pytorch_model-{number:05}-of-{len(shards):05}.safetensors")
         done.write_text(json.dumps({"_class_name": "QwenImageTransformer2DModel", **dict(module.config)}))
     return sorted(folder.glob("*.safetensors"))
+
+
+def random_weight(shape: torch.Size) -> torch.Tensor:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02).cpu()
 
 
 def write_cache(path: Path, *, pixels: int, width: int, dtype: torch.dtype) -> None:
