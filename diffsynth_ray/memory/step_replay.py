@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class StepReplay:
         self._gradients = [part.view_as(param) for part, param in zip(self.flat.split(sizes), params, strict=True)]
         self._graphs: OrderedDict[tuple[object, ...], _Captured] = OrderedDict()
         self._runs: Counter[tuple[object, ...]] = Counter()
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
         self._releases = 0
         self.is_on = True
         """Until a graph could not be captured, or the graphs were in the way too often."""
@@ -94,12 +95,14 @@ class StepReplay:
         except torch.OutOfMemoryError:
             if not self._graphs:
                 raise
-        # Outside of the handler, whose traceback keeps what was computed.
+        self._give_way()  # outside of the handler, whose traceback keeps what was computed
+        return compute()
+
+    def _give_way(self) -> None:
         self.release()
         self._releases += 1
         if self._releases == MOST_RELEASES:
             self._turn_off("there is no memory for them beside other work")
-        return compute()
 
     def _run(self, given: Mapping[str, Tensor]) -> Tensor:
         for param in self._params:
@@ -116,24 +119,65 @@ class StepReplay:
         """A graph of this set of shapes; nothing is computed yet."""
         while len(self._graphs) >= MOST_GRAPHS:
             self._graphs.popitem(last=False)
+        if not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()  # the allocator has dropped the pool with its last graph
         inputs = {name: tensor.clone() for name, tensor in given.items() if tensor.is_cuda}
-        graph, problem = torch.cuda.CUDAGraph(), None
         try:
-            # Other threads copy the next samples to the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                losses = self._run({**given, **inputs})
-        except RuntimeError as error:  # a copy from unpinned memory, a look at a value, no memory
-            problem = str(error).strip().splitlines()[0]
-        if problem is None:
+            graph, losses = _recorded(lambda: self._run({**given, **inputs}), self._pool)
+        except torch.OutOfMemoryError:
+            problem = "" if self._graphs else "there is no memory for one"
+        except RuntimeError as error:  # a copy from unpinned memory, a look at a value
+            problem = f"a step of this model cannot be captured ({str(error).strip().splitlines()[0]})"
+        else:
             self._graphs[key] = _Captured(graph, inputs, losses)
             return
-        del graph
-        self._turn_off(f"a step of this model cannot be captured ({problem})")
+        if problem:
+            self._turn_off(problem)
+        else:
+            self._give_way()
 
     def _turn_off(self, reason: str) -> None:
         self.is_on = False
         self.release()
         self._say(f"CUDA graphs are off: {reason}")
+
+
+def _recorded(compute: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of what `compute` launches, and its result, which lies in the pool. An error leaves the device as it was."""
+    state = _generator().clone_state()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        # Other threads copy the next samples to the device meanwhile.
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            result = compute()
+        except BaseException:
+            with suppress(RuntimeError):
+                _end_capture(graph, pool, state)
+            raise
+        _end_capture(graph, pool, state)
+    return graph, result
+
+
+def _end_capture(graph: torch.cuda.CUDAGraph, pool: Any, state: torch.Generator) -> None:
+    """End a capture, also one that has failed.
+
+    torch leaves all that such a capture has begun as it is: memory comes from the pool, and the next random number is an error.
+    """
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        device = torch.cuda.current_device()
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+        _generator().graphsafe_set_state(state)
+        raise
+
+
+def _generator() -> torch.Generator:
+    return torch.cuda.default_generators[torch.cuda.current_device()]
 
 
 def _kind(name: str, tensor: Tensor) -> tuple[object, ...]:

@@ -106,7 +106,7 @@ def main() -> None:
     start_s = time.perf_counter() - started
     loading_peak_gib = torch.cuda.max_memory_allocated() / 2**30
     torch.cuda.reset_peak_memory_stats()
-    times = []
+    times, losses = [], []
     for _ in range(UNTIMED):  # the last of them is captured as a CUDA graph
         trainer.train_step([micro], num_samples=options.batch)
     for _ in range(options.steps):
@@ -115,6 +115,7 @@ def main() -> None:
         result = trainer.train_step([micro], num_samples=options.batch)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
+        losses.append(round(result.loss_sum.item() / options.batch, 5))
     peak_gib = torch.cuda.max_memory_allocated() / 2**30
     if options.profile:
         print_profile(lambda: trainer.train_step([micro], num_samples=options.batch))
@@ -133,7 +134,7 @@ def main() -> None:
         "graphs": replay.num_graphs if replay is not None else 0,
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         "used_gib": round((torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]) / 2**30, 2),
-        "loss": round(result.loss_sum.item() / options.batch, 4),
+        "losses": losses,
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
     }

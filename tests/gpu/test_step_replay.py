@@ -94,6 +94,7 @@ def test_a_shape_is_captured_after_some_runs_and_the_oldest_gives_way():
             [gradient] = torch.autograd.grad(expected.sum() * 0.5, [layer.weight])
             torch.testing.assert_close(losses, expected.detach())
             torch.testing.assert_close(layer.weight.grad, gradient)
+            del expected  # its graph belongs to another stream than a capture's
             assert replay.num_graphs == min(count - (turn < USUAL_RUNS), MOST_GRAPHS)
     assert not said
 
@@ -114,6 +115,30 @@ def test_what_cannot_be_captured_is_computed_as_usual():
     assert replay.num_graphs == 0
     for each in found:
         torch.testing.assert_close(each, 2 * layer(x).square().mean(dim=1).detach())
+    # The device is as it was: random numbers, a copy, memory that comes back, another graph.
+    torch.randn(2, device="cuda")
+    torch.cuda.empty_cache()
+    used = torch.cuda.memory_reserved()
+    torch.empty(64 << 20, device="cuda")
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() == used
+    other = StepReplay(lambda given: layer(given["x"]).square().mean(dim=1), [layer.weight], say=said.append)
+    for _ in range(USUAL_RUNS + 1):
+        other.run({"x": x}, 1.0)
+    assert other.num_graphs == 1
+
+
+def test_graphs_of_any_size_are_captured_anew():
+    layer, said = linear(2048), []
+    replay = StepReplay(lambda given: layer(given["x"]).square().mean(dim=1), [layer.weight], say=said.append)
+    x = torch.randn(100_000, 2048, device="cuda")
+    for _ in range(3):
+        for _ in range(USUAL_RUNS + 1):
+            losses = replay.run({"x": x}, 1.0)
+        assert replay.num_graphs == 1
+        torch.testing.assert_close(losses, layer(x).square().mean(dim=1).detach())
+        replay.release()
+    assert not said
 
 
 def test_graphs_give_way_to_what_needs_their_memory():
