@@ -51,6 +51,7 @@ class StepReplay:
         self._graphs: OrderedDict[tuple[object, ...], _Captured] = OrderedDict()
         self._runs: Counter[tuple[object, ...]] = Counter()
         self._pool: Any = None
+        self._stream = torch.cuda.Stream()
         self._releases = 0
         self.is_on = True
         """Until a graph could not be captured, or the graphs were in the way too often."""
@@ -123,7 +124,7 @@ class StepReplay:
             self._pool = torch.cuda.graph_pool_handle()  # the allocator has dropped the pool with its last graph
         inputs = {name: tensor.clone() for name, tensor in given.items() if tensor.is_cuda}
         try:
-            graph, losses = _recorded(lambda: self._run({**given, **inputs}), self._pool)
+            graph, losses = _recorded(lambda: self._run({**given, **inputs}), self._pool, self._stream)
         except torch.OutOfMemoryError:
             problem = "" if self._graphs else "there is no memory for one"
         except RuntimeError as error:  # a copy from unpinned memory, a look at a value
@@ -142,13 +143,14 @@ class StepReplay:
         self._say(f"CUDA graphs are off: {reason}")
 
 
-def _recorded(compute: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def _recorded(compute: Callable[[], Tensor], pool: Any, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """A graph of what `compute` launches, and its result, which lies in the pool. An error leaves the device as it was."""
     state = _generator().clone_state()
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
+    _clear_workspaces()
     torch.cuda.empty_cache()
-    with torch.cuda.stream(torch.cuda.Stream()):
+    with torch.cuda.stream(stream):
         # Other threads copy the next samples to the device meanwhile.
         graph.capture_begin(pool, capture_error_mode="thread_local")
         try:
@@ -174,6 +176,13 @@ def _end_capture(graph: torch.cuda.CUDAGraph, pool: Any, state: torch.Generator)
         torch._C._cuda_releasePool(device, pool)
         _generator().graphsafe_set_state(state)
         raise
+    finally:
+        _clear_workspaces()
+
+
+def _clear_workspaces() -> None:
+    """cuBLAS keeps 32 MiB a stream for its products, in a capture from the graphs' pool, which they would hold on to."""
+    torch._C._cuda_clearCublasWorkspaces()
 
 
 def _generator() -> torch.Generator:
