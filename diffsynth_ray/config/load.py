@@ -61,7 +61,6 @@ def load_job(reference: str, overrides: list[str] | None = None) -> Job:
     if path.parent == recipes_dir() and not Path(reference).is_file():
         _anchor_shipped_data(raw)
     job = _validate(raw, str(path), problems)
-    problems += _check_not_built(job)
     if problems:
         raise JobFileError(str(path), problems)
     return job
@@ -143,19 +142,6 @@ def _short(value: object) -> str:
     except TypeError:
         text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _check_not_built(job: Job) -> list[Problem]:
-    problems = []
-    for dotted, field in schema.keys().items():
-        value = lookup(job, dotted)
-        feature = schema.mark(field, "not_built")
-        if feature is None or value == field.get_default(call_default_factory=True):
-            values = schema.NOT_BUILT_VALUES.get(dotted, {})
-            feature = values.get(value) if isinstance(value, (str, int, bool)) else None
-        if feature:
-            problems.append(Problem(dotted, f"got {_short(value)}; {feature}: not in this version; remove the key"))
-    return problems
 
 
 def lookup(job: Job, dotted: str) -> Any:

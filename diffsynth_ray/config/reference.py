@@ -54,11 +54,6 @@ def _meaning_of_section(section: str) -> str:
 def _row(dotted: str, leaf: str, field: FieldInfo) -> str:
     mark = "R" if schema.mark(field, "identity") else ""
     meaning = " ".join((field.description or "").split())
-    later = schema.mark(field, "not_built")
-    if later:
-        meaning += f" *Later version: {later}.*"
-    for value, feature in schema.NOT_BUILT_VALUES.get(dotted, {}).items():
-        meaning += f" *Later version: `{_toml(value)}` ({feature}).*"
     cells = [f"`{leaf}`", _allowed(field), _default(field), mark, meaning]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

@@ -1,9 +1,8 @@
 """The job file: one frozen class a section, every key with its bounds, default, unit and meaning.
 
-The reference of the job file (docs in README) is generated from here. Three marks travel with a key:
+The reference of the job file (docs in README) is generated from here. Two marks travel with a key:
 
 * ``identity``: it changes what a step computes, so it is part of a run's name (see `resolve.identity`);
-* ``not_built``: the key is reserved for a later version; setting it to anything but its default is refused;
 * ``path``: it names a file or folder, relative to the directory the command is run in.
 """
 
@@ -15,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 
-def _key(default: Any = None, *, identity: bool = False, not_built: str | None = None, path: bool = False, **rules: Any) -> Any:
-    extra: dict[str, Any] = {"identity": identity, "not_built": not_built, "path": path}
+def _key(default: Any = None, *, identity: bool = False, path: bool = False, **rules: Any) -> Any:
+    extra: dict[str, Any] = {"identity": identity, "path": path}
     if isinstance(default, (list, dict)):
         return Field(default_factory=lambda: default.copy(), json_schema_extra=extra, **rules)
     return Field(default, json_schema_extra=extra, **rules)
@@ -314,12 +313,6 @@ class Job(Section):
     validation: ValidationSection = Field(default_factory=ValidationSection)
 
 
-NOT_BUILT_VALUES: dict[str, dict[Any, str]] = {
-    "gradient.checkpointing": {"auto": "selective recomputation"},
-}
-"""Single values of otherwise built keys that a later version brings."""
-
-
 def keys() -> dict[str, FieldInfo]:
     """All keys by dotted name, in the order of the reference."""
     found: dict[str, FieldInfo] = {}
@@ -332,7 +325,7 @@ def keys() -> dict[str, FieldInfo]:
     return found
 
 
-def mark(field: FieldInfo, name: Literal["identity", "not_built", "path"]) -> Any:
+def mark(field: FieldInfo, name: Literal["identity", "path"]) -> Any:
     """A key's mark, as given to `_key`."""
     extra = field.json_schema_extra
     return extra.get(name) if isinstance(extra, dict) else None

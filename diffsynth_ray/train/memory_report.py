@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffsynth_ray.config import schema
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import RunError
 from diffsynth_ray.train.trainer import Trainer
@@ -106,7 +105,7 @@ def out_of_memory(job: Job, use: MemoryUse, *, rank: int, world_size: int, compu
 
 
 def savings(job: Job, use: MemoryUse, world_size: int) -> list[tuple[int, str]]:
-    """(bytes, key and what it costs) of the settings that would free memory, the largest first; only what is built."""
+    """(bytes, key and what it costs) of the settings that would free memory, the largest first."""
     state = use.masters + use.optimizer
     found: list[tuple[float, str, str]] = []
     if job.gradient.checkpointing is not True:
@@ -130,11 +129,4 @@ def savings(job: Job, use: MemoryUse, world_size: int) -> list[tuple[int, str]]:
     if job.training.trainable_models:
         change = "instead of training.trainable_models: a LoRA (a new run)"
         found.append((state + use.gradients, "lora.base_model", change))
-    built = [(int(saved), f"{key} {change}") for saved, key, change in found if _is_built(key, change)]
-    return sorted(built, reverse=True)
-
-
-def _is_built(key: str, change: str) -> bool:
-    if schema.mark(schema.keys()[key], "not_built"):
-        return False
-    return not any(f'"{value}"' in change for value in schema.NOT_BUILT_VALUES.get(key, {}))
+    return sorted(((int(saved), f"{key} {change}") for saved, key, change in found), reverse=True)

@@ -137,18 +137,6 @@ def test_problems_of_overrides_and_file_come_together(tmp_path: Path) -> None:
     assert set(problems_of(tmp_path, "[lora]\nrank = 0\n", "lora")) == {"lora.rank", "--set lora"}
 
 
-@pytest.mark.parametrize(
-    ("override", "feature"),
-    [
-        ("gradient.checkpointing=auto", "selective recomputation"),
-    ],
-)
-def test_what_is_not_built_is_refused(tmp_path: Path, override: str, feature: str) -> None:
-    message = problems_of(tmp_path, GOOD, override)[override.partition("=")[0]]
-    assert feature in message
-    assert "not in this version" in message
-
-
 def test_a_recipe_is_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_job_file("quickstart") == recipes_dir() / "quickstart.toml"

@@ -19,12 +19,6 @@ def test_every_key_has_a_row_with_a_meaning() -> None:
         assert row.split(" | ")[-1].strip(" |"), row
 
 
-def test_reserved_keys_are_marked() -> None:
-    rows = {line.split("`")[1]: line for line in build_reference().splitlines() if line.startswith("| `")}
-    assert 'Later version: `"auto"`' in rows["checkpointing"]
-    assert "Later version" not in rows["learning_rate"]
-
-
 def test_bounds_and_choices_are_shown() -> None:
     page = build_reference()
     assert "| `max_pixels` | whole number, >= 256 | `1048576` | R |" in page
