@@ -81,8 +81,8 @@ class ModelSection(Section):
     processor_path: str | None = _key(path=True)
     """Folder of the image processor of edit models (Qwen-Image-Edit)."""
     extra_inputs: list[str] = _key([], identity=True)
-    """Further columns that the model is conditioned on: "edit_image" (Qwen-Image-Edit), "input_image" and "end_image" (Wan
-    image to video; without such a column the video's own first and last frame)."""
+    """Further columns that the model is conditioned on: "edit_image" (Qwen-Image-Edit), "kontext_images" (FLUX.1
+    Kontext), "input_image" and "end_image" (Wan image to video; without such a column the video's own first and last frame)."""
     fp8_models: list[str] = _key([], identity=True)
     """Frozen components kept in scaled FP8."""
     source: Literal["modelscope", "huggingface"] | None = _key()

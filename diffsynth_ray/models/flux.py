@@ -1,13 +1,16 @@
-"""FLUX.1 (dev, schnell), text to image: diffusers' transformer and VAE, CLIP and T5 as text encoders.
+"""FLUX.1 (dev, schnell, Kontext): diffusers' transformer and VAE, CLIP and T5 as text encoders.
 
 Files of the first release (flux1-dev.safetensors, ae.safetensors) and of diffusers' layout.
+
+Kontext edits pictures: the transformer sees their latents behind those of the picture that it makes, at the same places of
+another layer. Each has the size that the data set's rule gives it, its own proportions kept.
 
 Shapes: b batch, h/w latent height and width (pixels / 8), n = 512 T5 tokens, d = 4096 their width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,12 +20,20 @@ from torch import Tensor, nn
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import flux_configs as configs
 from diffsynth_ray.models import image_vae, layouts, t5
-from diffsynth_ray.models.family import BatchShape, EncodedBatch, register_family
+from diffsynth_ray.models.family import BatchShape, EncodedBatch, real_tensor, real_values, register_family, stack_conditions
 from diffsynth_ray.models.flux_names import NAMES
 from diffsynth_ray.models.layer_names import LayerNames
 from diffsynth_ray.models.layouts import KeyLayout
 from diffsynth_ray.models.library_family import TINY_DIR, InferConfig, LibraryFamily, missing_tokenizer
-from diffsynth_ray.models.packing import PATCH, pack_latents, unpack_latents
+from diffsynth_ray.models.packing import (
+    PATCH,
+    pack_latents,
+    pack_pictures,
+    predict_by_shape,
+    read_pictures,
+    scaled_to_area,
+    unpack_latents,
+)
 from diffsynth_ray.models.sampling import Frames, SampleRequest, build_pipeline, run_pipeline
 from diffsynth_ray.models.weights import meta_parameters
 
@@ -30,6 +41,10 @@ CLIP_TOKENS = 77
 T5_TOKENS = 512
 DEFAULT_GUIDANCE = 1.0
 """What FLUX.1-dev is told in training; images are made at 3.5."""
+KONTEXT_TOKENS, KONTEXT_SHAPES = "kontext_tokens", "kontext_shapes"
+"""Conditions: [b, s, 64] and [b, pictures, 3] (frames, rows, columns of tokens)."""
+_GIVEN_LAYER = 1
+"""First coordinate of the given pictures' tokens; 0 for those of the picture that is made."""
 
 
 @register_family
@@ -42,6 +57,8 @@ class Flux(LibraryFamily):
     draws_noise_in_float32 = True
     text_components = ("text_encoder_1", "text_encoder_2")
     image_components = ("vae",)
+    extra_components = ("vae",)
+    extra_inputs = ("kontext_images",)
     predict_components = ("dit",)
     size_multiple = image_vae.VAE_FACTOR * PATCH
     option_names = ("embedded_guidance",)
@@ -77,9 +94,13 @@ class Flux(LibraryFamily):
     @classmethod
     def tiny_configs(cls, extra_inputs: Sequence[str]) -> dict[str, dict[str, Any]]:
         """2 double and 2 single blocks of width 64."""
-        if extra_inputs:
-            raise ModelError(f"[model] extra_inputs: flux takes none, got {', '.join(extra_inputs)}")
+        cls._check_extra(extra_inputs)
         return configs.TINY
+
+    @classmethod
+    def _check_extra(cls, names: Iterable[str]) -> None:
+        if unknown := [name for name in names if name not in cls.extra_inputs]:
+            raise ModelError(f"[model] extra_inputs: flux takes {', '.join(cls.extra_inputs)}, got {', '.join(unknown)}")
 
     @classmethod
     def build_component(cls, component: str, config: Mapping[str, Any]) -> nn.Module:
@@ -165,47 +186,74 @@ class Flux(LibraryFamily):
         vae = self.component("vae")
         return image_vae.encode(vae, pixels, dtype=self.dtype, device=self.device, family=self.name)
 
+    def encode_extra(self, extra: Mapping[str, Any], *, pixels: Tensor) -> dict[str, Tensor]:
+        """`kontext_images`: the tokens of a sample's pictures, one after the other, and their shapes."""
+        self._check_extra(extra)
+        encoded = []
+        for pictures in read_pictures(extra, "kontext_images"):
+            tokens, shapes = pack_pictures([self.encode_image(picture[None]) for picture in pictures])
+            encoded.append({KONTEXT_TOKENS: tokens, KONTEXT_SHAPES: shapes})
+        return stack_conditions(encoded)
+
     def latents_shape(self, height: int, width: int, num_frames: int = 1) -> tuple[int, ...]:
         """(16, height / 8, width / 8)."""
         return image_vae.latents_shape(height, width, num_frames, family=self.name)
 
     def blank_batch(self, shape: BatchShape, *, extra_inputs: Sequence[str] = ()) -> EncodedBatch:
-        """See `ModelFamily.blank_batch`; the text has one length."""
+        """See `ModelFamily.blank_batch`; the text has one length, a picture to edit the size of the sample."""
         config = self.component("dit").config
         conditions = {
             "prompt_embeds": torch.zeros(shape.num_samples, T5_TOKENS, config.joint_attention_dim, dtype=self.dtype),
             "pooled_prompt_embeds": torch.zeros(shape.num_samples, config.pooled_projection_dim, dtype=self.dtype),
         }
         latents = self.blank_latents(shape)
+        if extra_inputs:
+            conditions[KONTEXT_TOKENS] = pack_latents(torch.zeros_like(latents, dtype=self.dtype))
+            rows, columns = (side // PATCH for side in latents.shape[2:])
+            # Its values are read: under a fake mode too this one is real.
+            conditions[KONTEXT_SHAPES] = real_tensor([[(1, rows, columns)]] * shape.num_samples)
         return EncodedBatch(latents, conditions)
 
     def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """[b, 16, h, w] -> the predicted velocity, noise - x_0, of the same shape."""
+        return predict_by_shape(self._predict, batch, noisy_latents, timesteps, shapes=KONTEXT_SHAPES)
+
+    def _predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         dit = self.component("dit")
         b, _, height, width = noisy_latents.shape
+        tokens = pack_latents(noisy_latents.to(self.dtype))
+        num_tokens = tokens.shape[1]
+        ids = [_image_ids(height // PATCH, width // PATCH, layer=0, device=tokens.device)]
+        if KONTEXT_TOKENS in batch.conditions:
+            tokens = torch.cat([tokens, batch.conditions[KONTEXT_TOKENS].to(tokens)], dim=1)
+            shapes = real_values(batch.conditions[KONTEXT_SHAPES])[0]
+            ids += [_image_ids(rows, columns, layer=_GIVEN_LAYER, device=tokens.device) for _, rows, columns in shapes]
         text = batch.conditions["prompt_embeds"].to(self.dtype)
         guidance = None
         if dit.config.guidance_embeds:
             scale = float(self.options.get("embedded_guidance", DEFAULT_GUIDANCE))
             guidance = torch.full((b,), scale, device=noisy_latents.device, dtype=torch.float32)
         output = dit(
-            hidden_states=pack_latents(noisy_latents.to(self.dtype)),
+            hidden_states=tokens,
             timestep=timesteps / 1000,
             guidance=guidance,
             pooled_projections=batch.conditions["pooled_prompt_embeds"].to(self.dtype),
             encoder_hidden_states=text,
             txt_ids=torch.zeros(text.shape[1], 3, device=text.device),
-            img_ids=_image_ids(height // PATCH, width // PATCH, device=text.device),
+            img_ids=torch.cat(ids),
             return_dict=False,
         )[0]
-        return unpack_latents(output, height=height, width=width)
+        return unpack_latents(output[:, :num_tokens], height=height, width=width)
 
     def sample(self, request: SampleRequest) -> Frames:
-        """See `ModelFamily.sample`. The guidance is what FLUX.1-dev is told; there is no negative prompt."""
-        from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+        """See `ModelFamily.sample`. The guidance is what FLUX.1-dev is told; there is no negative prompt.
+
+        A picture to edit is given at about the area of the one that is made, as in training.
+        """
+        from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxPipeline
 
         pipeline = build_pipeline(
-            FluxPipeline,
+            FluxKontextPipeline if request.inputs else FluxPipeline,
             device=self.device,
             transformer=self.component("dit"),
             vae=self.component("vae"),
@@ -216,9 +264,19 @@ class Flux(LibraryFamily):
             tokenizer_2=None,
         )
         text = self.encode_text([request.prompt])
+        given: dict[str, Any] = {}
+        if request.inputs:
+            (picture,) = request.inputs
+            area = request.height * request.width
+            given = {
+                "image": scaled_to_area(picture, area, multiple=self.size_multiple),
+                "_auto_resize": False,
+                "max_area": area,
+            }
         return run_pipeline(
             pipeline,
             request,
+            **given,
             prompt_embeds=text["prompt_embeds"],
             pooled_prompt_embeds=text["pooled_prompt_embeds"],
             guidance_scale=request.guidance_scale,
@@ -234,9 +292,10 @@ class Flux(LibraryFamily):
         return list(module.encoder.block) if component == "text_encoder_2" else []
 
 
-def _image_ids(rows: int, columns: int, *, device: torch.device) -> Tensor:
-    """[rows * columns, 3]: 0, row and column of each image token."""
+def _image_ids(rows: int, columns: int, *, layer: int, device: torch.device) -> Tensor:
+    """[rows * columns, 3]: layer, row and column of each image token."""
     ids = torch.zeros(rows, columns, 3, device=device)
+    ids[..., 0] = layer
     ids[..., 1] = torch.arange(rows, device=device)[:, None]
     ids[..., 2] = torch.arange(columns, device=device)
     return ids.view(-1, 3)

@@ -58,6 +58,7 @@ RELEASED: dict[str, tuple[str, Configs]] = {
     "Wan-AI/Wan2.2-I2V-A14B": ("wan", {**_WAN, "dit": {"in_channels": 36}}),
     "Wan-AI/Wan2.2-TI2V-5B": ("wan", {**_WAN, "dit": _TI2V, "vae": _WAN_22_VAE}),
     "black-forest-labs/FLUX.1-dev": ("flux", _FLUX),
+    "black-forest-labs/FLUX.1-Kontext-dev": ("flux", _FLUX),
     "black-forest-labs/FLUX.1-schnell": ("flux", {**_FLUX, "dit": {}}),
     "Tongyi-MAI/Z-Image": ("z_image", _Z),
     "Tongyi-MAI/Z-Image-Turbo": ("z_image", _Z),

@@ -32,7 +32,14 @@ from diffsynth_ray.models.family import (
 from diffsynth_ray.models.layer_names import LayerNames
 from diffsynth_ray.models.layouts import KeyLayout
 from diffsynth_ray.models.library_family import TINY_DIR, InferConfig, LibraryFamily, missing_tokenizer
-from diffsynth_ray.models.packing import PATCH, pack_latents, unpack_latents
+from diffsynth_ray.models.packing import (
+    PATCH,
+    pack_latents,
+    pack_pictures,
+    predict_by_shape,
+    read_pictures,
+    unpack_latents,
+)
 from diffsynth_ray.models.rotary import JointAttention, RealRope
 from diffsynth_ray.models.sampling import Frames, SampleRequest, build_pipeline, run_pipeline
 from diffsynth_ray.models.weights import meta_parameters
@@ -166,8 +173,8 @@ class QwenImage(LibraryFamily):
         if set(extra) != {"edit_image"}:
             raise ModelError(f"[model] extra_inputs: qwen_image takes edit_image, got {', '.join(extra)}")
         encoded = []
-        for prompt, given in zip(prompts, edit.read_pictures(extra, "edit_image"), strict=True):
-            pictures = edit.for_the_vae(given)
+        for prompt, given in zip(prompts, read_pictures(extra, "edit_image"), strict=True):
+            pictures = edit.for_the_vae([edit.as_picture(pixels) for pixels in given])
             encoded.append({**self._read_prompt(prompt, pictures), **self._edit_tokens(pictures)})
         return stack_conditions(encoded)
 
@@ -187,11 +194,10 @@ class QwenImage(LibraryFamily):
 
     def _edit_tokens(self, pictures: Sequence[Image]) -> dict[str, Tensor]:
         """The pictures' latents, one after the other, and their shapes in tokens."""
-        latents = [self.encode_image(torch.from_numpy(np.array(picture))[None, None]) for picture in pictures]
-        shapes = [(1, one.shape[2] // PATCH, one.shape[3] // PATCH) for one in latents]
-        tokens = torch.cat([pack_latents(one) for one in latents], dim=1)
-        # The shapes stay on the CPU, where the DiT's positions are made from them.
-        return {edit.EDIT_TOKENS: tokens, edit.EDIT_SHAPES: torch.tensor([shapes])}
+        tokens, shapes = pack_pictures(
+            [self.encode_image(torch.from_numpy(np.array(picture))[None, None]) for picture in pictures]
+        )
+        return {edit.EDIT_TOKENS: tokens, edit.EDIT_SHAPES: shapes}
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """uint8 [b, 1, H, W, 3] -> [b, 16, H/8, W/8]: the posterior's mode, (x - mean) / std per channel."""
@@ -238,12 +244,7 @@ class QwenImage(LibraryFamily):
 
     def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """[b, 16, h, w] -> the predicted velocity, noise - x_0, of the same shape."""
-        shapes = batch.conditions.get(edit.EDIT_SHAPES)
-        if shapes is not None and len(set(map(str, real_values(shapes)))) > 1:
-            # The DiT takes one set of positions for the whole batch.
-            parts = zip(batch.samples(), noisy_latents.split(1), timesteps.split(1), strict=True)
-            return torch.cat([self._predict(*part) for part in parts])
-        return self._predict(batch, noisy_latents, timesteps)
+        return predict_by_shape(self._predict, batch, noisy_latents, timesteps, shapes=edit.EDIT_SHAPES)
 
     def _predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         _, _, height, width = noisy_latents.shape

@@ -9,7 +9,7 @@ Shapes: n text tokens after the template, s tokens of 2x2 latent pixels over all
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth_ray.errors import ModelError
+from diffsynth_ray.models.packing import scaled_to_area
 
 EDIT_TOKENS, EDIT_SHAPES = "edit_tokens", "edit_shapes"
 """Conditions: [b, s, 64] and [b, k, 3] (frames, rows, columns of tokens)."""
@@ -40,21 +41,9 @@ _VAE_AREA, _SEEN_AREA = 1024 * 1024, 384 * 384
 _SIDE = 32
 
 
-def read_pictures(extra: Mapping[str, Any], name: str) -> list[list[Image.Image]]:
-    """The column's pictures by sample."""
-    samples = []
-    for files in extra[name]:
-        if not isinstance(files, (tuple, list)) or not files:
-            raise ModelError(f"model.extra_inputs: {name} takes pictures, got {files!r}; is it in dataset.data_file_keys?")
-        samples.append([Image.fromarray(np.asarray(torch.as_tensor(file)[0].cpu())) for file in files])
-    return samples
-
-
 def scaled(picture: Image.Image, area: int) -> Image.Image:
-    """The picture at about `area` pixels, its proportions kept, both sides multiples of 32."""
-    width = math.sqrt(area * picture.width / picture.height)
-    height = width / (picture.width / picture.height)
-    return picture.resize((round(width / _SIDE) * _SIDE, round(height / _SIDE) * _SIDE))
+    """The picture at about `area` pixels, both sides multiples of 32."""
+    return scaled_to_area(picture, area, multiple=_SIDE)
 
 
 def blank_shape(height: int, width: int) -> tuple[int, int]:
@@ -62,6 +51,11 @@ def blank_shape(height: int, width: int) -> tuple[int, int]:
     side_width = math.sqrt(_VAE_AREA * width / height)
     side_height = side_width * height / width
     return round(side_height / _SIDE) * _SIDE // 16, round(side_width / _SIDE) * _SIDE // 16
+
+
+def as_picture(pixels: Tensor) -> Image.Image:
+    """Of uint8 [1, h, w, 3]."""
+    return Image.fromarray(np.asarray(pixels[0].cpu()))
 
 
 def for_the_vae(pictures: Sequence[Image.Image]) -> list[Image.Image]:

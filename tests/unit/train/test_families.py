@@ -20,6 +20,7 @@ CASES = {
     "wan": ("wan", []),
     "wan, image to video": ("wan", ["input_image"]),
     "flux": ("flux", []),
+    "flux, kontext": ("flux", ["kontext_images"]),
     "z_image": ("z_image", []),
     "qwen_image, edit": ("qwen_image", ["edit_image"]),
 }

@@ -23,8 +23,9 @@ CASES = {
     "wan, own first frame": ("wan", ["input_image"], EXTRA, "encoded 2 texts, 2 images and 2 extra inputs, "),
     "wan, a column's frame": ("wan", ["input_image"], EXTRA, "encoded 2 texts, 2 images and 2 extra inputs, "),
     "edit": ("qwen_image", ["edit_image"], ("image", "extra"), "encoded 0 texts, 2 images and 2 extra inputs, "),
+    "kontext": ("flux", ["kontext_images"], EXTRA, "encoded 2 texts, 2 images and 2 extra inputs, "),
 }
-COLUMNS = {"wan, a column's frame": "input_image", "edit": "edit_image"}
+COLUMNS = {"wan, a column's frame": "input_image", "edit": "edit_image", "kontext": "kontext_images"}
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def job_of(stage, case, **sections):
 
 
 # What one of the others shows too.
-SLOW = ("z_image", "wan", "wan, a column's frame")
+SLOW = ("flux", "z_image", "wan", "wan, a column's frame")
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])
