@@ -6,10 +6,11 @@ whatever their origin, so a row a micro batch would cost a task and an object ea
 of a chunk are decoded straight into its one buffer, which the worker reads where it lies in the object store. A file that
 cannot be decoded travels as its error, so that it is raised at its position, on the worker that needs it, and never retried.
 
-Each rank has an executor of its own. Measured with 16 and 64 ranks on two cores (tests/bench/data_throughput.py, `ranks`) beside one
-executor for the 8 ranks of a node, each executor with one decoding task: the start costs 9 times the CPU time with one a rank,
-some 4 seconds of one CPU each. A step takes 0.2 of the time with two CPUs to a rank (but 16 tasks decode there instead of 2),
-and 3.3 to 3.6 times with a quarter of one. So one a rank is right where a CPU a rank is free for decoding; where there are fewer, it works, slowly.
+Each rank has an executor of its own. Measured with 16 and 64 ranks on two cores (tests/bench/data_throughput.py, `ranks`)
+beside one executor for the 8 ranks of a node, each executor with one decoding task: the start costs 9 times the CPU time with
+one a rank, some 4 s of a CPU each. A step takes 0.2 of the time with two CPUs to a rank (but 16 tasks decode there instead
+of 2), and 3.3 to 3.6 times with a quarter of one. So one a rank is right where a CPU a rank is free for decoding; where there
+are fewer, it works, slowly.
 """
 
 from __future__ import annotations

@@ -3,14 +3,15 @@
 A training step of a diffusion transformer is some ten thousand kernels of 30 microseconds. Launched one by one each is followed
 by a gap, and where the host is slow or the pictures are small the device waits for it. Captured once, they are launched as one.
 
-A graph holds for one set of shapes. A set is computed as usual until it has come often enough, then captured; sets that have
-not come for longest give way. All graphs share one pool of memory, and what is computed as usual has another: where both do not
-fit the device, the graphs go, and are captured anew.
+A graph holds for one set of shapes, and to capture it takes as long as some steps, of which each replay wins back a small part.
+So only sets that come often are captured: with captions of a hundred lengths most steps are computed as usual. All graphs share
+one pool of memory, and what is computed as usual has another: where both do not fit the device, the graphs go, and are captured
+anew.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 
 USUAL_RUNS = 2
 """Runs of a set of shapes before it is captured: they compile what is compiled, and fill what caches by shape."""
-MOST_GRAPHS = 16
+MOST_GRAPHS = 8
+"""A set of shapes is captured where at least every eighth run so far was of it."""
 MOST_RELEASES = 2 * USUAL_RUNS * MOST_GRAPHS
 """Times that the graphs give way to what needs their memory before there are no more."""
 
@@ -48,7 +50,7 @@ class StepReplay:
         """The gradients of the last run."""
         sizes = [param.numel() for param in params]
         self._gradients = [part.view_as(param) for part, param in zip(self.flat.split(sizes), params, strict=True)]
-        self._graphs: OrderedDict[tuple[object, ...], _Captured] = OrderedDict()
+        self._graphs: dict[tuple[object, ...], _Captured] = {}
         self._runs: Counter[tuple[object, ...]] = Counter()
         self._pool: Any = None
         self._stream = torch.cuda.Stream()
@@ -69,12 +71,11 @@ class StepReplay:
         given = {**inputs, "weight": torch.full((), weight, device=self.flat.device)}
         key = tuple(_kind(name, tensor) for name, tensor in given.items())
         self._runs[key] += 1
-        if self.is_on and key not in self._graphs and self._runs[key] > USUAL_RUNS:
+        if self.is_on and key not in self._graphs and self._comes_often(key):
             self._capture(key, given)
         if key not in self._graphs:
             losses = self.with_room(lambda: self._run(given))
         else:
-            self._graphs.move_to_end(key)
             captured = self._graphs[key]
             torch._foreach_copy_([*captured.inputs.values()], [given[name] for name in captured.inputs])
             captured.graph.replay()
@@ -82,6 +83,10 @@ class StepReplay:
         for param, gradient in zip(self._params, self._gradients, strict=True):
             param.grad = gradient
         return losses
+
+    def _comes_often(self, key: tuple[object, ...]) -> bool:
+        runs = self._runs[key]
+        return runs > USUAL_RUNS and runs * MOST_GRAPHS >= self._runs.total() and len(self._graphs) < MOST_GRAPHS
 
     def release(self) -> None:
         """Give the graphs' memory back; those that are needed are captured anew."""
@@ -118,8 +123,6 @@ class StepReplay:
 
     def _capture(self, key: tuple[object, ...], given: Mapping[str, Tensor]) -> None:
         """A graph of this set of shapes; nothing is computed yet."""
-        while len(self._graphs) >= MOST_GRAPHS:
-            self._graphs.popitem(last=False)
         if not self._graphs:
             self._pool = torch.cuda.graph_pool_handle()  # the allocator has dropped the pool with its last graph
         inputs = {name: tensor.clone() for name, tensor in given.items() if tensor.is_cuda}

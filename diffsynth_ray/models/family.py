@@ -114,6 +114,11 @@ def stack_conditions(conditions: Sequence[Mapping[str, Tensor]]) -> dict[str, Te
     return stacked
 
 
+def padded(embeds: Tensor, length: int) -> Tensor:
+    """Text [b, n, d] with zeros up to `length` tokens."""
+    return nn.functional.pad(embeds, (0, 0, 0, length - embeds.shape[1]))
+
+
 def real_tensor(values: Sequence[Any]) -> Tensor:
     """A CPU tensor with values, also inside of a fake mode."""
     with unset_fake_temporarily():
@@ -184,6 +189,8 @@ class ModelFamily(ABC):
     """Needed for `encode_extra`."""
     optional_components: ClassVar[tuple[str, ...]] = ()
     """Not every model of the family has them; what needs one goes without it then."""
+    padded_text_tokens: ClassVar[int | None] = None
+    """`predict` pads `prompt_embeds` with zeros to so many tokens, whatever their mask; None: it does not."""
     predict_components: ClassVar[tuple[str, ...]]
     """Needed for `predict`."""
     encode_version: ClassVar[int] = 1

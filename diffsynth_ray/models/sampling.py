@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL.Image import Image
-from torch import Tensor, nn
 
 Frames = npt.NDArray[np.uint8]
 
@@ -86,8 +85,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
-
-
-def padded(embeds: Tensor, length: int) -> Tensor:
-    """Text [1, n, d] with zeros up to `length` tokens."""
-    return nn.functional.pad(embeds, (0, 0, 0, length - embeds.shape[1]))

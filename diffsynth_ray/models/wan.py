@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import layouts, t5
 from diffsynth_ray.models import wan_configs as configs
-from diffsynth_ray.models.family import FIRST_FRAME, BatchShape, EncodedBatch, register_family, stack_conditions
+from diffsynth_ray.models.family import FIRST_FRAME, BatchShape, EncodedBatch, padded, register_family, stack_conditions
 from diffsynth_ray.models.layer_names import LayerNames, tensors_from_memory
 from diffsynth_ray.models.layouts import KeyLayout
 from diffsynth_ray.models.library_family import InferConfig, LibraryFamily, extra_image, missing_tokenizer
-from diffsynth_ray.models.sampling import Frames, SampleRequest, build_pipeline, padded, run_pipeline
+from diffsynth_ray.models.sampling import Frames, SampleRequest, build_pipeline, run_pipeline
 from diffsynth_ray.models.wan_names import NAMES, VAE_22
 from diffsynth_ray.models.weights import meta_parameters
 
@@ -55,6 +55,7 @@ class Wan(LibraryFamily):
     size_multiple = 16
     clip_step = FRAMES_PER_LATENT
     extra_inputs = ("input_image", "end_image")
+    padded_text_tokens = TEXT_TOKENS
     depth_keys: ClassVar[dict[str, str]] = {"blocks": "num_layers"}
     names: ClassVar[dict[str, LayerNames]] = NAMES
     infer_functions: ClassVar[dict[str, InferConfig]] = configs.INFER
@@ -268,7 +269,7 @@ class Wan(LibraryFamily):
             frames[:, 0] = 0
             timesteps = frames.repeat_interleave(height * width // PATCH**2, dim=1)
         text = conditions["prompt_embeds"].to(self.dtype)
-        text = nn.functional.pad(text, (0, 0, 0, TEXT_TOKENS - text.shape[1]))
+        text = padded(text, TEXT_TOKENS)
         output: Tensor = dit(
             hidden_states=hidden,
             timestep=timesteps,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diffsynth_ray.data.samples import Extra
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.memory.timing import DeviceTimer
-from diffsynth_ray.models.family import FIRST_FRAME, EncodedBatch, ModelFamily
+from diffsynth_ray.models.family import FIRST_FRAME, MASK_SUFFIX, EncodedBatch, ModelFamily, padded
 from diffsynth_ray.models.flow_matching import FlowMatchingTable, flow_matching_table, make_targets, per_sample_loss
 
 
@@ -57,7 +57,7 @@ class HalfEncodedBatch:
 
 
 AnyBatch = SampleBatch | EncodedBatch | HalfEncodedBatch
-_CONDITION = "condition."
+_CONDITION, _TEXT = "condition.", "prompt_embeds"
 
 
 def tensors_of(batch: AnyBatch) -> list[Tensor]:
@@ -137,12 +137,21 @@ class TrainGraph(nn.Module):
     def to_tensors(self, batch: AnyBatch, noise: Tensor, timestep_ids: Tensor) -> dict[str, Tensor]:
         """What `from_tensors` computes the losses from: the encoded batch and the rest, on the device.
 
-        Conditions of whole numbers are shapes and stay on the CPU.
+        Conditions of whole numbers are shapes and stay on the CPU. Texts have one length where the family pads them anyway.
         """
         encoded = self.encode_timed(batch)
-        ids = timestep_ids.pin_memory().to(self.family.device, non_blocking=True)
-        conditions = {_CONDITION + name: tensor for name, tensor in encoded.conditions.items()}
-        return {"latents": encoded.latents, "noise": noise, "timestep_ids": ids, **conditions}
+        given = dict(encoded.conditions)
+        if self.family.padded_text_tokens is not None:
+            given[_TEXT] = padded(given[_TEXT], self.family.padded_text_tokens)
+            given.pop(_TEXT + MASK_SUFFIX, None)
+        ids = timestep_ids.pin_memory() if self.family.device.type == "cuda" else timestep_ids
+        conditions = {_CONDITION + name: tensor for name, tensor in given.items()}
+        return {
+            "latents": encoded.latents,
+            "noise": noise,
+            "timestep_ids": ids.to(self.family.device, non_blocking=True),
+            **conditions,
+        }
 
     def from_tensors(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Losses [b] of what `to_tensors` gave."""

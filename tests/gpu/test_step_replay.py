@@ -84,19 +84,28 @@ def linear(width=64):
     return nn.Linear(width, width, bias=False, device="cuda")
 
 
-def test_a_shape_is_captured_after_some_runs_and_the_oldest_gives_way():
+def test_shapes_that_come_often_are_captured():
     layer, said = linear(), []
     replay = StepReplay(lambda given: layer(given["x"]).square().mean(dim=1), [layer.weight], say=said.append)
-    for count in range(1, MOST_GRAPHS + 3):
-        for turn in range(USUAL_RUNS + 2):
-            x = torch.randn(count, 64, device="cuda")
-            losses = replay.run({"x": x}, 0.5)
-            expected = layer(x).square().mean(dim=1)
-            [gradient] = torch.autograd.grad(expected.sum() * 0.5, [layer.weight])
-            torch.testing.assert_close(losses, expected.detach())
-            torch.testing.assert_close(layer.weight.grad, gradient)
-            del expected  # its graph belongs to another stream than a capture's
-            assert replay.num_graphs == min(count - (turn < USUAL_RUNS), MOST_GRAPHS)
+
+    def run(count):
+        x = torch.randn(count, 64, device="cuda")
+        losses = replay.run({"x": x}, 0.5)
+        expected = layer(x).square().mean(dim=1)
+        [gradient] = torch.autograd.grad(expected.sum() * 0.5, [layer.weight])
+        torch.testing.assert_close(losses, expected.detach())
+        torch.testing.assert_close(layer.weight.grad, gradient)
+
+    for turn in range(USUAL_RUNS + 2):
+        run(1)
+        assert replay.num_graphs == (turn >= USUAL_RUNS)
+    for _ in range(USUAL_RUNS + 2):
+        for count in range(2, 3 * MOST_GRAPHS):
+            run(count)
+    assert replay.num_graphs == 1  # the others come too rarely
+    for _ in range(40):
+        run(2)
+    assert replay.num_graphs == 2
     assert not said
 
 

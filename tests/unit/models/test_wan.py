@@ -270,6 +270,11 @@ def test_the_loss_is_the_reference(which, request):
     ids = torch.tensor([100, 700])
     losses = graph(samples, noise, ids)
     assert losses.detach() == pytest.approx(reference_loss(family, batch, noise, ids).detach(), rel=1e-5)
+    # What a step as a CUDA graph computes from: texts of one length, whatever the prompts.
+    tensors = graph.to_tensors(samples, noise, ids)
+    assert torch.equal(graph.from_tensors(tensors), losses)
+    short = graph.to_tensors(SampleBatch(samples.pixels, ("a", "b"), (0, 1)), noise, ids)
+    assert {name: one.shape for name, one in short.items()} == {name: one.shape for name, one in tensors.items()}
     if extra:  # a column of its own is taken instead of the video's first frame
         other = SampleBatch(samples.pixels, samples.prompts, (0, 1), {"input_image": frames(pixels(), 2)})
         assert not torch.allclose(graph(other, noise, ids), losses)
