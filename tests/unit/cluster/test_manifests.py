@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from diffsynth_ray.launch import diagnosis
+
 ROOT = Path(__file__).parents[3]
 CLUSTER = ROOT / "cluster"
 IMAGE = "registry.example.com/dsray:latest"
@@ -134,6 +136,7 @@ def test_the_dashboard_shows_metrics_that_exist():
     used = {name for text in expressions for name in re.findall(r"\bray_\w+", text)}
     ours = {name for name in used if name.startswith("ray_dsray_")}
     assert ours <= gauges_of_the_worker()
+    assert {f"ray_dsray_{part}" for part in diagnosis._PARTS} <= ours, "what `dsray status` names is shown"
     assert len(ours) >= 8
     assert used - ours <= set(re.findall(r"\bray_\w+", Path(panels.__file__).read_text()))
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])

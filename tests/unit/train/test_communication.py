@@ -1,0 +1,148 @@
+"""What a worker waits for the others, measured: in gloo processes (communication_rank.py) of which one is late, and alone."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_trainer import build_job, build_trainer, micro, train
+
+from diffsynth_ray.train.strategy.communication import CommunicationTimer, TimedCollectives
+
+RANK = Path(__file__).parent / "communication_rank.py"
+LATE_S = 0.5
+
+
+def run_ranks(folder, cases):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(RANK.parents[3]), str(RANK.parents[2] / "support")])}
+    logs = [folder / f"rank-{rank}.log" for rank in range(2)]
+    ranks = []
+    for rank, log in enumerate(logs):
+        command = [sys.executable, "-W", "ignore", str(RANK), str(rank), str(folder), str(LATE_S), *cases]
+        with log.open("w") as output:
+            ranks.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=250) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def check(ranks, cases):
+    on_time, late = ranks
+    assert on_time.keys() == late.keys() == set(cases)
+    for case in cases:
+        # The busy machine makes one or the other later still: the better one of the steps is what counts.
+        waited, own = max(on_time[case]), min(late[case])
+        assert waited >= LATE_S * 0.9, case
+        assert own < LATE_S * 0.7, f"{case}: the messages themselves, hundreds of small ones under the host's strategy"
+        assert waited - own >= LATE_S * 0.7, case
+
+
+def test_a_late_worker_is_waited_for_by_the_other(tmp_path):
+    cases = ["ddp, recomputed", "ddp, bf16", "zero 3", "host"]
+    check(run_ranks(tmp_path, cases), cases)
+
+
+@pytest.mark.slow
+def test_under_every_strategy(tmp_path):
+    cases = ["ddp", "ddp, unused", "zero 1", "zero 2", "zero 2, bf16", "host, clipped"]
+    check(run_ranks(tmp_path, cases), cases)
+
+
+def test_one_worker_waits_for_nobody():
+    trainer = build_trainer(build_job())
+    train(trainer, [micro([0])], steps=1)
+    trainer.strategy.sum_over_workers(torch.ones(()))
+    assert trainer.strategy.communication.take_s() == 0
+
+
+@pytest.fixture
+def timer():
+    return CommunicationTimer(torch.device("cpu"), world_size=2)
+
+
+class Slow(torch.autograd.Function):
+    """An identity with an expensive gradient, at whose end the pass waits, as under DistributedDataParallel."""
+
+    @staticmethod
+    def forward(ctx, x, compute_s, wait_s):
+        ctx.seconds = compute_s, wait_s
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        compute_s, wait_s = ctx.seconds
+        time.sleep(compute_s)
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: time.sleep(wait_s))
+        return gradient, None, None
+
+
+def test_of_a_backward_pass_the_wait_at_its_end_counts(timer):
+    loss = Slow.apply(torch.ones((), requires_grad=True), 0.3, 0.1)
+    with timer.after_backward(loss):
+        loss.backward()
+    assert 0.1 <= timer.take_s() < 0.2
+
+
+def test_a_backward_pass_that_fails_leaves_the_timer_usable(timer):
+    loss = torch.ones((), requires_grad=True) * 1
+
+    def fail(_):
+        raise RuntimeError("no memory")
+
+    loss.register_hook(fail)
+    with pytest.raises(RuntimeError, match="no memory"), timer.after_backward(loss):
+        loss.backward()
+    timer.take_s()
+    with timer.waiting():
+        time.sleep(0.05)
+    assert timer.take_s() >= 0.05
+
+
+def test_a_wait_in_a_wait_counts_once(timer):
+    with timer.waiting(), timer.waiting():
+        time.sleep(0.1)
+    assert 0.1 <= timer.take_s() < 0.2
+
+
+def test_of_a_backend_the_blocking_calls_count_and_the_waits_for_the_others(timer):
+    work = SimpleNamespace(wait=lambda: time.sleep(0.1), is_completed=lambda: "soon")
+    backend = SimpleNamespace(
+        all_reduce=lambda tensor, async_op=False: work if async_op else time.sleep(0.2), get_rank=lambda: time.sleep(0.3)
+    )
+    timed = TimedCollectives(backend, timer)
+    timed.get_rank()
+    assert timer.take_s() == 0
+    timed.all_reduce(None)
+    assert 0.2 <= timer.take_s() < 0.3
+    under_way = timed.all_reduce(None, async_op=True)
+    assert timer.take_s() < 0.05
+    time.sleep(0.2)  # hidden behind it
+    assert under_way.is_completed() == "soon"
+    under_way.wait()
+    assert 0.1 <= timer.take_s() < 0.2
+
+
+def test_on_a_gpu_only_the_stream_that_computes_waits(monkeypatch):
+    compute, beside = (SimpleNamespace(device="cuda", number=number) for number in range(2))
+    current = [compute]
+
+    def make_event(*, enable_timing):
+        return SimpleNamespace(record=lambda: None, query=lambda: True, elapsed_time=lambda end: 250.0)
+
+    monkeypatch.setattr(torch.cuda, "Event", make_event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    timer = CommunicationTimer(torch.device("cuda"), world_size=2)
+    for stream in (compute, beside, compute):
+        current[0] = stream
+        with timer.waiting():
+            pass
+    assert timer.take_s() == pytest.approx(0.5)
