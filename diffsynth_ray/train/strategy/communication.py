@@ -35,7 +35,7 @@ class CommunicationTimer:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """What is inside waits for other workers. A wait in a wait counts once, one in a stream beside the computation never."""
+        """What is inside waits for other workers. A wait in a wait counts once, one beside the computing stream never."""
         beside = self._stream is not None and torch.cuda.current_stream(self._stream.device) != self._stream
         if not self._counts or self._is_waiting or beside:
             yield
