@@ -209,28 +209,6 @@ def line(cluster):
     line.close()
 
 
-class CutAgainAndAgain:
-    """Cuts a line every few seconds while it is in use, inside."""
-
-    def __init__(self, line):
-        self._line, self._over = line, threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self.cuts = []
-
-    def _run(self):
-        while not self._over.wait(2.5):
-            if number := self._line.cut():
-                self.cuts.append(number)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *args):
-        self._over.set()
-        self._thread.join()
-
-
 class Scraper:
     """The names of all metrics that the nodes' Prometheus endpoints have served."""
 
@@ -281,7 +259,7 @@ def test_two_runs_of_two_nodes_each_one_after_the_other_and_a_line_that_breaks(
     board = json.loads((Path(__file__).parents[2] / "cluster" / "grafana_dashboard.json").read_text())
     expressions = " ".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
     shown = {name for name in re.findall(r"ray_\w+", expressions) if not ABSENT.search(name)}
-    steps = ("--set", "training.max_steps=30", "--set", "dataset.repeat=20")
+    steps = ("--set", "training.max_steps=90", "--set", "dataset.repeat=40")
     with Scraper(cluster.temp_dir) as scraper:
         first = ("submit", job_file, "--address", cluster.address, "--detach", "--json", *steps)
         code, out, err = call(capsys, *first)
@@ -298,24 +276,26 @@ def test_two_runs_of_two_nodes_each_one_after_the_other_and_a_line_that_breaks(
         code, out, err = call(capsys, "submit", job_file, "--address", line.address, "--detach", "--json", *second)
         assert code == 0, err
         waiting = json.loads(out)
-        cuts = []
-        cutter = threading.Timer(3.0, lambda: cuts.append(line.cut()))
+        once = []
+        cutter = threading.Timer(3.0, lambda: once.append(line.cut()))
         cutter.start()
         code, out, err = call(capsys, "submit", job_file, "--address", line.address, "--json", *steps)
         cutter.join()
         assert code == 0, err
         assert json.loads(out)["state"] == "SUCCEEDED"
-        assert "step 30/30" in err, "followed to the end, whatever was cut"
-        with CutAgainAndAgain(line) as cutter:
-            code, out, err = call(capsys, "logs", "-f", waiting["run"])
+        assert "step 90/90" in err, "followed to the end, whatever was cut"
+        cuts = []
+        stop = line.cut_every(2.5, cuts)
+        code, out, err = call(capsys, "logs", "-f", waiting["run"])
+        stop()
         assert code == 0, err
-        assert len(cutter.cuts) >= 2
+        assert len(cuts) >= 2
         log = (tmp_path / "second" / "log.txt").read_text().splitlines()
         followed = out.splitlines()
         assert any("step 2/2" in line for line in log)
         assert [line for line in followed if line in log] == log, "every line once and in order, whatever was cut"
-    assert cuts
-    assert cuts[0] > 0, "the line was in use when it was cut"
+    assert once
+    assert once[0] > 0, "the line was in use when it was cut"
     log = (tmp_path / "out" / "log.txt").read_text()
     assert "starting 2 training worker(s)" in log
     assert len(set(re.findall(r"rank \d \(pid \d+ on ([\d.]+)", log))) == 2, "one worker a node"

@@ -23,6 +23,24 @@ class Line:
                 end.shutdown(socket.SHUT_RDWR)
         return len(pairs)
 
+    def cut_every(self, seconds, cuts):
+        """Cut again and again while the line is in use, and note in `cuts` how many connections; returns what ends it."""
+        over = threading.Event()
+
+        def run():
+            while not over.wait(seconds):
+                if number := self.cut():
+                    cuts.append(number)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+
+        def stop():
+            over.set()
+            thread.join()
+
+        return stop
+
     def close(self):
         self._listener.close()
         self.cut()
