@@ -122,7 +122,7 @@ class Runs:
 
     def train(self, name, *overrides):
         """(losses by step, what was said) of a run that ends well."""
-        path = self._folder / f"{name}.toml"
+        path = self.job_path = self._folder / f"{name}.toml"
         path.write_text(JOB.format(photos="s3://bucket/photos", output=self._folder / name))
         settings = (f"training.max_steps={STEPS}", f"output.save_steps={STEPS}", *overrides)
         done = self.command("run", str(path), *(part for each in settings for part in ("--set", each)))
@@ -168,6 +168,11 @@ def test_a_data_set_and_a_cache_in_a_bucket_through_a_line_that_breaks(runs, rea
 def test_a_cache_in_a_bucket_is_looked_after(runs):
     split = ("split.enabled=true", f"split.cache_path={CACHE}")
     expected, _ = runs.train("split", *split)
+    report = runs.command("doctor", str(runs.job_path), *(part for each in split for part in ("--set", each)), "--json")
+    checks = {check["name"]: check for check in json.loads(report.stdout)["checks"]}
+    assert checks["output"]["findings"][-1]["detail"] == f"{CACHE} is writable (split.cache_path)"
+    assert checks["data"]["findings"][0]["detail"].startswith("5 rows; ")
+    assert checks["data"]["state"] == "ok"
     listed = runs.command("cache", "ls", CACHE, "--json")
     assert listed.returncode == ExitCode.DONE, listed.stderr
     [dataset] = json.loads(listed.stdout)["datasets"]
