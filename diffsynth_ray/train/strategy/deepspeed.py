@@ -84,6 +84,9 @@ class DeepSpeedStrategy:
     ) -> None:
         self.stage = job.distributed.zero_stage
         self._device = family.device
+        self._waits_beside = family.device.type == "cuda" and self.stage == 3
+        """Its collectives run in streams beside the computation, which waits for them where parameters are fetched and at the
+        end of a backward pass."""
         self._deepspeed = load_deepspeed(family.device)
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.communication = CommunicationTimer(family.device, world_size=self.world_size)
@@ -161,8 +164,7 @@ class DeepSpeedStrategy:
             return
         comm = self._deepspeed.comm.comm
         timed: list[tuple[Any, str, Any]] = [(comm, "cdb", TimedCollectives(comm.cdb, self.communication))]
-        if self._device.type == "cuda" and self.stage == 3:
-            # Its collectives run in streams beside the computation, which waits for them in these two.
+        if self._waits_beside:
             coordinator = self._zero.parameter_offload.get_param_coordinator()
             for owner, name in ((coordinator, "fetch_sub_module"), (self._zero, "independent_gradient_partition_epilogue")):
                 timed.append((owner, name, self.communication.timed(getattr(owner, name))))

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from tiny_trainer import build_job, build_trainer, micro, train
 
+from diffsynth_ray.memory import timing
 from diffsynth_ray.train.strategy.communication import CommunicationTimer, TimedCollectives
 
 RANK = Path(__file__).parent / "communication_rank.py"
@@ -39,21 +39,25 @@ def check(ranks, cases):
     on_time, late = ranks
     assert on_time.keys() == late.keys() == set(cases)
     for case in cases:
-        # The busy machine makes one or the other later still: the better one of the steps is what counts.
-        waited, own = max(on_time[case]), min(late[case])
-        assert waited >= LATE_S * 0.9, case
-        assert own < LATE_S * 0.7, f"{case}: the messages themselves, hundreds of small ones under the host's strategy"
-        assert waited - own >= LATE_S * 0.7, case
+        absent = []
+        for first, second in zip(on_time[case], late[case], strict=True):
+            # The wait in which the other one's step begins lasts at least until then. DeepSpeed's first step has others.
+            before = [wait for wait in first["waits"] if wait < second["began"]]
+            absent.append(second["began"] - before[-1] if before else 0.0)
+            assert first["waited"] >= absent[-1], case
+        # A busy machine makes the one or the other later still: the clearest of the steps is what counts.
+        assert max(absent) > LATE_S / 2, case
+        assert any(second["waited"] < 0.6 * first["waited"] for first, second in zip(on_time[case], late[case])), case
 
 
 def test_a_late_worker_is_waited_for_by_the_other(tmp_path):
-    cases = ["ddp, recomputed", "ddp, bf16", "zero 3", "host"]
+    cases = ["ddp, recomputed", "zero 3"]
     check(run_ranks(tmp_path, cases), cases)
 
 
 @pytest.mark.slow
 def test_under_every_strategy(tmp_path):
-    cases = ["ddp", "ddp, unused", "zero 1", "zero 2", "zero 2, bf16", "host, clipped"]
+    cases = ["ddp", "ddp, bf16", "ddp, unused", "zero 1", "zero 2", "zero 2, bf16", "zero 3, beside", "host", "host, clipped"]
     check(run_ranks(tmp_path, cases), cases)
 
 
@@ -65,6 +69,14 @@ def test_one_worker_waits_for_nobody():
 
 
 @pytest.fixture
+def sleep(monkeypatch):
+    """Lets the timer's clock go on."""
+    now = [100.0]
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+@pytest.fixture
 def timer():
     return CommunicationTimer(torch.device("cpu"), world_size=2)
 
@@ -73,26 +85,25 @@ class Slow(torch.autograd.Function):
     """An identity with an expensive gradient, at whose end the pass waits, as under DistributedDataParallel."""
 
     @staticmethod
-    def forward(ctx, x, compute_s, wait_s):
-        ctx.seconds = compute_s, wait_s
+    def forward(ctx, x, compute, wait):
+        ctx.compute, ctx.wait = compute, wait
         return x.clone()
 
     @staticmethod
     def backward(ctx, gradient):
-        compute_s, wait_s = ctx.seconds
-        time.sleep(compute_s)
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: time.sleep(wait_s))
+        ctx.compute()
+        torch.autograd.Variable._execution_engine.queue_callback(ctx.wait)
         return gradient, None, None
 
 
-def test_of_a_backward_pass_the_wait_at_its_end_counts(timer):
-    loss = Slow.apply(torch.ones((), requires_grad=True), 0.3, 0.1)
+def test_of_a_backward_pass_the_wait_at_its_end_counts(timer, sleep):
+    loss = Slow.apply(torch.ones((), requires_grad=True), lambda: sleep(3), lambda: sleep(1))
     with timer.after_backward(loss):
         loss.backward()
-    assert 0.1 <= timer.take_s() < 0.2
+    assert timer.take_s() == 1
 
 
-def test_a_backward_pass_that_fails_leaves_the_timer_usable(timer):
+def test_a_backward_pass_that_fails_leaves_the_timer_usable(timer, sleep):
     loss = torch.ones((), requires_grad=True) * 1
 
     def fail(_):
@@ -101,34 +112,32 @@ def test_a_backward_pass_that_fails_leaves_the_timer_usable(timer):
     loss.register_hook(fail)
     with pytest.raises(RuntimeError, match="no memory"), timer.after_backward(loss):
         loss.backward()
-    timer.take_s()
     with timer.waiting():
-        time.sleep(0.05)
-    assert timer.take_s() >= 0.05
+        sleep(1)
+    assert timer.take_s() == 1
 
 
-def test_a_wait_in_a_wait_counts_once(timer):
+def test_a_wait_in_a_wait_counts_once(timer, sleep):
     with timer.waiting(), timer.waiting():
-        time.sleep(0.1)
-    assert 0.1 <= timer.take_s() < 0.2
+        sleep(1)
+    assert timer.take_s() == 1
 
 
-def test_of_a_backend_the_blocking_calls_count_and_the_waits_for_the_others(timer):
-    work = SimpleNamespace(wait=lambda: time.sleep(0.1), is_completed=lambda: "soon")
+def test_of_a_backend_the_blocking_calls_count_and_the_waits_for_the_others(timer, sleep):
+    work = SimpleNamespace(wait=lambda: sleep(1), is_completed=lambda: "soon")
     backend = SimpleNamespace(
-        all_reduce=lambda tensor, async_op=False: work if async_op else time.sleep(0.2), get_rank=lambda: time.sleep(0.3)
+        all_reduce=lambda tensor, async_op=False: work if async_op else sleep(2), get_rank=lambda: sleep(3)
     )
     timed = TimedCollectives(backend, timer)
     timed.get_rank()
     assert timer.take_s() == 0
     timed.all_reduce(None)
-    assert 0.2 <= timer.take_s() < 0.3
+    assert timer.take_s() == 2
     under_way = timed.all_reduce(None, async_op=True)
-    assert timer.take_s() < 0.05
-    time.sleep(0.2)  # hidden behind it
+    sleep(2)  # hidden behind it
     assert under_way.is_completed() == "soon"
     under_way.wait()
-    assert 0.1 <= timer.take_s() < 0.2
+    assert timer.take_s() == 1
 
 
 def test_on_a_gpu_only_the_stream_that_computes_waits(monkeypatch):
