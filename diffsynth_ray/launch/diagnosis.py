@@ -13,6 +13,8 @@ from diffsynth_ray.run_dir import RunDir
 _TAIL_BYTES = 4 << 20
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE_POINTS = 40
+_RECENT = 20
+"""Logged steps whose times are looked at."""
 _NOTABLE = 0.1
 """Share of a step from which on waiting for something is worth a word."""
 
@@ -23,7 +25,11 @@ _PARTS = {
     ),
     "encode_s": ("the encoders", "split training encodes each sample once (split.enabled)"),
     "transfer_s": ("transfer to the GPU", "less offload (offload.vram_budget_gib), or FP8 (model.fp8_models)"),
-    "communication_s": ("communication", "a faster network, fewer nodes, or more samples a step (gradient.accumulation_steps)"),
+    "communication_s": (
+        "communication",
+        "look for a worker that the others wait for (data waits by rank); else a faster network, fewer nodes, or more samples "
+        "a step (gradient.accumulation_steps)",
+    ),
 }
 """Figure -> what a step waits for, and what helps. What is left of a step is the model's computation."""
 
@@ -44,11 +50,10 @@ class Diagnosis:
 def diagnose(run_dir: RunDir) -> Diagnosis:
     """Read what the run has written so far."""
     series = _read_series(run_dir.loss_path)
-    newest = {key: values[-1] for key, values in series.items()}
     step, when = _last_checkpoint(run_dir.checkpoints_dir)
     return Diagnosis(
-        losses=_means(series.get("loss", []), _CURVE_POINTS),
-        bottleneck=find_bottleneck(newest),
+        losses=_means([*series.get("loss", {}).values()], _CURVE_POINTS),
+        bottleneck=find_bottleneck(_recent_times(series)),
         checkpoint_step=step,
         checkpoint_time=when,
     )
@@ -65,7 +70,9 @@ def find_bottleneck(figures: Mapping[str, float]) -> str | None:
     worst = max(shares, key=lambda key: shares[key])
     name, cure = _PARTS[worst]
     if shares[worst] < _NOTABLE:
-        measured = ", ".join(f"{_PARTS[key][0]} {share:.0%}" for key, share in shares.items())
+        # Without other workers, or with all of it hidden behind the computation, there is nothing to tell.
+        told = {key: share for key, share in shares.items() if share > 0 or key == "data_wait_s"}
+        measured = ", ".join(f"{_PARTS[key][0]} {share:.0%}" for key, share in told.items())
         return f"the model's computation takes {1 - sum(shares.values()):.0%} of a step ({measured}): nothing holds it up"
     rest = "the bottleneck is" if shares[worst] >= max(1 - sum(shares.values()), 0.0) else "some time is lost on"
     return f"{rest} {name}: {shares[worst]:.0%} of a step ({figures[worst]:.2f} of {step_s:.2f} s); {cure}"
@@ -85,8 +92,19 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(bars)
 
 
-def _read_series(path: Path) -> dict[str, list[float]]:
-    """Figure -> its values in the order of the steps, from the end of loss.csv (step,key,value)."""
+def _recent_times(series: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
+    """Means over the last logged steps of the seconds of a step and of its parts; a part that a step lacks took none of it."""
+    steps = [*series.get("step_s", {})][-_RECENT:]
+    found = {key: [series.get(key, {}).get(step) for step in steps] for key in ("step_s", *_PARTS)}
+    return {
+        key: sum(value or 0.0 for value in values) / len(steps)
+        for key, values in found.items()
+        if any(value is not None for value in values)
+    }
+
+
+def _read_series(path: Path) -> dict[str, dict[int, float]]:
+    """Figure -> its values by step, in their order, from the end of loss.csv (step,key,value)."""
     try:
         with path.open("rb") as file:
             file.seek(0, 2)
@@ -95,13 +113,13 @@ def _read_series(path: Path) -> dict[str, list[float]]:
             lines = file.read().decode(errors="replace").split("\n")
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    series: dict[str, list[float]] = {}
+    series: dict[str, dict[int, float]] = {}
     # The first line is the header or half a line; what follows the last line end is still being written.
     for line in lines[1:-1]:
         parts = line.split(",")
         if len(parts) == 3:
             try:
-                series.setdefault(parts[1], []).append(float(parts[2]))
+                series.setdefault(parts[1], {})[int(parts[0])] = float(parts[2])
             except ValueError:
                 continue
     return series

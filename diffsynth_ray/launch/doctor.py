@@ -50,6 +50,7 @@ def build_request(resolved: ResolvedJob | None) -> Request:
     return Request(
         output_path=str(resolved.output_path),
         cache_path=job.split.cache_path if job.split.enabled else None,
+        checkpoint_path=job.output.checkpoint_path,
         base_path=job.dataset.base_path,
         metadata_path=job.dataset.metadata_path,
         data_file_keys=list(job.dataset.data_file_keys),

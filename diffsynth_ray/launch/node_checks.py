@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -57,7 +58,7 @@ CHECKS = {
     "resources": "resources for the plan",
     "nodes": "nodes run our code",
     "versions": "versions",
-    "output": "output path, writable and shared",
+    "output": "output, cache and checkpoints, writable and shared",
     "data": "data",
     "weights": "weights",
     "decoding": "decoding of pictures and videos",
@@ -77,6 +78,8 @@ class Request:
     output_path: str | None = None
     cache_path: str | None = None
     """Where split training keeps encoded samples; None without it."""
+    checkpoint_path: str | None = None
+    """Where checkpoints go; None = under the output path."""
     base_path: str | None = None
     metadata_path: str | None = None
     data_file_keys: list[str] = field(default_factory=list)
@@ -100,7 +103,7 @@ class Request:
 def check_node(request: Request, *, where: str, ray_gpus: float, probe: str | None = None) -> list[Finding]:
     """All checks of this machine. `ray_gpus`: GPUs that Ray thinks it has; `probe`: a file that another node wrote."""
     checks: dict[str, Iterator[tuple[State, str, str]]] = {
-        "output": _output(request.output_path, probe),
+        "output": chain(_output(request.output_path, probe), _apart(request)),
         "data": _data(request),
         "weights": _weights(request.weights),
         "decoding": _decoding(),
@@ -181,6 +184,36 @@ def _output(path: str | None, probe: str | None) -> Iterator[tuple[State, str, s
         )
 
 
+def _apart(request: Request) -> Iterator[tuple[State, str, str]]:
+    """A small file is written, read back and deleted where the run writes beside the output path: in a folder or at a URL."""
+    places = {"split.cache_path": request.cache_path, "output.checkpoint_path": request.checkpoint_path}
+    for key, path in ((key, path) for key, path in places.items() if path is not None):
+        shown = path.rpartition("@")[2].partition("?")[0]  # an address may hold a password
+        cause = _why_not_writable(path)
+        cure = f"choose another {key}, or mend its permissions, the network, the credentials in the nodes' environment"
+        yield ("ok", f"{shown} is writable ({key})", "") if cause is None else ("failed", f"{shown} ({key}): {cause}", cure)
+
+
+def _why_not_writable(path: str) -> str | None:
+    from pyarrow import ArrowInvalid
+
+    from diffsynth_ray.train.storage import Storage
+
+    name = f".dsray-probe-{secrets.token_hex(8)}"
+    path = path.removeprefix("file://")
+    try:
+        storage = Storage.at(path if "://" in path else _existing(Path(path)))
+    except (OSError, ArrowInvalid, NotImplementedError):
+        return "no address that pyarrow can open"  # its own words repeat all of the address
+    try:
+        storage.write_text(name, name)
+        is_same = storage.read_text(name) == name
+        storage.delete(name)
+    except OSError as error:
+        return f"cannot be written: {error.strerror or (str(error).strip().splitlines() or [type(error).__name__])[0]}"
+    return None if is_same else "what was written there reads differently"
+
+
 def sees(probe: str) -> bool:
     """Whether the file that `write_probe` wrote elsewhere is here, with its content."""
     try:
@@ -195,6 +228,7 @@ def _data(request: Request) -> Iterator[tuple[State, str, str]]:
         return
     from diffsynth_ray.data.media import read_info
     from diffsynth_ray.data.metadata import read_metadata
+    from diffsynth_ray.data.storage import is_url, read_stamps
 
     try:
         metadata = read_metadata(
@@ -203,7 +237,8 @@ def _data(request: Request) -> Iterator[tuple[State, str, str]]:
         rows = sorted({0, len(metadata) // 2, len(metadata) - 1})
         files = [file for row in rows for column in metadata.file_columns for file in metadata.files(row, column)]
         for file in files:
-            if "://" not in file:
+            # Of a URL the whole file would be fetched: that its server answers for it is enough.
+            if not is_url(file) or read_stamps([file])[file] is None:
                 read_info(file)
     except DsrayError as error:
         yield "failed", error.message, error.hint or "mount the data on every node at the same place"

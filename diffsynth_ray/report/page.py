@@ -89,13 +89,14 @@ def _sections(record: RunRecord) -> Iterator[str]:
         ("Time of a step", "step_s", " s", True),
         ("Samples a second", "samples_per_s", "", True),
         ("Waiting for data, in each step", "data_wait_s", " s", True),
+        ("Waiting for other workers, in each step", "communication_s", " s", True),
         ("Memory of the GPU of rank 0, at most", "gpu_memory_gib", " GiB", True),
         ("Memory of the process of rank 0", "host_memory_gib", " GiB", True),
     ]
     charts = [
         _chart(title, draw_chart([Curve(title, record.figures[key], "a")], unit=unit, marks=marks, from_zero=zero))
         for title, key, unit, zero in pairs
-        if record.figures.get(key)
+        if any(value for _, value in record.figures.get(key, []))
     ]
     if charts:
         yield f'<div class="two">{"".join(charts)}</div>'

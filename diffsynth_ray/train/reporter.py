@@ -91,11 +91,14 @@ class Reporter:
         self.times.append(_StepTime(time.monotonic() - started, data_wait_s, fed.num_samples, result.num_tokens))
 
     def _take_parts(self) -> dict[str, float]:
-        """Seconds a step that went to the encoders, and to waiting for offloaded weights; only where there is such a thing."""
+        """Seconds a step of waiting for other workers; that went to the encoders, and to waiting for offloaded weights, where
+        there is such a thing."""
         trainer, steps = self.trainer, max(self.untold_steps, 1)
+        assert trainer.strategy is not None  # built by start()
         encode_s, stall_s = trainer.graph.encoding.take_s() / steps, trainer.residency.take_stall_s() / steps
         self.untold_steps = 0
-        parts = {"encode_s": encode_s} if encode_s > 0 else {}
+        parts = {"communication_s": trainer.strategy.communication.take_s() / steps}
+        parts |= {"encode_s": encode_s} if encode_s > 0 else {}
         return parts | ({"transfer_s": stall_s} if trainer.residency.offload is not None else {})
 
     def publish_validation(self, step: int, figures: Mapping[str, float]) -> None:

@@ -432,7 +432,7 @@ def _gauges(run: str, rank: int) -> dict[str, Gauge]:
     tags = {"run": run, "stage": "train", "rank": str(rank)}
     names = (
         *("loss", "lr", "grad_norm", "validation_loss", "step", "stage_progress", "samples_per_s", "tokens_per_s"),
-        *("step_s", "data_wait_s", "encode_s", "transfer_s", "moved_gib", "gpu_memory_gib"),
+        *("step_s", "data_wait_s", "encode_s", "transfer_s", "communication_s", "moved_gib", "gpu_memory_gib"),
     )
     gauges = {name: Gauge(f"dsray_{name}", tag_keys=tuple(tags)) for name in names}
     for gauge in gauges.values():

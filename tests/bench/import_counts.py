@@ -36,8 +36,9 @@ def reasons_of(script: Path) -> tuple[int, list[str]]:
 
 
 def shortened(reason: str) -> str:
-    """A reason without what differs from script to script."""
+    """A reason without what differs from script to script, and without its cure."""
     reason = re.sub(r"^line \d+: ", "", reason)
+    reason = re.sub(r"( in this file): put both commands.*", r"\1", reason)
     reason = re.sub(r"got .*?; (.*): not in this version.*", r"\1 is not built", reason)
     return re.sub(r"trains on '.*?',", "trains on a cache,", reason)[:150]
 

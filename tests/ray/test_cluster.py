@@ -8,7 +8,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from line import Line
 
 from diffsynth_ray.cli import app
 from diffsynth_ray.errors import ClusterError, ExitCode
@@ -202,46 +202,6 @@ def test_a_wrong_token_is_exit_3(doctor, monkeypatch):
     assert "refuses us" in checks["cluster"]["findings"][0]["detail"]
 
 
-class Line:
-    """Passes connections on to a port, until it is cut: all that are open end, new ones are taken again."""
-
-    def __init__(self, port):
-        self._to = ("127.0.0.1", port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._open = []
-        self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def cut(self):
-        """End every connection; returns how many there were."""
-        pairs, self._open = self._open, []
-        for end in (end for pair in pairs for end in pair):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        return len(pairs)
-
-    def close(self):
-        self._listener.close()
-        self.cut()
-
-    def _accept(self):
-        with suppress(OSError):
-            while True:
-                here, _ = self._listener.accept()
-                there = socket.create_connection(self._to)
-                self._open.append((here, there))
-                for source, sink in ((here, there), (there, here)):
-                    threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
-
-    def _pump(self, source, sink):
-        with suppress(OSError):
-            while data := source.recv(1 << 16):
-                sink.sendall(data)
-        for end in (source, sink):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-
 @pytest.fixture
 def line(cluster):
     line = Line(cluster.port)
@@ -299,7 +259,7 @@ def test_two_runs_of_two_nodes_each_one_after_the_other_and_a_line_that_breaks(
     board = json.loads((Path(__file__).parents[2] / "cluster" / "grafana_dashboard.json").read_text())
     expressions = " ".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
     shown = {name for name in re.findall(r"ray_\w+", expressions) if not ABSENT.search(name)}
-    steps = ("--set", "training.max_steps=30", "--set", "dataset.repeat=20")
+    steps = ("--set", "training.max_steps=90", "--set", "dataset.repeat=40")
     with Scraper(cluster.temp_dir) as scraper:
         first = ("submit", job_file, "--address", cluster.address, "--detach", "--json", *steps)
         code, out, err = call(capsys, *first)
@@ -313,24 +273,33 @@ def test_two_runs_of_two_nodes_each_one_after_the_other_and_a_line_that_breaks(
         while not (tmp_path / "out" / "progress.json").exists():
             assert time.monotonic() < deadline
             time.sleep(0.3)
-        code, out, err = call(capsys, "submit", job_file, "--address", cluster.address, "--detach", "--json", *second)
+        code, out, err = call(capsys, "submit", job_file, "--address", line.address, "--detach", "--json", *second)
         assert code == 0, err
         waiting = json.loads(out)
-        cuts = []
-        cutter = threading.Timer(3.0, lambda: cuts.append(line.cut()))
+        once = []
+        cutter = threading.Timer(3.0, lambda: once.append(line.cut()))
         cutter.start()
         code, out, err = call(capsys, "submit", job_file, "--address", line.address, "--json", *steps)
         cutter.join()
         assert code == 0, err
         assert json.loads(out)["state"] == "SUCCEEDED"
-        assert "step 30/30" in err, "followed to the end, whatever was cut"
-    assert cuts
-    assert cuts[0] > 0, "the line was in use when it was cut"
+        assert "step 90/90" in err, "followed to the end, whatever was cut"
+        cuts = []
+        stop = line.cut_every(2.5, cuts)
+        code, out, err = call(capsys, "logs", "-f", waiting["run"])
+        stop()
+        assert code == 0, err
+        assert len(cuts) >= 2
+        log = (tmp_path / "second" / "log.txt").read_text().splitlines()
+        followed = out.splitlines()
+        assert any("step 2/2" in line for line in log)
+        assert [line for line in followed if line in log] == log, "every line once and in order, whatever was cut"
+    assert once
+    assert once[0] > 0, "the line was in use when it was cut"
     log = (tmp_path / "out" / "log.txt").read_text()
     assert "starting 2 training worker(s)" in log
     assert len(set(re.findall(r"rank \d \(pid \d+ on ([\d.]+)", log))) == 2, "one worker a node"
     assert shown <= scraper.names, shown - scraper.names
-    wait_for_state(capsys, waiting["run"], "SUCCEEDED")
     assert "1 of 2 place free; held by " in (tmp_path / "second" / "log.txt").read_text()
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from diffsynth_ray.errors import ModelError
+from diffsynth_ray.train.strategy.communication import CommunicationTimer
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Strategy(Protocol):
 
     rank: int
     world_size: int
+    communication: CommunicationTimer
+    """How long the steps have waited for other workers."""
 
     def micro_step(self, *inputs: Any, weight: float, num_samples: int, last: bool) -> Tensor:
         """Forward and backward of one micro batch; returns its losses [b], detached.

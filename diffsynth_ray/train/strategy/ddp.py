@@ -23,6 +23,7 @@ from diffsynth_ray.train.graph import TrainGraph
 from diffsynth_ray.train.optim import MasterOptimizer
 from diffsynth_ray.train.shards import balanced_slices
 from diffsynth_ray.train.strategy.base import GradientWatch, StateReader, StateSlice
+from diffsynth_ray.train.strategy.communication import CommunicationTimer
 
 
 class DDPStrategy:
@@ -45,6 +46,7 @@ class DDPStrategy:
             find_unused_parameters = has_unused if find_unused_parameters == "auto" else find_unused_parameters
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.communication = CommunicationTimer(optimizer.params[0].device, world_size=self.world_size)
         self.module = graph
         self.ddp: DistributedDataParallel | None = None
         self.replay = build_replay(optimizer.params) if build_replay is not None and not has_unused else None
@@ -79,7 +81,9 @@ class DDPStrategy:
         else:
             with self._no_sync(last):
                 losses = self.ddp(*inputs)
-                (losses.sum() * weight / num_samples * self.world_size).backward()
+                share = losses.sum() * weight / num_samples * self.world_size
+                with self.communication.after_backward(share):
+                    share.backward()
         if not last:
             self.optimizer.collect_gradients()
         return losses.detach()
@@ -105,7 +109,8 @@ class DDPStrategy:
     def sum_over_workers(self, value: Tensor) -> Tensor:
         """See Strategy."""
         if self.world_size > 1:
-            dist.all_reduce(value)
+            with self.communication.waiting():
+                dist.all_reduce(value)
         return value
 
     def full_masters(self) -> dict[str, Tensor]:

@@ -16,8 +16,8 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -35,6 +35,7 @@ from diffsynth_ray.train.optim import build_optimizer
 from diffsynth_ray.train.residency import partitioned_components
 from diffsynth_ray.train.strategy import trained_parameters
 from diffsynth_ray.train.strategy.base import GradientWatch, StateReader, StateSlice
+from diffsynth_ray.train.strategy.communication import CommunicationTimer, TimedCollectives
 
 _ADAM = {"torch.optim.AdamW": True, "torch.optim.Adam": False}
 """Optimizers that DeepSpeed has a CPU kernel for -> whether weight decay is decoupled."""
@@ -83,8 +84,12 @@ class DeepSpeedStrategy:
     ) -> None:
         self.stage = job.distributed.zero_stage
         self._device = family.device
+        self._waits_beside = family.device.type == "cuda" and self.stage == 3
+        """Its collectives run in streams beside the computation, which waits for them where parameters are fetched and at the
+        end of a backward pass."""
         self._deepspeed = load_deepspeed(family.device)
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
+        self.communication = CommunicationTimer(family.device, world_size=self.world_size)
         config = _engine_config(job, graph, family.device)
         components = partitioned_components(job)
         self._partition_components(family, components, config, say=say)
@@ -146,9 +151,31 @@ class DeepSpeedStrategy:
     def micro_step(self, *inputs: Any, weight: float, num_samples: int, last: bool) -> Tensor:
         """See Strategy."""
         self.engine.set_gradient_accumulation_boundary(last)
-        losses: Tensor = self.engine(*inputs)
-        self.engine.backward(losses.sum() * weight / num_samples * self.world_size, scale_wrt_gas=False)
+        with self._timed():
+            losses: Tensor = self.engine(*inputs)
+            self.engine.backward(losses.sum() * weight / num_samples * self.world_size, scale_wrt_gas=False)
         return losses.detach()
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Inside, DeepSpeed's waits for other workers are measured."""
+        if self.world_size == 1:
+            yield
+            return
+        comm = self._deepspeed.comm.comm
+        timed: list[tuple[Any, str, Any]] = [(comm, "cdb", TimedCollectives(comm.cdb, self.communication))]
+        if self._waits_beside:
+            coordinator = self._zero.parameter_offload.get_param_coordinator()
+            for owner, name in ((coordinator, "fetch_sub_module"), (self._zero, "independent_gradient_partition_epilogue")):
+                timed.append((owner, name, self.communication.timed(getattr(owner, name))))
+        before = [getattr(owner, name) for owner, name, _ in timed]
+        for owner, name, replacement in timed:
+            setattr(owner, name, replacement)
+        try:
+            yield
+        finally:
+            for (owner, name, _), original in zip(timed, before, strict=True):
+                setattr(owner, name, original)
 
     def release_memory(self) -> None:
         """See Strategy. Nothing."""
@@ -163,7 +190,8 @@ class DeepSpeedStrategy:
         for group in self._zero.param_groups:
             group["lr"] = lr
         kept = {name: self._view(name).clone() for name in self._idle if self._parts[name] is not None}
-        self.engine.step()
+        with self._timed():
+            self.engine.step()
         for name, values in kept.items():
             self._view(name).copy_(values)
         return torch.as_tensor(self.engine.get_global_grad_norm(), device=self._device)
@@ -171,7 +199,8 @@ class DeepSpeedStrategy:
     def sum_over_workers(self, value: Tensor) -> Tensor:
         """See Strategy."""
         if self.world_size > 1:
-            dist.all_reduce(value)
+            with self.communication.waiting():
+                dist.all_reduce(value)
         return value
 
     def full_masters(self) -> dict[str, Tensor]:

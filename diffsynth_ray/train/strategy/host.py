@@ -29,6 +29,7 @@ from diffsynth_ray.memory.offload import LayerOffload, Unit
 from diffsynth_ray.train.optim import build_optimizer, load_optimizer_class
 from diffsynth_ray.train.shards import balanced_slices
 from diffsynth_ray.train.strategy.base import GradientWatch, StateReader, StateSlice
+from diffsynth_ray.train.strategy.communication import CommunicationTimer
 from diffsynth_ray.train.strategy.host_adam import MasterUpdate, compiled_steps, in_huge_pages, takes, update_masters
 
 _POLL_S = 0.0005
@@ -79,6 +80,7 @@ class HostStrategy:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self._job, self._graph, self._offload, self._place = job, graph, offload, place
         self._device = offload.device
+        self.communication = CommunicationTimer(self._device, world_size=self.world_size)
         self._single = True
         """The step has one micro step so far: its gradients are the whole ones."""
         self._norms: dict[str, Tensor] = {}
@@ -172,8 +174,9 @@ class HostStrategy:
             return
         arrived, group.arrived = group.arrived, {}
         if self.world_size > 1:
-            for gradient in arrived.values():
-                dist.all_reduce(gradient)
+            with self.communication.waiting():
+                for gradient in arrived.values():
+                    dist.all_reduce(gradient)
         for position, gradient in arrived.items():
             self._norms[group.names[position]] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
         if not group.is_mine:
@@ -306,7 +309,8 @@ class HostStrategy:
     def sum_over_workers(self, value: Tensor) -> Tensor:
         """See Strategy."""
         if self.world_size > 1:
-            dist.all_reduce(value)
+            with self.communication.waiting():
+                dist.all_reduce(value)
         return value
 
     def _finish(self) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from diffsynth_ray.launch import diagnosis
+
 ROOT = Path(__file__).parents[3]
 CLUSTER = ROOT / "cluster"
 IMAGE = "registry.example.com/dsray:latest"
@@ -99,6 +101,39 @@ def test_the_rayjob_names_what_it_mounts(rayjob):
     assert rayjob["PersistentVolumeClaim"]["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
+RAYJOB_CRD = os.environ.get("DSRAY_RAYJOB_CRD")
+"""KubeRay's definition of a RayJob: helm-chart/kuberay-operator/crds/ray.io_rayjobs.yaml of its repository, 1.4 MB."""
+
+
+@pytest.mark.skipif(RAYJOB_CRD is None, reason="DSRAY_RAYJOB_CRD names no copy of KubeRay's ray.io_rayjobs.yaml")
+def test_the_rayjob_fits_kuberays_schema(rayjob):
+    jsonschema = pytest.importorskip("jsonschema")
+    definition = yaml.safe_load(Path(RAYJOB_CRD).read_text())
+    (version,) = (each for each in definition["spec"]["versions"] if each["name"] == "v1")
+    schema = without_unknown_fields(version["schema"]["openAPIV3Schema"])
+    schema["properties"]["metadata"] = {"type": "object"}  # Kubernetes' own
+    check = jsonschema.Draft7Validator(schema)
+    assert [f"{error.json_path}: {error.message}" for error in check.iter_errors(rayjob["RayJob"])] == []
+    misspelt = copy.deepcopy(rayjob["RayJob"])
+    misspelt["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["minReplica"] = 1
+    misspelt["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"][0]["containerPort"] = "1"
+    assert len(list(check.iter_errors(misspelt))) == 2
+
+
+def without_unknown_fields(node):
+    """A schema of Kubernetes' kind as JSON Schema: what it does not name, which Kubernetes drops silently, is an error."""
+    if isinstance(node, list):
+        return [without_unknown_fields(each) for each in node]
+    if not isinstance(node, dict):
+        return node
+    node = {key: without_unknown_fields(value) for key, value in node.items()}
+    if node.get("x-kubernetes-int-or-string") is True:
+        node.pop("type", None)  # either of its `anyOf`
+    if isinstance(node.get("properties"), dict) and node.get("type") == "object":
+        node.setdefault("additionalProperties", node.get("x-kubernetes-preserve-unknown-fields") is True)
+    return node
+
+
 @pytest.mark.parametrize("group", ["gpu", "cpu"])
 def test_replicas_are_within_their_bounds(rayjob, group):
     groups = {each["groupName"]: each for each in rayjob["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
@@ -134,6 +169,7 @@ def test_the_dashboard_shows_metrics_that_exist():
     used = {name for text in expressions for name in re.findall(r"\bray_\w+", text)}
     ours = {name for name in used if name.startswith("ray_dsray_")}
     assert ours <= gauges_of_the_worker()
+    assert {f"ray_dsray_{part}" for part in diagnosis._PARTS} <= ours, "what `dsray status` names is shown"
     assert len(ours) >= 8
     assert used - ours <= set(re.findall(r"\bray_\w+", Path(panels.__file__).read_text()))
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])

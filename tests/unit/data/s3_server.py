@@ -14,6 +14,8 @@ class S3Handler(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     requests: ClassVar[list[str]] = []
+    cuts: ClassVar[list[int]] = []
+    """Bytes of the body after which the next answers with content break off."""
     refuses = False
 
     def __init__(self, *args: object, root: Path) -> None:
@@ -66,6 +68,8 @@ class S3Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
+            if body and self.cuts:
+                body, self.close_connection = body[: self.cuts.pop(0)], True
             self.wfile.write(body)
 
 

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from diffsynth_ray.data import storage
 from diffsynth_ray.data.media import (
     MediaInfo,
     clip_length,
@@ -277,6 +278,49 @@ def server_url() -> Iterator[str]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture
+def breaking_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[int]]]:
+    """Its address, and after how many bytes of the body its next answers break off."""
+    cuts: list[int] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args: object) -> None:
+            """Stay quiet."""
+
+        def do_GET(self) -> None:
+            body = (DATASET / self.path.lstrip("/")).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: cuts.pop(0)] if cuts else body)
+            self.close_connection = True
+
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", cuts
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("name", ["images/0.png", "videos/v.mp4"])
+def test_a_connection_that_is_cut_gives_the_whole_file_or_an_error(
+    breaking_server: tuple[str, list[int]], name: str
+) -> None:
+    address, cuts = breaking_server
+    cuts[:] = [100, 0]
+    found = decode(f"{address}/{name}", height=32, width=48, num_frames=5)
+    assert cuts == [], "twice it broke off"
+    assert np.array_equal(found, decode(DATASET / name, height=32, width=48, num_frames=5))
+    cuts[:] = [100, 0, 50]
+    with pytest.raises(DataError, match=rf"{name}: cannot be downloaded \(3 attempt\(s\)\): IncompleteRead\(50 bytes"):
+        decode(f"{address}/{name}", height=32, width=48, num_frames=5)
 
 
 def test_urls_are_fetched(server_url: str) -> None:

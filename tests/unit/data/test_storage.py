@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.csv
+import pyarrow.parquet as pq
 import pytest
 
 from diffsynth_ray.config.load import load_job
@@ -38,6 +40,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.setenv(name, value)
     storage._s3_of_bucket.cache_clear()
     S3Handler.requests.clear()
+    S3Handler.cuts.clear()
     yield root
     server.shutdown()
     thread.join()
@@ -65,6 +68,22 @@ def test_metadata_and_media_on_s3_are_those_of_the_folder(bucket: Path) -> None:
         assert read_size(f"s3://bucket/{name}") == read_size(DATASET / name)
         expected = decode(DATASET / name, height=32, width=48, num_frames=5)
         assert np.array_equal(decode(f"s3://bucket/{name}", height=32, width=48, num_frames=5), expected)
+
+
+def test_parquet_metadata_on_s3(bucket: Path, tmp_path: Path) -> None:
+    pq.write_table(pyarrow.csv.read_csv(DATASET / "metadata.csv"), tmp_path / "metadata.parquet")
+    shutil.copy(tmp_path / "metadata.parquet", bucket)
+    metadata = read_metadata("s3://bucket", "s3://bucket/metadata.parquet")
+    local = read_metadata(DATASET, tmp_path / "metadata.parquet")
+    assert (metadata.rows, metadata.digest) == (local.rows, local.digest)
+    assert metadata.files(0, "image") == ["s3://bucket/images/0.png"]
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "images/0.png", "videos/v.mp4"])
+def test_a_connection_to_s3_that_is_cut_is_made_again(bucket: Path, name: str) -> None:
+    S3Handler.cuts[:] = [0, 10]
+    assert storage.read_bytes(f"s3://bucket/{name}") == (DATASET / name).read_bytes()
+    assert S3Handler.cuts == [], "twice it broke off"
 
 
 def test_a_folder_on_s3_without_metadata(bucket: Path) -> None:

@@ -65,6 +65,20 @@ def test_the_bottleneck_is_named_from_measured_times(figures, told):
     assert told in find_bottleneck({"step_s": 2.0, **figures})
 
 
+def test_the_times_of_the_last_twenty_logged_steps_count(tmp_path):
+    run_dir = write(tmp_path / "run", [1.0] * 30, step_s=1.0, data_wait_s=0.01, transfer_s=0.9)
+    with run_dir.loss_path.open("a") as file:
+        for step in range(31, 51):
+            # Every other step waits, and none for offloaded weights: the run goes on without offload.
+            file.write(f"{step},step_s,2.0\n{step},data_wait_s,0.02\n{step},communication_s,{1.6 * (step % 2)}\n")
+    told = diagnose(run_dir).bottleneck
+    assert "some time is lost on communication: 40% of a step (0.80 of 2.00 s)" in told
+    with run_dir.loss_path.open("a") as file:
+        for step in range(51, 71):
+            file.write(f"{step},step_s,2.0\n{step},data_wait_s,0.02\n{step},communication_s,0.0\n")
+    assert "takes 99% of a step (data 1%)" in diagnose(run_dir).bottleneck
+
+
 def test_no_sentence_without_measurements():
     assert find_bottleneck({}) is None
     assert find_bottleneck({"step_s": 0.0, "data_wait_s": 0.0}) is None

@@ -74,6 +74,36 @@ def test_what_the_head_wrote_is_seen_or_the_path_is_not_shared(tmp_path):
     assert (finding.state, "every node mounts" in finding.cure) == ("failed", True)
 
 
+def apart(**places):
+    """What is found of the places beside the output path."""
+    return [finding for finding in check_node(Request(**places), where="n1", ray_gpus=0.0) if finding.check == "output"][1:]
+
+
+def test_cache_and_checkpoints_are_written_to_wherever_they_are(tmp_path):
+    assert apart(output_path=str(tmp_path)) == []
+    for path in (tmp_path / "cache", (tmp_path / "cache").as_uri()):
+        [finding] = apart(cache_path=str(path))
+        assert (finding.state, finding.detail) == ("ok", f"{path} is writable (split.cache_path)")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    for path in ("/proc/nowhere", "s3://key:secret@bucket?unknown=1", "nothing://key:secret@bucket"):
+        [finding] = apart(checkpoint_path=path)
+        assert finding.state == "failed"
+        assert "(output.checkpoint_path): " in finding.detail
+        assert "choose another output.checkpoint_path" in finding.cure
+        assert "secret" not in finding.detail
+
+
+def test_media_behind_an_address_are_asked_for(photos, tmp_path, hub):
+    hub.add("a/b", "cat.jpg", (photos / "cat.jpg").read_bytes())
+    address = f"{hub.url}/a/b/resolve/main"
+    for name, state in (("cat.jpg", "ok"), ("dog.jpg", "failed")):
+        (tmp_path / "m.csv").write_text(f"image,prompt\n{address}/{name},x\n")
+        request = Request(base_path=str(tmp_path), metadata_path=str(tmp_path / "m.csv"), data_file_keys=["image"])
+        finding = found(request)["data"]
+        assert finding.state == state, finding
+    assert "dog.jpg" in finding.detail
+
+
 def test_data_are_read(photos, tmp_path):
     request = Request(base_path=str(photos), metadata_path=str(photos / "metadata.csv"), data_file_keys=["image", "video"])
     assert found(request)["data"].detail.startswith("5 rows; 3 files")

@@ -56,6 +56,13 @@ def run_dir(tmp_path: Path, photos: Path) -> RunDir:
     return run_dir
 
 
+@pytest.mark.parametrize(("waited_s", "is_shown"), [(0.25, True), (0.0, False)])
+def test_waits_for_other_workers_are_shown_where_there_are_any(run_dir: RunDir, waited_s: float, is_shown: bool) -> None:
+    rows = "".join(f"{step},communication_s,{waited_s}\n" for step in range(1, 21))
+    run_dir.loss_path.write_text(run_dir.loss_path.read_text().removesuffix("21,los") + rows)
+    assert ("Waiting for other workers" in build_page(read_record(run_dir))) == is_shown
+
+
 class Checker(HTMLParser):
     """Every tag is closed, and nothing is loaded from elsewhere."""
 

@@ -3,6 +3,7 @@
 import time
 
 import pytest
+import torch
 from tiny_trainer import build_job, build_trainer, micro
 
 from diffsynth_ray.config.schema import LoggingSection
@@ -10,6 +11,7 @@ from diffsynth_ray.run_dir import RunDir
 from diffsynth_ray.train.feed import FedStep
 from diffsynth_ray.train.figures import FigureWriter
 from diffsynth_ray.train.reporter import Reporter
+from diffsynth_ray.train.strategy.communication import CommunicationTimer
 
 
 class Shown(dict):
@@ -45,9 +47,18 @@ def test_parts_of_a_step_and_its_tokens(tmp_path):
     assert shown["tokens_per_s"] == pytest.approx(3 * 6 / shown["step_s"])
     assert 0 < written["encode_s"] < written["step_s"]
     assert "transfer_s" not in written, "nothing is offloaded"
+    assert written["communication_s"] == shown["communication_s"] == 0, "one worker waits for nobody"
     assert shown["moved_gib"] == 0
     assert shown["stage_progress"] == pytest.approx(2 / 10)
     assert len(said) == 1, "the first step is not logged"
+
+
+def test_waits_for_other_workers_are_told_a_step(tmp_path):
+    trainer = build_trainer(build_job(logging={"every_steps": 2}))
+    timer = trainer.strategy.communication = CommunicationTimer(torch.device("cpu"), world_size=2)
+    timer._timer._done_s = 0.5
+    shown, written, _ = report(trainer, tmp_path)
+    assert written["communication_s"] == shown["communication_s"] == 0.25, "of two steps"
 
 
 def test_offloaded_weights_are_counted_and_waited_for(tmp_path):
