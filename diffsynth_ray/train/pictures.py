@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +22,10 @@ from diffsynth_ray.errors import DsrayError
 from diffsynth_ray.models.sampling import SampleRequest
 from diffsynth_ray.run_dir import RunDir, write_whole
 from diffsynth_ray.train.group import Group
+from diffsynth_ray.train.sample_file import CLIP_FPS, SampleFile
 from diffsynth_ray.train.trainer import Trainer, fastest_attention
 from diffsynth_ray.train.video import write_video
 
-CLIP_FPS = 16
-"""Frames a second of sample clips: Wan's own."""
 _TILE, _GAP, _LABEL_WIDTH, _LINE = 192, 6, 150, 14
 """Of the contact sheet, in pixels."""
 _MOST_COLUMNS = 12
@@ -57,10 +56,10 @@ class Samples:
         world_size: int,
         enter: Callable[[str], object],
         say: Callable[[str], object],
-        show: Callable[[int, Mapping[str, Image.Image]], object],
+        show: Callable[[int, Sequence[SampleFile]], object],
         may_write: Callable[[], bool],
     ) -> None:
-        """`show` is called on rank 0 with the pictures of a step by name."""
+        """`show` is called on rank 0 with the samples of a step."""
         self._job, self._trainer, self._run_dir, self._rule = job, trainer, run_dir, rule
         self._group, self._rank, self._world_size = group, rank, world_size
         self._enter, self._say, self._show, self._may_write = enter, say, show, may_write
@@ -135,22 +134,17 @@ class Samples:
         prompts = self._job.validation.prompts
         try:
             steps = [known for known in self._run_dir.sample_steps() if known <= step]
-            sheet = build_sheet(prompts, {known: self._pictures(known) for known in thinned(steps)})
-            write_whole(self._run_dir.contact_sheet_path, _png(sheet))
-            self._show(step, {f"{number + 1} {prompts[number]}": one for number, one in self._pictures(step).items()})
+            columns = {known: {one.number: one.picture() for one in self._files(known)} for known in thinned(steps)}
+            write_whole(self._run_dir.contact_sheet_path, _png(build_sheet(prompts, columns)))
+            self._show(step, self._files(step))
         except (OSError, DsrayError) as error:
             self._say(f"warning: the contact sheet of step {step} could not be written: {error}")
 
-    def _pictures(self, step: int) -> dict[int, Image.Image]:
-        """By prompt; of a clip its first frame."""
-        found = {}
-        for number in range(len(self._job.validation.prompts)):
-            path = self._run_dir.find_sample(step, number)
-            if path is not None:
-                info = read_info(str(path))
-                frames = decode(str(path), height=info.height, width=info.width, num_frames=1, frame_rate=None)
-                found[number] = Image.fromarray(frames[0])
-        return found
+    def _files(self, step: int) -> list[SampleFile]:
+        """What there is of a step."""
+        numbered = enumerate(self._job.validation.prompts)
+        found = [(number, prompt, self._run_dir.find_sample(step, number)) for number, prompt in numbered]
+        return [SampleFile(number, prompt, path) for number, prompt, path in found if path is not None]
 
 
 def thinned(steps: list[int]) -> list[int]:

@@ -5,20 +5,17 @@ Before the first step, every `validation.every_steps` and at the end. All worker
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.data.samples import SampleIndex
 from diffsynth_ray.run_dir import RunDir, ValidationEntry
 from diffsynth_ray.train.group import Group
 from diffsynth_ray.train.pictures import Samples
+from diffsynth_ray.train.sample_file import SampleFile
 from diffsynth_ray.train.trainer import Trainer
 from diffsynth_ray.train.validation_loss import ValidationLoss, describe, figures_of, judge
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 BEST_STEM = "best"
 """Name of the export with the lowest validation loss."""
@@ -40,8 +37,8 @@ class Surroundings:
     """Called on rank 0 with figures of a step; raises where this worker may no longer write."""
     export: Callable[[str], object]
     """Exports the weights under a name; called on all ranks."""
-    show: Callable[[int, Mapping[str, Image]], object]
-    """Called on rank 0 with the pictures of a step by name."""
+    show: Callable[[int, Sequence[SampleFile]], object]
+    """Called on rank 0 with the samples of a step."""
     may_write: Callable[[], bool]
     """Whether no newer attempt has taken over."""
 

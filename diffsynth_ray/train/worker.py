@@ -283,7 +283,9 @@ class _Worker:
     def _train(self, feed: DeviceFeed) -> str:
         if self.trainer.step >= self.schedule.num_steps:
             return "SUCCEEDED"
-        figures = FigureWriter(self.run_dir, self.job.logging, start_step=self.trainer.step) if self.rank == 0 else None
+        figures = None
+        if self.rank == 0:
+            figures = FigureWriter(self.run_dir, self.job.logging, start_step=self.trainer.step, say=self.say)
         reporter = Reporter(
             trainer=self.trainer,
             run_dir=self.run_dir,

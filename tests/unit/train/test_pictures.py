@@ -35,7 +35,7 @@ def build_samples(tmp_path, trainer, **changes):
         "world_size": 1,
         "enter": lambda what: None,
         "say": said.append,
-        "show": lambda step, pictures: shown.update({step: sorted(pictures)}),
+        "show": lambda step, samples: shown.update({step: [f"{one.number + 1} {one.prompt}" for one in samples]}),
         "may_write": lambda: True,
     }
     return Samples(trainer.job, trainer, **(arguments | changes)), said, shown
