@@ -59,8 +59,9 @@ def _facts(record: RunRecord) -> Iterator[tuple[str, str]]:
         yield "samples a second", f"{speeds[-1][1]:.3g}"
     if record.seconds:
         yield "time of all attempts", _duration(record.seconds)
-    num_losses = sum(len(attempt.losses) for attempt in record.attempts)
-    yield "attempts" + (f", {num_losses} recoveries" if num_losses else ""), str(len(record.attempts))
+    count = sum(attempt.num_recoveries for attempt in record.attempts)
+    recoveries = f", {count} {'recovery' if count == 1 else 'recoveries'}" if count else ""
+    yield ("attempt" if len(record.attempts) == 1 else "attempts") + recoveries, str(len(record.attempts))
 
 
 def _window(points: list[tuple[int, float]]) -> int:
@@ -198,7 +199,8 @@ def _attempt_rows(attempt: AttemptRecord) -> Iterator[str]:
     )
     for loss in attempt.losses:
         when = time.strftime("%H:%M:%S", time.localtime(loss["time"]))
-        kind = "taken away" if loss.get("is_preemption") else "lost and replaced"
+        kind = "lost: one too many" if attempt.ended_by(loss) else "lost and replaced"
+        kind = "taken away" if loss.get("is_preemption") else kind
         rank = "" if loss.get("rank") is None else f" rank {loss['rank']}"
         yield _row(["", when, "", "", str(loss.get("step", "")), f"worker{rank} {kind}: {loss.get('cause')}"])
 

@@ -1,0 +1,96 @@
+"""What a run shows of itself, on real Ray processes: its report, and samples that are the same elsewhere."""
+
+import numpy as np
+import pytest
+import torch
+from page_check import check
+from PIL import Image
+from training_runs import Run
+
+from diffsynth_ray.cli import app
+from diffsynth_ray.errors import ExitCode
+from diffsynth_ray.models.family import get_family
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.usefixtures("local_ray")]
+
+SAMPLES = (
+    'validation.prompts=["a tabby cat", "a rocket"]',
+    "validation.size=[32, 48]",
+    "validation.num_inference_steps=2",
+    "validation.every_steps=4",
+)
+
+
+def test_the_report_of_a_run_that_recovered_failed_and_was_continued(tmp_path, photos, monkeypatch):
+    """Killed twice where one loss is allowed: the first recovers, the second ends the attempt, and the next one goes on."""
+    undisturbed = Run(tmp_path, photos, "undisturbed")
+    keys = (*SAMPLES, f"validation.holdout={photos}/metadata.csv", "output.checkpoint_steps=1", "distributed.num_workers=1")
+    assert undisturbed.start(*keys) == ExitCode.DONE, undisturbed.said
+    run = Run(tmp_path, photos)
+    run.begin(*keys, "distributed.max_failures=1")
+    run.wait_for("step 3/10")
+    run.kill(0)
+    run.wait_for("continuing after step")
+    run.wait_for("step 6/10")
+    run.kill(0)
+    assert run.end() == ExitCode.RUN_FAILED, run.said
+    assert run.start(*keys) == ExitCode.DONE, run.said
+    assert run.losses() == undisturbed.losses()
+    found, expected = ([(each.step, each.loss, each.quantiles) for each in one.dir.validations()] for one in (run, undisturbed))
+    assert found == expected, "computed by another process, from a checkpoint: the same bits"
+    for path in undisturbed.dir.samples_dir.glob("step-*/*.png"):
+        again = run.dir.samples_dir / path.relative_to(undisturbed.dir.samples_dir)
+        assert again.read_bytes() == path.read_bytes(), path.name
+
+    monkeypatch.setenv("DSRAY_STATE_DIR", str(tmp_path / "state"))
+    assert app.main(["report", str(run.output)]) == 0
+    page = (run.output / "report.html").read_text()
+    check(page)
+    rows = [row.split("</tr>")[0] for row in page.split("<tr>")]
+    attempts = rows[next(number for number, row in enumerate(rows) if "what happened" in row) + 1 :]
+    [first, one_loss, other_loss, second] = attempts[:4]
+    assert ["<td>1</td>" in first, "failed: rank 0" in first, "distributed.max_failures = 1" in first] == [True] * 3
+    for loss, step, kind in ((one_loss, 3, "lost and replaced"), (other_loss, 6, "lost: one too many")):
+        assert f"worker rank 0 {kind}" in loss
+        assert any(f"<td>{at}</td>" in loss for at in range(step, step + 3)), loss
+    assert ["<td>2</td>" in second, "succeeded" in second] == [True, True]
+    assert "attempts, 1 recovery<" in page
+    assert page.count('class="mark"') >= 2, "where it was interrupted"
+    assert "data:image/png;base64," in page, "the contact sheet"
+
+
+def test_the_sample_of_a_lora_run_in_plain_diffusers(tmp_path, photos):
+    """From what a run has written alone: its exported LoRA gives its picture, in the library's own pipeline."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    from diffsynth_ray.models import qwen_image_configs as configs
+
+    run = Run(tmp_path, photos)
+    keys = ('output.formats=["diffusers"]', "training.learning_rate=0.05", "validation.guidance_scale=4.0", "validation.seed=7")
+    assert run.start(*SAMPLES, *keys) == ExitCode.DONE, run.said
+    ours = [np.array(Image.open(run.dir.find_sample(10, number))).astype(int) for number in (0, 1)]
+
+    base = get_family("qwen_image").build_tiny(0, dtype=torch.float32)
+    transformer = QwenImageTransformer2DModel(**configs.TINY["dit"])
+    transformer.load_state_dict(base.component("dit").state_dict())
+    text_encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**configs.TINY["text_encoder"]))
+    text_encoder.load_state_dict(base.component("text_encoder").state_dict(), strict=False)
+    pipeline = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**configs.SCHEDULER), vae=base.component("vae"),
+        text_encoder=text_encoder.eval(), tokenizer=base.tokenizers["tokenizer_path"], transformer=transformer.eval(),
+    )  # fmt: skip
+    arguments = {"negative_prompt": " ", "height": 32, "width": 48, "num_inference_steps": 2, "true_cfg_scale": 4.0}
+
+    def pictures():
+        made = [
+            pipeline(prompt, generator=torch.Generator().manual_seed(7), **arguments).images[0]
+            for prompt in ("a tabby cat", "a rocket")
+        ]
+        return [np.array(picture).astype(int) for picture in made]
+
+    without = pictures()
+    pipeline.load_lora_weights(str(run.output / "diffusers" / "step-10.safetensors"))
+    for number, picture in enumerate(pictures()):
+        assert abs(picture - ours[number]).max() <= 1, "rounding"
+        assert abs(without[number] - ours[number]).max() > 10, "the LoRA is what makes the difference"
