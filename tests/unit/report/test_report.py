@@ -89,6 +89,7 @@ def test_the_loss_that_ends_an_attempt_is_no_recovery(run_dir: RunDir) -> None:
     assert "attempts, 2 recoveries<" in page
     assert page.count("lost and replaced") == 2
     assert page.count("worker rank 0 lost: one too many") == 1
+    assert "failed: it was loss 2<" in page, "the rest is in the row of the loss"
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path, run_dir: RunDir) -> None:
