@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.data.samples import SampleIndex
@@ -14,6 +15,7 @@ from diffsynth_ray.run_dir import RunDir, ValidationEntry
 from diffsynth_ray.train.group import Group
 from diffsynth_ray.train.pictures import Samples
 from diffsynth_ray.train.sample_file import SampleFile
+from diffsynth_ray.train.sampler import Errand, Spare
 from diffsynth_ray.train.trainer import Trainer
 from diffsynth_ray.train.validation_loss import ValidationLoss, describe, figures_of, judge
 
@@ -41,6 +43,10 @@ class Surroundings:
     """Called on rank 0 with the samples of a step."""
     may_write: Callable[[], bool]
     """Whether no newer attempt has taken over."""
+    spare: Spare | None = None
+    """Where rank 0 may have samples made while the training goes on."""
+    errand: Callable[[int, Path], Errand] | None = None
+    """What is sent there for the samples of a step, with its weights in a file."""
 
 
 class Validation:
@@ -72,6 +78,8 @@ class Validation:
                 say=around.say,
                 show=around.show,
                 may_write=around.may_write,
+                spare=around.spare,
+                errand=around.errand,
             )
         self._history: list[ValidationEntry] = []
         self.has_ended = False
@@ -81,6 +89,8 @@ class Validation:
         """Called before the first step of an attempt."""
         if self._loss is not None:
             self._load(self._loss)
+        if self._samples is not None:
+            self._samples.start()
         if self._trainer.step == 0:
             self._validate()
         elif self._loss is not None:
@@ -96,9 +106,16 @@ class Validation:
         self._history = around.group.from_rank_zero(around.run_dir.validations() if around.rank == 0 else None)
 
     def after_step(self) -> None:
-        """Validate where it is due."""
+        """Validate where it is due; show what has been made elsewhere."""
+        if self._samples is not None:
+            self._samples.take_late()
         if self._is_due(self._trainer.step):
             self._validate()
+
+    def finish(self) -> None:
+        """Wait for what is still made elsewhere, when the training has ended."""
+        if self._samples is not None:
+            self._samples.finish(timeout_s=self._job.distributed.timeout_s)
 
     def _is_due(self, step: int) -> bool:
         every, schedule = self._job.validation.every_steps, self._trainer.schedule
@@ -112,7 +129,9 @@ class Validation:
         if self._loss is not None:
             self._compute(self._loss)
         if self._samples is not None:
-            self._samples.make(self._trainer.step)
+            # At the end the workers have nothing else to do.
+            is_last = self.has_ended or self._trainer.step == self._trainer.schedule.num_steps
+            self._samples.make(self._trainer.step, is_last=is_last)
 
     def _compute(self, loss: ValidationLoss) -> None:
         around = self._around
