@@ -1,14 +1,22 @@
 """What a run shows of itself, on real Ray processes: its report, and samples that are the same elsewhere."""
 
+import json
+import os
+import re
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from page_check import check
 from PIL import Image
+from safetensors.torch import load_file
 from training_runs import Run
 
 from diffsynth_ray.cli import app
 from diffsynth_ray.errors import ExitCode
+from diffsynth_ray.launch.environment import WITHOUT_DASHBOARD_ENV
 from diffsynth_ray.models.family import get_family
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.usefixtures("local_ray")]
@@ -94,3 +102,73 @@ def test_the_sample_of_a_lora_run_in_plain_diffusers(tmp_path, photos):
     for number, picture in enumerate(pictures()):
         assert abs(picture - ours[number]).max() <= 1, "rounding"
         assert abs(without[number] - ours[number]).max() > 10, "the LoRA is what makes the difference"
+
+
+ROOMY = """
+import json, os, re, signal, sys, threading, time
+from pathlib import Path
+import psutil, ray
+from training_runs import Run
+
+def kill_errands(run):
+    # As the memory of its node would.
+    while run.end_is_near is False:
+        for process in psutil.process_iter(["cmdline"]):
+            if (process.info["cmdline"] or [""])[0].startswith("ray::_run_errand"):
+                process.kill()
+        time.sleep(0.1)
+
+folder, photos, name, *keys = json.loads(sys.argv[1])
+ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+         object_store_memory=512 << 20)
+run = Run(Path(folder), photos, name)
+run.end_is_near = False
+if name == "killed":
+    threading.Thread(target=kill_errands, args=(run,), daemon=True).start()
+code = run.start(*keys)
+run.end_is_near = True
+Path(folder, f"{name}.json").write_text(json.dumps({"code": code, "said": run.said}))
+"""
+"""A run on a Ray of six CPUs, where there is room beside it."""
+
+
+def run_with_room(tmp_path, photos, name, *keys):
+    program = [sys.executable, "-c", ROOMY, json.dumps([str(tmp_path), str(photos), name, *keys])]
+    environment = os.environ | WITHOUT_DASHBOARD_ENV | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads((tmp_path / f"{name}.json").read_text())
+
+
+LONG = ("training.max_steps=300", "output.save_steps=300", *SAMPLES[:-1], "validation.every_steps=150")
+
+
+def test_samples_made_beside_the_training_are_the_same(tmp_path, photos):
+    alone = Run(tmp_path, photos, "alone")
+    assert alone.start(*LONG) == ExitCode.DONE, alone.said
+    assert not any("spare resources" in line for line in alone.said), "two CPUs have no room"
+    beside = run_with_room(tmp_path, photos, "beside", *LONG)
+    assert beside["code"] == ExitCode.DONE, beside["said"]
+    sent = {int(step) for step in re.findall(r"samples of step (\d+) are made on spare", "\n".join(beside["said"]))}
+    assert {0, 150} == sent, beside["said"]
+    late = re.findall(r"2 samples of step (\d+) in .*, while the training went on", "\n".join(beside["said"]))
+    assert {int(step) for step in late} == sent
+    first = next(number for number, line in enumerate(beside["said"]) if "step 1/300" in line)
+    assert first < next(number for number, line in enumerate(beside["said"]) if line.startswith("2 samples of step 0"))
+    steps = (0, 150, 300)
+    for path in (f"samples/step-{step}/step-{step}-{number}.png" for step in steps for number in (0, 1)):
+        assert (tmp_path / "beside" / path).read_bytes() == (alone.output / path).read_bytes(), path
+    sheets = [Image.open(tmp_path / name / "samples/contact_sheet.png") for name in ("alone", "beside")]
+    assert (np.asarray(sheets[0]) == np.asarray(sheets[1])).all()
+    weights = [load_file(tmp_path / name / "step-300.safetensors") for name in ("alone", "beside")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert not list((tmp_path / "beside/samples").glob(".*"))
+
+
+def test_a_killed_sample_ends_no_training(tmp_path, photos):
+    killed = run_with_room(tmp_path, photos, "killed", *SAMPLES)
+    assert killed["code"] == ExitCode.DONE, killed["said"]
+    told = [line for line in killed["said"] if "sample 1 of step 0" in line]
+    assert "failed, training goes on: WorkerCrashedError" in told[0]
+    assert not (tmp_path / "killed/samples/step-0").exists()
+    assert len(list((tmp_path / "killed/samples/step-10").glob("*.png"))) == 2
