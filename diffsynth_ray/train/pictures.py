@@ -92,8 +92,9 @@ class Samples:
 
     def _send(self, step: int) -> bool:
         """Whether the samples are made elsewhere; the same on all ranks."""
-        trained = self._trainer.trained
-        if sum(param.numel() * param.element_size() for param in trained.values()) > _MOST_WEIGHT_BYTES:
+        sizes = [param.numel() * param.element_size() for param in self._trainer.trained.values()]
+        # Offloaded weights would be in the node's memory once more, which may be full of them.
+        if sum(sizes) > _MOST_WEIGHT_BYTES or self._job.offload.cpu_offload:
             return False
         has_room = self._spare is not None and self._away is None and self._spare.reserve()
         if not self._group.number_from_rank_zero(int(has_room)):

@@ -171,7 +171,6 @@ TRAINED = {
     "a LoRA": {},
     "in bf16": {"training": 'precision = "bf16"\nlearning_rate = 1e-2'},
     "in full": {"lora": "rank = 4", "training": 'precision = "fp32"\ntrainable_models = ["dit", "text_encoder"]'},
-    "offloaded": {"offload": "cpu_offload = true\noptimize_on_cpu = true"},
 }
 
 
@@ -204,16 +203,23 @@ def test_another_process_makes_the_same_pictures_while_the_training_goes_on(tmp_
 
 
 def test_one_errand_at_a_time_and_the_last_samples_are_made_by_the_workers(tmp_path, photos):
-    _, samples, spare, said, shown = samples_with_room(resolved_job(tmp_path, photos))
-    samples.make(0)
-    samples.make(1)
+    trainer, samples, spare, said, shown = samples_with_room(resolved_job(tmp_path, photos))
+
+    def make(step, **options):
+        trainer.step = step
+        samples.make(step, **options)
+
+    make(0)
+    make(1)
     assert list(shown) == [1]
     spare.is_done = True
-    samples.make(2)
+    make(2)
     assert sorted(shown) == [0, 1]
     assert sum("on spare resources" in line for line in said) == 2
-    samples.make(3, is_last=True)
+    make(3, is_last=True)
     assert sorted(shown) == [0, 1, 2, 3], "what was finished elsewhere is shown first"
+    with Image.open(tmp_path / "out/samples/contact_sheet.png") as sheet:
+        assert sheet.width == 150 + 4 * (192 + 6), "a column a step, whichever came last"
 
 
 def test_late_samples_are_waited_for(tmp_path, photos, monkeypatch):
@@ -251,9 +257,12 @@ def test_an_errand_that_fails_is_told(tmp_path, photos):
     assert not list((tmp_path / "out/samples").glob(".weights*"))
 
 
-def test_many_trained_weights_stay_where_they_are(tmp_path, photos, monkeypatch):
-    monkeypatch.setattr("diffsynth_ray.train.pictures._MOST_WEIGHT_BYTES", 1000)
-    _, samples, spare, _, shown = samples_with_room(resolved_job(tmp_path, photos))
+@pytest.mark.parametrize("offload", ["true", "false"])
+def test_many_trained_weights_and_offloaded_ones_stay_where_they_are(tmp_path, photos, monkeypatch, offload):
+    if offload == "false":
+        monkeypatch.setattr("diffsynth_ray.train.pictures._MOST_WEIGHT_BYTES", 1000)
+    resolved = resolved_job(tmp_path, photos, offload=f"cpu_offload = {offload}")
+    _, samples, spare, _, shown = samples_with_room(resolved)
     samples.make(0)
     assert (spare.errand, list(shown)) == (None, [0])
 
