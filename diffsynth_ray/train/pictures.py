@@ -28,6 +28,8 @@ from diffsynth_ray.train.trainer import Trainer
 _MOST_WEIGHT_BYTES = 2 << 30
 """Trained weights that are written for another process; with more, the workers make the samples themselves."""
 _WAIT_S = 0.5
+_BEGIN_S = 60.0
+"""After the training's end, what has found no room in this time is not waited for."""
 _TILE, _GAP, _LABEL_WIDTH, _LINE = 192, 6, 150, 14
 """Of the contact sheet, in pixels."""
 _MOST_COLUMNS = 12
@@ -96,7 +98,7 @@ class Samples:
         # Offloaded weights would be in the node's memory once more, which may be full of them.
         if sum(sizes) > _MOST_WEIGHT_BYTES or self._job.offload.cpu_offload:
             return False
-        has_room = self._spare is not None and self._away is None and self._spare.reserve()
+        has_room = self._spare is not None and self._away is None and self._spare.has_room()
         if not self._group.number_from_rank_zero(int(has_room)):
             return False
         assert self._trainer.strategy is not None  # built by start()
@@ -107,7 +109,7 @@ class Samples:
 
     def _begin(self, step: int, masters: Mapping[str, Tensor]) -> None:
         """Write the weights and send the errand; where that fails the workers make the samples."""
-        assert self._spare is not None  # it has reserved
+        assert self._spare is not None  # it has room
         assert self._errand is not None
         path, trained = self._run_dir.sample_weights_path(step), self._trainer.trained
         try:
@@ -116,7 +118,6 @@ class Samples:
             write_tensors(path, weights)
             self._spare.start(self._errand(step, path))
         except Exception as error:  # noqa: BLE001  a boundary: no sample is worth the run
-            self._spare.give_up()
             path.unlink(missing_ok=True)
             self._say(f"warning: the samples of step {step} could not be sent to spare resources: {error}")
         else:
@@ -140,16 +141,18 @@ class Samples:
         if self._away is None:
             return
         self._say(f"waiting for the samples of step {self._away.step}, which are still being made")
-        end = time.monotonic() + timeout_s
-        while self._away is not None and time.monotonic() < end:
+        assert self._spare is not None  # the errand is under way there
+        started = time.monotonic()
+        while self._away is not None:
             self._enter("waiting for samples made elsewhere")
             time.sleep(_WAIT_S)
             self.take_late()
-        if self._away is not None:
-            assert self._spare is not None  # the errand is under way there
-            self._spare.give_up()
-            away = self._close()
-            self._say(f"warning: the samples of step {away.step} were given up {timeout_s:g} s after the training's end")
+            patience_s = timeout_s if self._spare.has_begun else min(timeout_s, _BEGIN_S)
+            if self._away is not None and time.monotonic() - started > patience_s:
+                self._spare.give_up()
+                away = self._close()
+                why = "not made" if self._spare.has_begun else "not even begun, for want of room,"
+                self._say(f"warning: samples of step {away.step} given up: {why} {patience_s:g} s after the training's end")
 
     def _close(self) -> _Away:
         """The errand is over."""

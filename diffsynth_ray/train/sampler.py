@@ -5,7 +5,7 @@ their own that loads the model as the workers have and takes the trained weights
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -124,27 +124,32 @@ class Errand:
 
 
 class Spare(Protocol):
-    """Room on the cluster that the training does not use; at most one errand at a time. Nothing here raises."""
+    """Room on the cluster that the training does not use; one errand at a time. Only `start` raises."""
 
-    def reserve(self) -> bool:
-        """Whether there is room now; if so it is held until the errand is over."""
+    def has_room(self) -> bool:
+        """Whether there is room now."""
         ...
 
     def start(self, errand: Errand) -> None:
-        """Begin it on what is reserved; returns at once."""
+        """Begin it as soon as possible; returns at once."""
+        ...
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the errand has found its room, as the last `result` saw it."""
         ...
 
     def result(self) -> list[Made] | str | None:
-        """What came of the errand, or why nothing did; None while it goes on."""
+        """What came of the errand, or what ended it; None while it goes on."""
         ...
 
     def give_up(self) -> None:
-        """End the errand, or give back what is reserved."""
+        """End the errand."""
         ...
 
 
-def run_errand(errand: Errand) -> list[Made]:
-    """Load the model with the errand's weights and make the samples."""
+def run_errand(errand: Errand) -> Iterator[Made]:
+    """Load the model with the errand's weights and make the samples, one after the other."""
     resolved = ResolvedJob.model_validate_json(errand.resolved_json)
     torch.set_num_threads(errand.num_threads)
     # Blocks are compiled for thousands of steps; these are a few.
@@ -161,4 +166,5 @@ def run_errand(errand: Errand) -> list[Made]:
         rule=errand.rule,
         may_write=lambda: run_dir.may_commit(errand.token, errand.writer),
     )
-    return [sampler.make(errand.step, number) for number in range(len(job.validation.prompts))]
+    for number in range(len(job.validation.prompts)):
+        yield sampler.make(errand.step, number)

@@ -125,9 +125,16 @@ run = Run(Path(folder), photos, name)
 run.end_is_near = False
 if name == "killed":
     threading.Thread(target=kill_errands, args=(run,), daemon=True).start()
+if name == "lost":
+    def kill_rank_0():
+        run.wait_for("are made on spare resources")
+        run.wait_for("step 2/")
+        run.kill(0)
+    threading.Thread(target=kill_rank_0, daemon=True).start()
 code = run.start(*keys)
 run.end_is_near = True
-Path(folder, f"{name}.json").write_text(json.dumps({"code": code, "said": run.said}))
+groups = [group["state"] for group in ray.util.placement_group_table().values()]
+Path(folder, f"{name}.json").write_text(json.dumps({"code": code, "said": run.said, "groups": groups}))
 """
 """A run on a Ray of six CPUs, where there is room beside it."""
 
@@ -137,7 +144,9 @@ def run_with_room(tmp_path, photos, name, *keys):
     environment = os.environ | WITHOUT_DASHBOARD_ENV | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads((tmp_path / f"{name}.json").read_text())
+    result = json.loads((tmp_path / f"{name}.json").read_text())
+    assert set(result["groups"]) == {"REMOVED"}, "nothing is held any more"
+    return result
 
 
 LONG = ("training.max_steps=300", "output.save_steps=300", *SAMPLES[:-1], "validation.every_steps=150")
@@ -172,3 +181,14 @@ def test_a_killed_sample_ends_no_training(tmp_path, photos):
     assert "failed, training goes on: WorkerCrashedError" in told[0]
     assert not (tmp_path / "killed/samples/step-0").exists()
     assert len(list((tmp_path / "killed/samples/step-10").glob("*.png"))) == 2
+
+
+def test_samples_that_a_lost_worker_had_sent_are_told_and_the_next_ones_are_made(tmp_path, photos):
+    lost = run_with_room(tmp_path, photos, "lost", *SAMPLES, "distributed.num_workers=2", "output.checkpoint_steps=1")
+    assert lost["code"] == ExitCode.DONE, lost["said"]
+    assert "warning: the samples of step 0 were not finished when their worker was lost" in lost["said"]
+    sent = {int(step) for step in re.findall(r"samples of step (\d+) are made on spare", "\n".join(lost["said"]))}
+    assert {0, 4} <= sent, lost["said"]
+    for step in (4, 8, 10):
+        assert len(list((tmp_path / f"lost/samples/step-{step}").glob("*.png"))) == 2, (step, lost["said"])
+    assert not list((tmp_path / "lost/samples").glob(".*"))

@@ -118,10 +118,11 @@ class SpareHere:
     """Room beside the training, in this process: the errand is run when it is let go."""
 
     def __init__(self):
-        self.has_room, self.is_done, self.errand, self.given_up, self.raises = True, False, None, 0, None
+        self.is_free, self.is_done, self.errand, self.given_up, self.raises = True, False, None, 0, None
+        self.has_begun = True
 
-    def reserve(self):
-        return self.has_room
+    def has_room(self):
+        return self.is_free
 
     def start(self, errand):
         if self.raises is not None:
@@ -131,7 +132,7 @@ class SpareHere:
     def result(self):
         if not self.is_done:
             return None
-        return self.raises or run_errand(self.errand)
+        return self.raises or list(run_errand(self.errand))
 
     def give_up(self):
         self.given_up += 1
@@ -179,14 +180,14 @@ def test_another_process_makes_the_same_pictures_while_the_training_goes_on(tmp_
     resolved = resolved_job(tmp_path, photos, **TRAINED[what])
     trainer, samples, spare, said, shown = samples_with_room(resolved)
     train(trainer, [micro([0, 1])], steps=2)
-    spare.has_room = False
+    spare.is_free = False
     samples.make(2)
     folder = resolved.output_path / "samples/step-2"
     expected = {path.name: path.read_bytes() for path in folder.glob("*.png")}
     assert len(expected) == 2
     shutil.rmtree(folder)
 
-    spare.has_room = True
+    spare.is_free = True
     samples.make(2)
     assert not folder.exists()
     assert said[-1] == "samples of step 2 are made on spare resources of the cluster, training goes on"
@@ -233,12 +234,16 @@ def test_late_samples_are_waited_for(tmp_path, photos, monkeypatch):
     assert list(shown) == [0]
 
 
-def test_an_errand_that_hangs_is_given_up(tmp_path, photos, monkeypatch):
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_an_errand_that_hangs_or_never_begins_is_given_up(tmp_path, photos, monkeypatch, has_begun):
     _, samples, spare, said, _ = samples_with_room(resolved_job(tmp_path, photos))
     monkeypatch.setattr("diffsynth_ray.train.pictures._WAIT_S", 0.01)
+    monkeypatch.setattr("diffsynth_ray.train.pictures._BEGIN_S", 0.05)
+    spare.has_begun = has_begun
     samples.make(0)
-    samples.finish(timeout_s=0.05)
-    assert said[-1] == "warning: the samples of step 0 were given up 0.05 s after the training's end"
+    samples.finish(timeout_s=0.2 if has_begun else 1e9)
+    why = "not made 0.2 s" if has_begun else "not even begun, for want of room, 0.05 s"
+    assert said[-1] == f"warning: samples of step 0 given up: {why} after the training's end"
     assert spare.given_up == 1
     assert list((tmp_path / "out/samples").iterdir()) == []
 
