@@ -133,8 +133,13 @@ class Samples:
         if result is not None:
             away = self._close()
             spent = f"in {time.monotonic() - away.started:.1f} s, while the training went on"
-            numbers = range(len(self._job.validation.prompts))
-            self._tell(away.step, [Made(number, result) for number in numbers] if isinstance(result, str) else result, spent)
+            made = self._left_by(away.step, cause=result) if isinstance(result, str) else result
+            self._tell(away.step, made, spent)
+
+    def _left_by(self, step: int, *, cause: str) -> list[Made]:
+        """What an errand that `cause` ended has made before."""
+        numbers = range(len(self._job.validation.prompts))
+        return [Made(number, None if self._run_dir.find_sample(step, number) else cause) for number in numbers]
 
     def finish(self, *, timeout_s: float) -> None:
         """Wait for what is still made elsewhere. Called on all ranks when the training has ended."""

@@ -125,7 +125,7 @@ class SpareHere:
         return self.is_free
 
     def start(self, errand):
-        if self.raises is not None:
+        if isinstance(self.raises, Exception):
             raise self.raises
         self.errand = errand
 
@@ -255,10 +255,18 @@ def test_an_errand_that_fails_is_told(tmp_path, photos):
     samples.take_late()
     assert sum("of step 0" in line and "failed, training goes on: WorkerCrashedError: killed" in line for line in said) == 2
     assert shown == {}
-    spare.raises = RuntimeError("no room any more")
+    spare.is_done = False
     samples.make(1)
+    made_before = tmp_path / "out/samples/step-1/step-1-1.png"
+    made_before.parent.mkdir()
+    Image.new("RGB", (48, 32)).save(made_before)
+    spare.is_done = True
+    samples.take_late()
+    assert shown == {1: ["2 a rocket"]}, "what was made before it ended"
+    spare.raises = RuntimeError("no room any more")
+    samples.make(2)
     assert any("could not be sent to spare resources: no room any more" in line for line in said)
-    assert list(shown) == [1], "the workers make them"
+    assert sorted(shown) == [1, 2], "the workers make them"
     assert not list((tmp_path / "out/samples").glob(".weights*"))
 
 
