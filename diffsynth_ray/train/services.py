@@ -101,9 +101,15 @@ class _Wandb:
         except wandb.errors.Error as error:
             hint = "set WANDB_API_KEY in the environment of the cluster's nodes, or WANDB_MODE=offline"
             raise DsrayError(f"logging.wandb_project: Weights & Biases: {error}", hint=hint) from error
+        self._waiting: list[dict[str, Any]] = []
+        """Samples that have not been sent, a step's each."""
+        self._newest, self._shown_at = -1, -2
+        """Steps of the newest figures, and of those that samples stand beside."""
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         self._run.log({f"train/{key}": value for key, value in figures.items()}, step=step)
+        self._newest = step
+        self._show_next()
 
     def write_samples(self, step: int, samples: Sequence[SampleFile]) -> None:
         import wandb
@@ -112,10 +118,20 @@ class _Wandb:
         for each in samples:
             kind = wandb.Video if each.is_clip else wandb.Image
             shown[each.name] = kind(str(each.path), caption=f"{each.prompt} (step {step})")
-        # It drops what comes for an earlier step than its newest one: late samples are put beside the newest figures.
-        self._run.log(shown, commit=False)
+        self._waiting.append(shown)
+        self._show_next()
+
+    def _show_next(self) -> None:
+        """It drops what comes for an earlier step than its newest one, so that late samples stand beside the newest figures;
+        those of another step would be replaced there, and so wait for the next figures."""
+        if self._waiting and self._shown_at != self._newest:
+            self._run.log(self._waiting.pop(0), commit=False)
+            self._shown_at = self._newest
 
     def close(self) -> None:
+        for shown in self._waiting:
+            self._newest += 1
+            self._run.log(shown, step=self._newest)
         self._run.finish()
 
 

@@ -97,7 +97,7 @@ class Wandb(ModuleType):
         return self
 
     def log(self, figures, *, step=None, commit=None):
-        assert (step is None) == (commit is False)
+        assert (step is None) == (commit is False)  # or it would go on to another step by itself
         self.calls.append((step, figures))
 
     def finish(self):
@@ -193,6 +193,23 @@ def test_samples_go_there_too(run_of, monkeypatch, name):
         assert clip.content == str(run_dir.sample_path(2, 1, is_clip=True))
     else:
         assert clip.content.startswith(b"GIF89a")
+
+
+def test_samples_that_come_late_replace_none_at_weights_and_biases(run_of, monkeypatch):
+    package = Wandb("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    run_dir, resolved = run_of('wandb_project = "animals"')
+    writer = FigureWriter(run_dir, resolved.job.logging, start_step=0)
+    sample = [SampleFile(0, "a cat", run_dir.path / "cat.png")]
+    writer.write_samples(0, sample)
+    writer.write(4, {"loss": 1.0})
+    for step in (4, 1, 2):
+        writer.write_samples(step, sample)
+    writer.write(5, {"loss": 1.0})
+    writer.close()
+    sent = [(step, shown.get("samples/step", shown.get("train/loss"))) for step, shown in package.calls[1:-1]]
+    # One step's beside the figures of another, and at the end in rows of their own.
+    assert sent == [(None, 0), (4, 1.0), (None, 4), (5, 1.0), (None, 1), (6, 2)]
 
 
 def test_tensorboard_has_figures_pictures_and_clips(run_of):
