@@ -100,7 +100,8 @@ def test_the_quickstart(tmp_path, photos):
             supervisor = json.loads((state_dir / "local.json").read_text())["supervisor_pid"]
             if psutil.pid_exists(supervisor):
                 family |= {child.pid for child in psutil.Process(supervisor).children(recursive=True)} | {supervisor}
-            if any("step 20/" in line for line in lines) and not any("loss" in name for name in seen):
+            # The validation's loss is shown before the training's.
+            if any("step 20/" in line for line in lines) and not any("ray_dsray_loss" in name for name in seen):
                 seen = gauges(listening(family))
         time.sleep(1)
     reader.join()
