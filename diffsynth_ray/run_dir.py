@@ -334,6 +334,17 @@ class RunDir:
         paths = (self.sample_path(step, number, is_clip=is_clip) for is_clip in (False, True))
         return next((path for path in paths if path.exists()), None)
 
+    def sample_weights_path(self, step: int) -> Path:
+        """Temporary file of the weights that another process makes the samples of a step with."""
+        return self.samples_dir / f".weights-{step}.safetensors"
+
+    def forget_sample_weights(self) -> list[int]:
+        """Remove such files of workers that were lost; returns their steps, ascending."""
+        paths = list(self.samples_dir.glob(".weights-*.safetensors"))
+        for path in paths:
+            path.unlink(missing_ok=True)
+        return sorted(int(path.name.split("-")[1].partition(".")[0]) for path in paths)
+
     def sample_steps(self) -> list[int]:
         """Steps that samples were made after, ascending."""
         return sorted(int(path.name.removeprefix("step-")) for path in self.samples_dir.glob("step-*") if path.is_dir())

@@ -266,7 +266,10 @@ class ValidationSection(Section):
     """Samples and validation loss during training."""
 
     prompts: list[str] = _key([])
-    """Prompts of the sample pictures: made before the first step, with every validation and at the end; {path}/samples."""
+    """Prompts of the sample pictures: made before the first step, with every validation and at the end; {path}/samples, and
+    where [logging] sends the figures. Where the cluster has room for one more process with a worker's resources, that one makes
+    them while the training goes on, one step's at a time, from the trained weights in a temporary file. The workers make them
+    between steps where it has not, where those weights have more than 2 GiB, with offload.cpu_offload, and at the end."""
     inputs: list[str] = _key([], path=True)
     """Input pictures of the samples, one for each prompt or one for all: a picture to edit, or the first frame of a clip."""
     every_steps: int | None = _key(ge=1)

@@ -40,11 +40,21 @@ def bring_model(resolved: ResolvedJob, board: Any, *, resources: Mapping[str, fl
 
 def bring_to_worker(resolved: ResolvedJob, board: Any, *, rank: int) -> None:
     """The same for a training worker on a node that has come after `bring_model`, in place of another or as one more."""
-    from diffsynth_ray.models.weights import find_model
 
     def is_ended() -> bool:
         board.beat.remote(rank, "loading the model", 0, 0.0)
         return False
+
+    try:
+        bring_here(resolved, board, should_end=is_ended)
+    except DsrayError as error:
+        ray.get(board.fail.remote(rank, error))
+        raise
+
+
+def bring_here(resolved: ResolvedJob, board: Any, *, should_end: Callable[[], bool] = lambda: False) -> None:
+    """The same for the node of the task or actor that calls; raises what is wrong with the files."""
+    from diffsynth_ray.models.weights import find_model
 
     if not _may_ask_a_hub(resolved):
         return
@@ -52,11 +62,7 @@ def bring_to_worker(resolved: ResolvedJob, board: Any, *, rank: int) -> None:
         find_model(resolved.job.model)
     except ModelError:
         node = (ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
-        try:
-            _bring(resolved, board, [node], should_end=is_ended)
-        except DsrayError as error:
-            ray.get(board.fail.remote(rank, error))
-            raise
+        _bring(resolved, board, [node], should_end=should_end)
 
 
 def _may_ask_a_hub(resolved: ResolvedJob) -> bool:

@@ -36,10 +36,12 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
 
     rank = ray.train.get_context().get_world_rank()
     try:
+        from diffsynth_ray.launch.spare import SpareRoom
         from diffsynth_ray.train.worker import train_loop
 
-        bring_to_worker(ResolvedJob.model_validate_json(config["resolved_json"]), config["board"], rank=rank)
-        return train_loop(**config)
+        resolved = ResolvedJob.model_validate_json(config["resolved_json"])
+        bring_to_worker(resolved, config["board"], rank=rank)
+        return train_loop(**config, spare=SpareRoom(resolved, config["board"]))
     except ImportError as error:
         # It does not come by a restart either.
         ray.get(config["board"].fail.remote(rank, _missing_package(error)))

@@ -59,8 +59,9 @@ def _facts(record: RunRecord) -> Iterator[tuple[str, str]]:
         yield "samples a second", f"{speeds[-1][1]:.3g}"
     if record.seconds:
         yield "time of all attempts", _duration(record.seconds)
-    num_losses = sum(len(attempt.losses) for attempt in record.attempts)
-    yield "attempts" + (f", {num_losses} recoveries" if num_losses else ""), str(len(record.attempts))
+    count = sum(attempt.num_recoveries for attempt in record.attempts)
+    recoveries = f", {count} {'recovery' if count == 1 else 'recoveries'}" if count else ""
+    yield ("attempt" if len(record.attempts) == 1 else "attempts") + recoveries, str(len(record.attempts))
 
 
 def _window(points: list[tuple[int, float]]) -> int:
@@ -189,18 +190,25 @@ def _attempts(record: RunRecord) -> str:
     return _section("Attempts and recoveries", f"<table>{head}{rows}</table>")
 
 
+_SHORT = ("number",) * 5
+"""The columns before what happened, each on one line."""
+
+
 def _attempt_rows(attempt: AttemptRecord) -> Iterator[str]:
     lasted = _duration(attempt.ended - attempt.started) if attempt.ended is not None else ""
     began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(attempt.started))
-    what = attempt.state.lower() + (f": {attempt.cause}" if attempt.cause else "")
-    yield _row(
-        [str(attempt.number), began, lasted, f"{attempt.num_workers} on {attempt.device}", str(attempt.step or ""), what]
-    )
+    cause = attempt.cause or ""
+    if any(attempt.ended_by(loss) for loss in attempt.losses):
+        cause = cause.partition("\n")[2].strip() or cause  # the first line is that loss, which has a row of its own
+    what = attempt.state.lower() + (f": {cause}" if cause else "")
+    workers = f"{attempt.num_workers} on {attempt.device}"
+    yield _row([str(attempt.number), began, lasted, workers, str(attempt.step or ""), what], _SHORT)
     for loss in attempt.losses:
         when = time.strftime("%H:%M:%S", time.localtime(loss["time"]))
-        kind = "taken away" if loss.get("is_preemption") else "lost and replaced"
+        kind = "lost: one too many" if attempt.ended_by(loss) else "lost and replaced"
+        kind = "taken away" if loss.get("is_preemption") else kind
         rank = "" if loss.get("rank") is None else f" rank {loss['rank']}"
-        yield _row(["", when, "", "", str(loss.get("step", "")), f"worker{rank} {kind}: {loss.get('cause')}"])
+        yield _row(["", when, "", "", str(loss.get("step", "")), f"worker{rank} {kind}: {loss.get('cause')}"], _SHORT)
 
 
 def _row(cells: list[str], styles: tuple[str, ...] = ()) -> str:

@@ -31,7 +31,17 @@ class AttemptRecord:
     step: int | None = None
     cause: str | None = None
     losses: list[dict[str, Any]] = field(default_factory=list)
-    """Workers lost and replaced: `step`, `cause`, `rank`, `is_preemption`."""
+    """Workers lost: `step`, `cause`, `rank`, `is_preemption`."""
+
+    def ended_by(self, loss: dict[str, Any]) -> bool:
+        """Whether this loss was one too many; after any other the attempt went on."""
+        is_last = self.state == "FAILED" and loss is self.losses[-1]
+        return is_last and str(loss.get("cause")) in (self.cause or "")
+
+    @property
+    def num_recoveries(self) -> int:
+        """Losses that it went on after."""
+        return sum(not self.ended_by(loss) for loss in self.losses)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import psutil
@@ -17,10 +17,8 @@ from diffsynth_ray.errors import RunError
 from diffsynth_ray.run_dir import Progress, RunDir
 from diffsynth_ray.train.feed import FedStep
 from diffsynth_ray.train.figures import FigureWriter
+from diffsynth_ray.train.sample_file import SampleFile
 from diffsynth_ray.train.trainer import StepResult, Trainer
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 _SPEED_WINDOW = 20
 """Steps that the shown speed is averaged over."""
@@ -110,10 +108,10 @@ class Reporter:
         self.gauges["validation_loss"].set(figures["validation_loss"])
         self._take_parts()  # those of the validation are no part of a step
 
-    def show_samples(self, step: int, pictures: Mapping[str, Image]) -> None:
+    def show_samples(self, step: int, samples: Sequence[SampleFile]) -> None:
         """Called on rank 0 after samples were made."""
         assert self.figures is not None  # rank 0's
-        self.figures.write_pictures(step, pictures)
+        self.figures.write_samples(step, samples)
 
     def _publish(self, step: int, *, loss: float, lr: float, grad_norm: float) -> None:
         # The first step of an attempt waits for everything to start: it says nothing about speed once there are others.

@@ -5,20 +5,19 @@ Before the first step, every `validation.every_steps` and at the end. All worker
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.data.samples import SampleIndex
 from diffsynth_ray.run_dir import RunDir, ValidationEntry
 from diffsynth_ray.train.group import Group
 from diffsynth_ray.train.pictures import Samples
+from diffsynth_ray.train.sample_file import SampleFile
+from diffsynth_ray.train.sampler import Errand, Spare
 from diffsynth_ray.train.trainer import Trainer
 from diffsynth_ray.train.validation_loss import ValidationLoss, describe, figures_of, judge
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 BEST_STEM = "best"
 """Name of the export with the lowest validation loss."""
@@ -40,10 +39,14 @@ class Surroundings:
     """Called on rank 0 with figures of a step; raises where this worker may no longer write."""
     export: Callable[[str], object]
     """Exports the weights under a name; called on all ranks."""
-    show: Callable[[int, Mapping[str, Image]], object]
-    """Called on rank 0 with the pictures of a step by name."""
+    show: Callable[[int, Sequence[SampleFile]], object]
+    """Called on rank 0 with the samples of a step."""
     may_write: Callable[[], bool]
     """Whether no newer attempt has taken over."""
+    spare: Spare | None = None
+    """Where rank 0 may have samples made while the training goes on."""
+    errand: Callable[[int, Path], Errand] | None = None
+    """What is sent there for the samples of a step, with its weights in a file."""
 
 
 class Validation:
@@ -75,6 +78,8 @@ class Validation:
                 say=around.say,
                 show=around.show,
                 may_write=around.may_write,
+                spare=around.spare,
+                errand=around.errand,
             )
         self._history: list[ValidationEntry] = []
         self.has_ended = False
@@ -84,6 +89,8 @@ class Validation:
         """Called before the first step of an attempt."""
         if self._loss is not None:
             self._load(self._loss)
+        if self._samples is not None:
+            self._samples.start()
         if self._trainer.step == 0:
             self._validate()
         elif self._loss is not None:
@@ -99,9 +106,16 @@ class Validation:
         self._history = around.group.from_rank_zero(around.run_dir.validations() if around.rank == 0 else None)
 
     def after_step(self) -> None:
-        """Validate where it is due."""
+        """Validate where it is due; show what has been made elsewhere."""
+        if self._samples is not None:
+            self._samples.take_late()
         if self._is_due(self._trainer.step):
             self._validate()
+
+    def finish(self) -> None:
+        """Wait for what is still made elsewhere, when the training has ended."""
+        if self._samples is not None:
+            self._samples.finish(timeout_s=self._job.distributed.timeout_s)
 
     def _is_due(self, step: int) -> bool:
         every, schedule = self._job.validation.every_steps, self._trainer.schedule
@@ -115,7 +129,9 @@ class Validation:
         if self._loss is not None:
             self._compute(self._loss)
         if self._samples is not None:
-            self._samples.make(self._trainer.step)
+            # At the end the workers have nothing else to do.
+            is_last = self.has_ended or self._trainer.step == self._trainer.schedule.num_steps
+            self._samples.make(self._trainer.step, is_last=is_last)
 
     def _compute(self, loss: ValidationLoss) -> None:
         around = self._around

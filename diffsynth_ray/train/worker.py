@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,14 +40,14 @@ from diffsynth_ray.train.figures import FigureWriter
 from diffsynth_ray.train.graph import SampleBatch, probe_inputs
 from diffsynth_ray.train.group import Group, NodeWorkers
 from diffsynth_ray.train.heartbeat import Heartbeat
-from diffsynth_ray.train.initial import load_initial_weights, merge_presets
+from diffsynth_ray.train.loading import load_for_training
 from diffsynth_ray.train.memory_report import measure, out_of_memory
 from diffsynth_ray.train.reporter import Reporter, superseded
-from diffsynth_ray.train.residency import settle
+from diffsynth_ray.train.sampler import Errand, Spare
 from diffsynth_ray.train.saver import CheckpointSaver, WriterIdentity
 from diffsynth_ray.train.split import job_of_stage
 from diffsynth_ray.train.storage import Storage
-from diffsynth_ray.train.trainer import MicroInput, Trainer, load_family, select_trained
+from diffsynth_ray.train.trainer import MicroInput, Trainer
 from diffsynth_ray.train.validation import Surroundings, Validation
 
 _STOP, _CHECKPOINT, _LOOK_FOR_PREEMPTION = 1, 2, 4
@@ -64,10 +65,12 @@ def train_loop(
     cached: ray.ObjectRef,
     components: tuple[str, ...] | None,
     board: Any,
+    spare: Spare,
 ) -> dict[str, Any]:
     """Ray Train's train function on every worker.
 
-    `token` is the attempt's right to commit, `index` holds a SampleIndex, `board` is the handle of the run's Board. Under split
+    `token` is the attempt's right to commit, `index` holds a SampleIndex, `board` is the handle of the run's Board, `spare` is
+    where samples may be made while the training goes on. Under split
     training `cached` holds the CachedRows (else None), and `components` are what stage two loads (else None: all).
     Returns {"state", "step", "num_steps"} of the run.
     """
@@ -76,7 +79,14 @@ def train_loop(
     board.enter.remote(rank, _log_path())
     heartbeat = Heartbeat(partial(board.beat.remote, rank), every_s=min(5.0, resolved.job.distributed.timeout_s / 4))
     worker = _Worker(
-        resolved, token=token, index=index, cached=ray.get(cached), components=components, board=board, heartbeat=heartbeat
+        resolved,
+        token=token,
+        index=index,
+        cached=ray.get(cached),
+        components=components,
+        board=board,
+        spare=spare,
+        heartbeat=heartbeat,
     )
     try:
         return worker.run()
@@ -129,6 +139,7 @@ class _Worker:
         cached: CachedRows | None,
         components: tuple[str, ...] | None,
         board: Any,
+        spare: Spare,
         heartbeat: Heartbeat,
     ) -> None:
         context = ray.train.get_context()
@@ -144,7 +155,7 @@ class _Worker:
         self.schedule = build_schedule(
             self.job, num_samples=self.index.order.num_samples, global_batch_size=self.resolved.global_batch_size
         )
-        self.heartbeat = heartbeat
+        self.heartbeat, self.spare = heartbeat, spare
         self.computed = "the weights"
         """What an out-of-memory error names."""
         self.say: Callable[[str], object] = board.say.remote if self.rank == 0 else _silent
@@ -173,11 +184,9 @@ class _Worker:
         self.say("loading the model")
         self.heartbeat.enter("loading the model", 0)
         job = self.job if self.components is None else job_of_stage(self.job, self.components)
-        family = load_family(job, device=self.device, components=self.components)
-        merge_presets(family, job, self.say)
-        select_trained(family, self.job)
-        load_initial_weights(family, self.job, self.say)
-        residency = settle(family, job, group=self._node_workers(), say=self.say)
+        family, residency = load_for_training(
+            job, device=self.device, components=self.components, group=self._node_workers(), say=self.say
+        )
         self.trainer = Trainer(self.job, family, self.schedule, residency=residency)
         count = sum(param.numel() for param in self.trainer.trained.values())
         self.say(f"model loaded in {time.monotonic() - started:.1f} s, {count:,} trained parameters")
@@ -283,7 +292,9 @@ class _Worker:
     def _train(self, feed: DeviceFeed) -> str:
         if self.trainer.step >= self.schedule.num_steps:
             return "SUCCEEDED"
-        figures = FigureWriter(self.run_dir, self.job.logging, start_step=self.trainer.step) if self.rank == 0 else None
+        figures = None
+        if self.rank == 0:
+            figures = FigureWriter(self.run_dir, self.job.logging, start_step=self.trainer.step, say=self.say)
         reporter = Reporter(
             trainer=self.trainer,
             run_dir=self.run_dir,
@@ -324,6 +335,7 @@ class _Worker:
                     break
             self.heartbeat.enter("writing a checkpoint", self.trainer.step)
             self.saver.finish()
+            self.validation.finish()
         finally:
             if figures is not None:
                 figures.close()
@@ -396,8 +408,21 @@ class _Worker:
             export=self._export_as,
             show=reporter.show_samples,
             may_write=self.may_commit,
+            spare=self.spare if self.rank == 0 else None,
+            errand=self._errand,
         )
         return Validation(self.job, self.trainer, self.index, around)
+
+    def _errand(self, step: int, weights_path: Path) -> Errand:
+        return Errand(
+            step=step,
+            resolved_json=self.resolved.model_dump_json(),
+            rule=self.index.rule,
+            weights_path=weights_path,
+            token=self.token,
+            writer=self.writer,
+            num_threads=torch.get_num_threads(),
+        )
 
     def _enter(self, what: str) -> None:
         self.heartbeat.enter(what)

@@ -61,18 +61,29 @@ def gauges(local_ports):
     return found
 
 
-def nearest(output, photos, *, seed=None, step=None):
-    """Which photograph each prompt's picture is nearest to: one that the run has made, or one made here from its weights."""
+def read_rows(photos):
     with (photos / "metadata.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    originals = np.stack([decode(str(photos / row["image"]), height=64, width=64, num_frames=1) for row in rows])[:, 0]
-    if step is not None:
-        made = [np.array(Image.open(RunDir(output).find_sample(step, number))) for number in range(len(rows))]
-    else:
-        family = get_family("qwen_image").build_tiny(0, dtype=torch.float32, options={"trained_vae": True})
-        family.component("dit").load_state_dict(load_file(output / "step-400.safetensors"))
-        made = [family.sample(SampleRequest(row["prompt"], 64, 64, 1, 20, 1.0, seed))[0] for row in rows]
-    errors = ((np.stack(made)[:, None].astype(float) - originals[None]) ** 2).mean(axis=(2, 3, 4))
+        return list(csv.DictReader(file))
+
+
+def draw(photos, seed, weights=None):
+    """A picture a prompt [5, 64, 64, 3], made here from exported weights, or from those that the training begins with."""
+    family = get_family("qwen_image").build_tiny(0, dtype=torch.float32, options={"trained_vae": True})
+    if weights is not None:
+        family.component("dit").load_state_dict(load_file(weights))
+    return np.stack([family.sample(SampleRequest(row["prompt"], 64, 64, 1, 20, 1.0, seed))[0] for row in read_rows(photos)])
+
+
+def made_by(output, step):
+    """The pictures that the run has made after a step."""
+    return np.stack([np.array(Image.open(RunDir(output).find_sample(step, number))) for number in range(5)])
+
+
+def nearest(pictures, photos):
+    """Which photograph each picture is nearest to."""
+    paths = [str(photos / row["image"]) for row in read_rows(photos)]
+    originals = np.stack([decode(path, height=64, width=64, num_frames=1)[0] for path in paths])
+    errors = ((pictures[:, None].astype(float) - originals[None]) ** 2).mean(axis=(2, 3, 4))
     return errors.argmin(axis=1).tolist()
 
 
@@ -89,7 +100,8 @@ def test_the_quickstart(tmp_path, photos):
             supervisor = json.loads((state_dir / "local.json").read_text())["supervisor_pid"]
             if psutil.pid_exists(supervisor):
                 family |= {child.pid for child in psutil.Process(supervisor).children(recursive=True)} | {supervisor}
-            if any("step 20/" in line for line in lines) and not any("loss" in name for name in seen):
+            # The validation's loss is shown before the training's.
+            if any("step 20/" in line for line in lines) and not any("ray_dsray_loss" in name for name in seen):
                 seen = gauges(listening(family))
         time.sleep(1)
     reader.join()
@@ -102,10 +114,16 @@ def test_the_quickstart(tmp_path, photos):
     assert "transformer_blocks.1.attn.to_q.weight" in load_file(output / "step-400.safetensors")
     before, *_, after = RunDir(output).validations()
     assert after.loss < 0.5 * before.loss
+    each_its_own = [0, 1, 2, 3, 4]
+    assert nearest(made_by(output, 0), photos) != each_its_own
+    assert nearest(made_by(output, 400), photos) == each_its_own
     for seed in range(3):
-        assert nearest(output, photos, seed=seed) == [0, 1, 2, 3, 4]
-    assert nearest(output, photos, step=0) != [0, 1, 2, 3, 4]
-    assert nearest(output, photos, step=400) == [0, 1, 2, 3, 4]
+        untrained, trained = draw(photos, seed), draw(photos, seed, output / "step-400.safetensors")
+        assert nearest(untrained, photos) != each_its_own
+        assert nearest(trained, photos) == each_its_own
+        if seed == 0:  # the run's own: what is drawn here is of the same weights
+            assert abs(untrained.astype(int) - made_by(output, 0)).max() <= 1
+            assert abs(trained.astype(int) - made_by(output, 400)).max() <= 1
     assert any("ray_dsray_loss" in name and 'stage="train"' in name and 'rank="0"' in name for name in seen), sorted(seen)
 
     end = time.monotonic() + 60

@@ -201,9 +201,12 @@ def test_validation_disturbs_nothing_and_is_the_same_on_two_workers(reference, t
     assert one.losses() == reference.losses()
     assert distance(reference.weights(), one.weights()) == 0
     assert [entry.step for entry in one.dir.validations()] == [0, 4, 8, 10]
-    first, second = one.dir.validations()[0], two.dir.validations()[0]
-    assert (first.loss, first.quantiles, first.num_samples) == (second.loss, second.quantiles, 3)
-    assert [entry.loss for entry in two.dir.validations()] == pytest.approx([e.loss for e in one.dir.validations()], abs=1e-5)
+    for alone, shared in zip(one.dir.validations(), two.dir.validations(), strict=True):
+        assert (alone.step, alone.num_samples) == (shared.step, 3)
+        # Not to the last bit: two workers of a node compute with fewer threads each.
+        assert shared.loss == pytest.approx(alone.loss, abs=1e-6, rel=0)
+        assert shared.quantiles == pytest.approx(alone.quantiles, abs=1e-6, rel=0)
+    first = one.dir.validations()[0]
     best = min(one.dir.validations(), key=lambda entry: entry.loss).step
     assert (one.output / "best.safetensors").exists() == (best > 0)
     assert f"0,validation_loss,{first.loss:.9g}\n" in one.dir.loss_path.read_text()

@@ -2,10 +2,10 @@
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from page_check import check
 from PIL import Image
 
 from diffsynth_ray.cli import app
@@ -63,39 +63,6 @@ def test_waits_for_other_workers_are_shown_where_there_are_any(run_dir: RunDir, 
     assert ("Waiting for other workers" in build_page(read_record(run_dir))) == is_shown
 
 
-class Checker(HTMLParser):
-    """Every tag is closed, and nothing is loaded from elsewhere."""
-
-    VOID = frozenset({"meta", "img", "br", "link", "line"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.sources: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in self.VOID or (tag == "line" and dict(attrs).get("class") == "mark"):
-            self.open.append(tag)
-        assert tag not in ("script", "link", "iframe")
-        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        pass
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def check(page: str) -> None:
-    checker = Checker()
-    checker.feed(page)
-    assert checker.open == []
-    assert all(source.startswith("data:") for source in checker.sources), checker.sources
-    assert "http://" not in page
-    assert "https://" not in page
-    assert "@import" not in page
-
-
 def test_a_run_that_failed_and_recovered(run_dir: RunDir) -> None:
     page = build_page(read_record(run_dir))
     check(page)
@@ -109,6 +76,20 @@ def test_a_run_that_failed_and_recovered(run_dir: RunDir) -> None:
     assert "epoch-0.safetensors" in page
     assert page.count("<polyline") == 2 + 1 + 4 + 3
     assert "data:image/png;base64," in page
+
+
+def test_the_loss_that_ends_an_attempt_is_no_recovery(run_dir: RunDir) -> None:
+    newest = run_dir.begin_attempt(read_record(run_dir).resolved, "run-a3")
+    for step in (12, 14):
+        run_dir.note_attempt(newest, "workers lost", cause="its process died", rank=0, step=step, is_preemption=False)
+    assert "attempts, 3 recoveries<" in build_page(read_record(run_dir)), "it may still go on"
+    cause = "rank 0 failed at step 14: its process died\n  it was loss 2"
+    run_dir.note_attempt(newest, "ended", state="FAILED", step=14, num_steps=20, cause=cause)
+    page = build_page(read_record(run_dir))
+    assert "attempts, 2 recoveries<" in page
+    assert page.count("lost and replaced") == 2
+    assert page.count("worker rank 0 lost: one too many") == 1
+    assert "failed: it was loss 2<" in page, "the rest is in the row of the loss"
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path, run_dir: RunDir) -> None:

@@ -1,11 +1,16 @@
 """Sample pictures between steps: files, the contact sheet, failures, and the same picture elsewhere."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny_trainer import build_job, build_trainer, micro, train
 
+from diffsynth_ray.config.load import load_job
+from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.config.validation import sample_size
 from diffsynth_ray.data.samples import SampleRule
 from diffsynth_ray.models.family import get_family
@@ -14,6 +19,7 @@ from diffsynth_ray.run_dir import RunDir
 from diffsynth_ray.train.export import export_weights
 from diffsynth_ray.train.group import Group
 from diffsynth_ray.train.pictures import Samples, build_sheet, thinned
+from diffsynth_ray.train.sampler import Errand, run_errand
 from diffsynth_ray.train.video import write_video
 
 torch.set_num_threads(1)
@@ -35,7 +41,7 @@ def build_samples(tmp_path, trainer, **changes):
         "world_size": 1,
         "enter": lambda what: None,
         "say": said.append,
-        "show": lambda step, pictures: shown.update({step: sorted(pictures)}),
+        "show": lambda step, samples: shown.update({step: [f"{one.number + 1} {one.prompt}" for one in samples]}),
         "may_write": lambda: True,
     }
     return Samples(trainer.job, trainer, **(arguments | changes)), said, shown
@@ -106,6 +112,194 @@ def test_an_older_attempt_writes_nothing(tmp_path):
     samples.make(0)
     assert not list(tmp_path.rglob("*.png"))
     assert "a newer attempt" in said[0]
+
+
+class SpareHere:
+    """Room beside the training, in this process: the errand is run when it is let go."""
+
+    def __init__(self):
+        self.is_free, self.is_done, self.errand, self.given_up, self.raises = True, False, None, 0, None
+        self.has_begun = True
+
+    def has_room(self):
+        return self.is_free
+
+    def start(self, errand):
+        if isinstance(self.raises, Exception):
+            raise self.raises
+        self.errand = errand
+
+    def result(self):
+        if not self.is_done:
+            return None
+        return self.raises or list(run_errand(self.errand))
+
+    def give_up(self):
+        self.given_up += 1
+
+
+def resolved_job(tmp_path, photos, **sections):
+    path = tmp_path / "job.toml"
+    prompts = ", ".join(f'"{prompt}"' for prompt in PROMPTS)
+    base = {
+        "dataset": f'base_path = "{photos}"',
+        "model": 'family = "qwen_image"\ntiny = true',
+        "lora": 'base_model = "dit"\nrank = 4',
+        "training": 'precision = "fp32"\nlearning_rate = 1e-2',
+        "validation": f"prompts = [{prompts}]\nsize = [32, 48]\nnum_inference_steps = 2",
+        "output": f'path = "{tmp_path}/out"',
+    }
+    path.write_text("\n".join(f"[{name}]\n{keys}" for name, keys in (base | sections).items()))
+    return resolve(load_job(str(path)), Resources(cpus=4, gpus=0))
+
+
+def samples_with_room(resolved, **changes):
+    """(trainer, samples, the room, what was said, what was shown) of a run in its folder."""
+    run_dir = RunDir(resolved.output_path)
+    attempt = run_dir.begin_attempt(resolved, "test")
+    writer = run_dir.claim_writer(attempt.token)
+    trainer, spare = build_trainer(resolved.job), SpareHere()
+
+    def errand(step, path):
+        return Errand(step, resolved.model_dump_json(), SampleRule(), path, attempt.token, writer, torch.get_num_threads())
+
+    arguments = {"run_dir": run_dir, "spare": spare, "errand": errand} | changes
+    samples, said, shown = build_samples(resolved.output_path, trainer, **arguments)
+    return trainer, samples, spare, said, shown
+
+
+TRAINED = {
+    "a LoRA": {},
+    "in bf16": {"training": 'precision = "bf16"\nlearning_rate = 1e-2'},
+    "in full": {"lora": "rank = 4", "training": 'precision = "fp32"\ntrainable_models = ["dit", "text_encoder"]'},
+}
+
+
+@pytest.mark.parametrize("what", TRAINED)
+def test_another_process_makes_the_same_pictures_while_the_training_goes_on(tmp_path, photos, what):
+    resolved = resolved_job(tmp_path, photos, **TRAINED[what])
+    trainer, samples, spare, said, shown = samples_with_room(resolved)
+    train(trainer, [micro([0, 1])], steps=2)
+    spare.is_free = False
+    samples.make(2)
+    folder = resolved.output_path / "samples/step-2"
+    expected = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    assert len(expected) == 2
+    shutil.rmtree(folder)
+
+    spare.is_free = True
+    samples.make(2)
+    assert not folder.exists()
+    assert said[-1] == "samples of step 2 are made on spare resources of the cluster, training goes on"
+    train(trainer, [micro([0, 1])], steps=2)
+    samples.take_late()
+    assert not folder.exists()
+    spare.is_done = True
+    samples.take_late()
+    assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == expected
+    assert said[-1].startswith("2 samples of step 2 in ")
+    assert shown == {2: ["1 a cat", "2 a rocket"]}
+    assert (folder.parent / "contact_sheet.png").exists()
+    assert {path.name for path in folder.parent.iterdir()} == {"contact_sheet.png", "step-2"}, "no weights are left"
+
+
+def test_one_errand_at_a_time_and_the_last_samples_are_made_by_the_workers(tmp_path, photos):
+    trainer, samples, spare, said, shown = samples_with_room(resolved_job(tmp_path, photos))
+
+    def make(step, **options):
+        trainer.step = step
+        samples.make(step, **options)
+
+    make(0)
+    make(1)
+    assert list(shown) == [1]
+    spare.is_done = True
+    make(2)
+    assert sorted(shown) == [0, 1]
+    assert sum("on spare resources" in line for line in said) == 2
+    make(3, is_last=True)
+    assert sorted(shown) == [0, 1, 2, 3], "what was finished elsewhere is shown first"
+    with Image.open(tmp_path / "out/samples/contact_sheet.png") as sheet:
+        assert sheet.width == 150 + 4 * (192 + 6), "a column a step, whichever came last"
+
+
+def test_late_samples_are_waited_for(tmp_path, photos, monkeypatch):
+    _, samples, spare, said, shown = samples_with_room(resolved_job(tmp_path, photos))
+    samples.finish(timeout_s=5)
+    assert said == []
+    samples.make(0)
+    monkeypatch.setattr("diffsynth_ray.train.pictures.time.sleep", lambda seconds: setattr(spare, "is_done", True))
+    samples.finish(timeout_s=5)
+    assert said[1] == "waiting for the samples of step 0, which are still being made"
+    assert list(shown) == [0]
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_an_errand_that_hangs_or_never_begins_is_given_up(tmp_path, photos, monkeypatch, has_begun):
+    _, samples, spare, said, _ = samples_with_room(resolved_job(tmp_path, photos))
+    monkeypatch.setattr("diffsynth_ray.train.pictures._WAIT_S", 0.01)
+    monkeypatch.setattr("diffsynth_ray.train.pictures._BEGIN_S", 0.05)
+    spare.has_begun = has_begun
+    samples.make(0)
+    samples.finish(timeout_s=0.2 if has_begun else 1e9)
+    why = "not made 0.2 s" if has_begun else "not even begun, for want of room, 0.05 s"
+    assert said[-1] == f"warning: samples of step 0 given up: {why} after the training's end"
+    assert spare.given_up == 1
+    assert list((tmp_path / "out/samples").iterdir()) == []
+
+
+def test_an_errand_that_fails_is_told(tmp_path, photos):
+    _, samples, spare, said, shown = samples_with_room(resolved_job(tmp_path, photos))
+    samples.make(0)
+    spare.raises, spare.is_done = "WorkerCrashedError: killed", True
+    samples.take_late()
+    assert sum("of step 0" in line and "failed, training goes on: WorkerCrashedError: killed" in line for line in said) == 2
+    assert shown == {}
+    spare.is_done = False
+    samples.make(1)
+    made_before = tmp_path / "out/samples/step-1/step-1-1.png"
+    made_before.parent.mkdir()
+    Image.new("RGB", (48, 32)).save(made_before)
+    spare.is_done = True
+    samples.take_late()
+    assert shown == {1: ["2 a rocket"]}, "what was made before it ended"
+    spare.raises = RuntimeError("no room any more")
+    samples.make(2)
+    assert any("could not be sent to spare resources: no room any more" in line for line in said)
+    assert sorted(shown) == [1, 2], "the workers make them"
+    assert not list((tmp_path / "out/samples").glob(".weights*"))
+
+
+@pytest.mark.parametrize("offload", ["true", "false"])
+def test_many_trained_weights_and_offloaded_ones_stay_where_they_are(tmp_path, photos, monkeypatch, offload):
+    if offload == "false":
+        monkeypatch.setattr("diffsynth_ray.train.pictures._MOST_WEIGHT_BYTES", 1000)
+    resolved = resolved_job(tmp_path, photos, offload=f"cpu_offload = {offload}")
+    _, samples, spare, _, shown = samples_with_room(resolved)
+    samples.make(0)
+    assert (spare.errand, list(shown)) == (None, [0])
+
+
+def test_an_errand_of_workers_that_were_replaced_writes_nothing(tmp_path, photos):
+    resolved = resolved_job(tmp_path, photos)
+    _, samples, spare, said, shown = samples_with_room(resolved)
+    samples.make(0)
+    run_dir = RunDir(resolved.output_path)
+    token = json.loads(run_dir.attempt_path.read_text())["token"]
+    run_dir.claim_writer(token)
+    spare.is_done = True
+    samples.take_late()
+    assert sum("a newer attempt writes now" in line for line in said) == 2
+    assert shown == {}
+
+
+def test_what_a_lost_worker_had_sent_is_told(tmp_path, photos):
+    _, samples, *_ = samples_with_room(resolved_job(tmp_path, photos))
+    samples.make(0)
+    _, samples, _, said, _ = samples_with_room(resolved_job(tmp_path, photos))
+    samples.start()
+    assert said == ["warning: the samples of step 0 were not finished when their worker was lost"]
+    assert list((tmp_path / "out/samples").iterdir()) == []
 
 
 def test_the_sheet_has_a_row_a_prompt_and_a_column_a_step():

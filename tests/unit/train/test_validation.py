@@ -157,7 +157,7 @@ def run(tmp_path, *, training=None, **keys):
         say=said.append,
         publish=lambda step, figures: published.update({step: figures}),
         export=lambda stem: exported.append((stem, trainer.step)),
-        show=lambda step, pictures: None,
+        show=lambda step, samples: None,
         may_write=lambda: True,
     )
     validation = Validation(job, trainer, build_index(holdout=build_index()), around)
