@@ -73,10 +73,13 @@ def inference_sigmas(name: str, num_steps: int) -> Tensor:
         return _shifted(even, 3)
     if name == "flux":
         return _shifted(torch.linspace(1.0, 0.003 / 1.002, num_steps), 3)
+    if name == "flux2":
+        # mu fixed at 0.8 whatever the picture's size, which counts where pictures are drawn by the released pipeline.
+        return _shifted(torch.linspace(1.0, 1 / num_steps, num_steps), math.exp(0.8))
     raise ModelError(f"no sigma table {name!r}; there are {', '.join(TABLE_NAMES)}")
 
 
-TABLE_NAMES = ("flux", "qwen_image", "wan", "z_image")
+TABLE_NAMES = ("flux", "flux2", "qwen_image", "wan", "z_image")
 
 
 @cache

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import image_vae, layouts, qwen3
 from diffsynth_ray.models import z_image_configs as configs
 from diffsynth_ray.models.family import BatchShape, EncodedBatch, register_family, stack_conditions
@@ -49,7 +48,7 @@ class ZImage(LibraryFamily):
     tiny_tokenizers: ClassVar[dict[str, Path]] = {"tokenizer_path": qwen3.TINY_TOKENIZER}
     default_tokenizers: ClassVar[dict[str, str]] = layouts.DEFAULT_TOKENIZERS["z_image"]
     key_layouts: ClassVar[dict[str, KeyLayout]] = layouts.KEY_LAYOUTS["z_image"]
-    config_names: ClassVar[dict[str, str]] = {
+    config_names: ClassVar[dict[str, str | tuple[str, ...]]] = {
         "dit": "ZImageTransformer2DModel",
         "text_encoder": "qwen3",
         "vae": "AutoencoderKL",
@@ -62,8 +61,7 @@ class ZImage(LibraryFamily):
     @classmethod
     def tiny_configs(cls, extra_inputs: Sequence[str]) -> dict[str, dict[str, Any]]:
         """2 blocks of width 64."""
-        if extra_inputs:
-            raise ModelError(f"[model] extra_inputs: z_image takes none, got {', '.join(extra_inputs)}")
+        cls.check_extra_inputs(extra_inputs)
         return configs.TINY
 
     @classmethod
