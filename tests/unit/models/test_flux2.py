@@ -4,9 +4,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from diffsynth_ray.data.media import resize_and_crop
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import flux2_configs as configs
-from diffsynth_ray.models.family import detect_component
+from diffsynth_ray.models import qwen_image_edit
+from diffsynth_ray.models.family import BatchShape, detect_component
 from diffsynth_ray.models.flux2 import Flux2
 from diffsynth_ray.models.flux2_names import ORIGINAL
 from diffsynth_ray.models.layer_names import tensors_from_memory
@@ -198,7 +200,8 @@ def test_a_bare_file_of_mistral_loads(mistral_folder, tmp_path, dev):
 
 
 def test_the_tokenizer_of_the_other_models_is_refused(klein, dev, mistral_folder):
-    for family, path, repo in ((klein, mistral_folder / "tokenizer", "klein-4B"), (dev, Flux2.tiny_tokenizers["tokenizer_path"], "dev")):
+    qwen3 = Flux2.tiny_tokenizers["tokenizer_path"]
+    for family, path, repo in ((klein, mistral_folder / "tokenizer", "klein-4B"), (dev, qwen3, "dev")):
         with pytest.raises(ModelError, match=f"is another's; set .*FLUX.2-{repo}:tokenizer/"):
             Flux2(family.components, dtype=torch.float32, device="cpu", tokenizer_paths={"tokenizer_path": path})
     with pytest.raises(ModelError, match="tokenizer_path"):
@@ -272,7 +275,7 @@ def test_dev_is_told_its_guidance(dev, guidance, mistral_folder):
 
 
 def reference_losses(pred, noise, latents, ids):
-    sigmas, weights = reference_table()
+    weights = reference_table()[1]
     return ((pred - (noise - latents)) ** 2).mean(dim=(1, 2, 3)) * weights[ids]
 
 
@@ -320,8 +323,8 @@ def test_files_of_flux1_and_flux2_are_told_apart(klein):
     assert detect_component(vae) == ("flux2", "vae")
     with pytest.raises(ModelError, match=r"decoder\.conv_in\.weight is \[32, 32, 3, 3\], not \[any, 16, any, any\]"):
         detect_component(vae, family="z_image")
-    first = {"bn.running_mean": (128,), "encoder.down.0.block.0.conv1.weight": (128, 128, 3, 3), "encoder.quant_conv.weight": (1,)}
-    with pytest.raises(ModelError, match="this is the VAE of FLUX.2's first release, of which diffusers' layout is read"):
+    first = dict.fromkeys(["bn.running_mean", "encoder.down.0.block.0.conv1.weight", "encoder.quant_conv.weight"], (1,))
+    with pytest.raises(ModelError, match=r"this is the VAE of FLUX\.2's first release, of which diffusers' layout is read"):
         detect_component(first, family="flux2")
 
 
@@ -347,9 +350,11 @@ def test_the_recipe_s_lora_is_diffsynth_s():
     assert set(state) == {f"{layer}.lora_{part}.default.weight" for layer in layers for part in "AB"}
     # Its recipes name the last layers of the single blocks one by one.
     dit = Flux2.build_tiny(0, components=["dit"]).components["dit"]
-    named = [*attention, "linear_in", "linear_out", "to_qkv_mlp_proj", *(f"single_transformer_blocks.{n}.attn.to_out" for n in (0, 1))]
+    last = [f"single_transformer_blocks.{n}.attn.to_out" for n in range(2)]
+    named = [*attention, "linear_in", "linear_out", "to_qkv_mlp_proj", *last]
     assert set(resolve_lora_targets(dit, named, names=NAMES)) == layers
-    assert resolve_lora_targets(dit, ["img_attn.qkv"], names=NAMES) == resolve_lora_targets(dit, ["to_q", "to_k", "to_v"], names=NAMES)
+    fused, apart = (resolve_lora_targets(dit, targets, names=NAMES) for targets in (["img_attn.qkv"], ["to_q", "to_k", "to_v"]))
+    assert fused == apart
 
 
 def test_first_key_of_each_format():
@@ -415,3 +420,97 @@ def test_the_sample_is_the_pipelines(kind, klein, dev):
     assert (other != made).any()
 
 
+
+
+def test_the_layers_that_are_read_are_the_pipelines():
+    """A quarter, half and three quarters of Qwen3's 36 and Mistral's 40 layers."""
+    from inspect import signature
+
+    from diffusers import Flux2KleinPipeline, Flux2Pipeline
+
+    for depth, read in (
+        (36, Flux2KleinPipeline._get_qwen3_prompt_embeds),
+        (40, Flux2Pipeline._get_mistral_3_small_prompt_embeds),
+    ):
+        assert signature(read).parameters["hidden_states_layers"].default == tuple(depth * n // 4 for n in (1, 2, 3))
+
+
+# Pictures to edit.
+
+
+def picture(seed, height=64, width=96):
+    return np.random.default_rng(seed).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
+
+
+ONE = {"edit_image": ((picture(0),), (picture(1),))}
+SEVERAL = {"edit_image": ((picture(0),), (picture(1), picture(2, 64, 64)))}
+
+
+@pytest.fixture
+def small_pictures(monkeypatch):
+    """About 96 x 64 pixels instead of 1024 x 1024."""
+    monkeypatch.setattr(qwen_image_edit, "_VAE_AREA", 96 * 64)
+
+
+def latents_of(family, array):
+    """The picture's latents as DiffSynth-Studio gets them: sides of multiples of 32, covered and cut."""
+    area, ratio = 96 * 64, array.shape[2] / array.shape[1]
+    width = round((area * ratio) ** 0.5 / 32) * 32
+    height = round((area * ratio) ** 0.5 / ratio / 32) * 32
+    cut = resize_and_crop(Image.fromarray(array[0]), height, width)
+    return family.encode_image(torch.from_numpy(np.array(cut))[None, None])
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("small_pictures")
+@pytest.mark.parametrize("extra", [ONE, SEVERAL], ids=["one", "several"])
+def test_pictures_to_edit_are_seen_as_by_the_pipeline(klein, extra):
+    batch = klein.encode(PROMPTS, pixels(), extra=extra)
+    found = klein.predict(batch, batch.latents, TIMES)
+    parts = []
+    for number, sample in enumerate(batch.samples()):
+        given = [latents_of(klein, array) for array in extra["edit_image"][number]]
+        parts.append(reference_prediction(klein, sample, sample.latents, TIMES[number : number + 1], given=given))
+    assert (found - torch.cat(parts)).abs().max() < 1e-5
+    other = klein.encode(PROMPTS, pixels(), extra={"edit_image": ((picture(5),), (picture(6),))})
+    assert (klein.predict(other, other.latents, TIMES) - found).abs().max() > 1e-3
+    graph = TrainGraph(klein, trained=["dit"], extra_inputs=["edit_image"])
+    noise, ids = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(1)), torch.tensor([100, 700])
+    losses = graph(SampleBatch(pixels().numpy(), tuple(PROMPTS), (0, 1), extra), noise, ids)
+    sigma = reference_table()[0][ids]
+    noisy = (1 - sigma.view(2, 1, 1, 1)) * batch.latents + sigma.view(2, 1, 1, 1) * noise
+    pred = klein.predict(batch, noisy, sigma * 1000)
+    assert losses == pytest.approx(reference_losses(pred, noise, batch.latents, ids), rel=1e-5)
+
+
+@pytest.mark.usefixtures("small_pictures")
+def test_a_blank_batch_is_like_a_real_one(klein):
+    blank = klein.blank_batch(BatchShape(2, 64, 96), extra_inputs=["edit_image"])
+    photos = torch.randint(0, 256, (2, 1, 64, 96, 3), dtype=torch.uint8)
+    real = klein.encode(PROMPTS, photos, extra=ONE)
+    assert blank.latents.shape == real.latents.shape
+    shapes = [{name: (tensor.shape, tensor.dtype) for name, tensor in one.conditions.items()} for one in (blank, real)]
+    assert shapes[0] == shapes[1]
+    assert blank.conditions[qwen_image_edit.EDIT_SHAPES].tolist() == real.conditions[qwen_image_edit.EDIT_SHAPES].tolist()
+
+
+@pytest.mark.usefixtures("small_pictures")
+def test_an_edited_sample_is_the_pipelines(klein):
+    given = Image.fromarray(picture(3, 128, 192)[0])
+    request = SampleRequest("make it red", 32, 48, 1, 2, 1.0, 0, (given,))
+    made = klein.sample(request)[0]
+    expected = reference_pipeline(klein)(
+        image=resize_and_crop(given, 64, 96), height=32, width=48, num_inference_steps=2, guidance_scale=1.0,
+        generator=request.generator(), output_type="np", **klein.encode_text(["make it red"]),
+    ).images[0]  # fmt: skip
+    assert np.abs(made.astype(float) - expected * 255).max() <= 1
+    assert (klein.sample(SampleRequest("make it red", 32, 48, 1, 2, 1.0, 0))[0] != made).any()
+
+
+def test_what_is_wrong_with_extra_inputs_is_said(klein):
+    for build in (lambda: Flux2.build_tiny(0, extra_inputs=["kontext_images"]),
+                  lambda: klein.encode(PROMPTS, pixels(), extra={"kontext_images": ONE["edit_image"]})):  # fmt: skip
+        with pytest.raises(ModelError, match="flux2 takes edit_image, got kontext_images"):
+            build()
+    with pytest.raises(ModelError, match=r"edit_image takes pictures, got 'a.png'; is it in dataset.data_file_keys"):
+        klein.encode(PROMPTS, pixels(), extra={"edit_image": ("a.png", "b.png")})

@@ -134,7 +134,7 @@ def test_a_clip_is_a_video(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen_image", "wan", "z_image"])
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image", "wan", "z_image"])
 def test_every_family_makes_the_same_picture_again(name):
     family = get_family(name).build_tiny(0, dtype=torch.float32)
     asked = request_for(num_frames=5 if name == "wan" else 1)
@@ -146,7 +146,7 @@ def test_every_family_makes_the_same_picture_again(name):
     assert (first != family.sample(request_for("coffee", num_frames=asked.num_frames))).any()
 
 
-@pytest.mark.parametrize("name", ["qwen_image", "flux", "z_image", "wan"])
+@pytest.mark.parametrize("name", ["qwen_image", "flux", "flux2", "z_image", "wan"])
 def test_eight_bit_weights_make_pictures_too(name):
     from diffsynth_ray.memory.fp8 import convert_to_fp8
 
