@@ -443,7 +443,7 @@ def picture(seed, height=64, width=96):
 
 
 ONE = {"edit_image": ((picture(0),), (picture(1),))}
-SEVERAL = {"edit_image": ((picture(0),), (picture(1), picture(2, 64, 64)))}
+SEVERAL = {"edit_image": ((picture(0),), (picture(1), picture(2, 50, 90)))}
 
 
 @pytest.fixture
