@@ -87,6 +87,16 @@ def test_names_of_several_families(tmp_path, run):
     assert "lora_unet_double_blocks_0_img_attn_proj.alpha" in load_file(tmp_path / "lora.kohya.safetensors")
 
 
+@pytest.mark.parametrize(("rows", "family"), [(4, "flux"), (6, "flux2"), (3, None)])
+def test_names_of_two_families_with_the_shapes_of_one(tmp_path, run, rows, family):
+    state = {"double_blocks.0.img_mlp.0.lora_A.weight": torch.ones(4, 32)}
+    state["double_blocks.0.img_mlp.0.lora_B.weight"] = torch.ones(rows * 32, 4)
+    save_file(state, tmp_path / "lora.safetensors")
+    code, out, err = run(tmp_path / "lora.safetensors", "--format", "diffsynth", "--json")
+    assert code == (2 if family is None else 0)
+    assert "several families (flux, flux2)" in out if family is None else json.loads(out)["family"] == family
+
+
 @pytest.mark.parametrize(
     ("content", "arguments", "expected"),
     [
