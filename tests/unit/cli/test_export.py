@@ -92,7 +92,7 @@ def test_names_of_two_families_with_the_shapes_of_one(tmp_path, run, rows, famil
     state = {"double_blocks.0.img_mlp.0.lora_A.weight": torch.ones(4, 32)}
     state["double_blocks.0.img_mlp.0.lora_B.weight"] = torch.ones(rows * 32, 4)
     save_file(state, tmp_path / "lora.safetensors")
-    code, out, err = run(tmp_path / "lora.safetensors", "--format", "diffsynth", "--json")
+    code, out, _ = run(tmp_path / "lora.safetensors", "--format", "diffsynth", "--json")
     assert code == (2 if family is None else 0)
     assert "several families (flux, flux2)" in out if family is None else json.loads(out)["family"] == family
 
