@@ -155,6 +155,18 @@ def test_eight_bit_weights_make_pictures_too(name):
     assert family.sample(request_for(num_inference_steps=1)).shape == (1, 32, 48, 3)
 
 
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image", "wan", "z_image"])
+def test_weights_in_another_place_than_where_they_are_computed_with(name, monkeypatch):
+    """As under layer offload, where the components' parameters are on the host between their calls."""
+    from diffusers import ModelMixin
+
+    family = get_family(name).build_tiny(0, dtype=torch.float32)
+    expected = family.sample(request_for(num_inference_steps=2))
+    monkeypatch.setattr(ModelMixin, "device", property(lambda self: torch.device("meta")))
+    assert (family.sample(request_for(num_inference_steps=2)) == expected).all()
+    assert not any(hasattr(module, "_hf_hook") for module in family.components.values())
+
+
 def test_clips_from_a_first_frame():
     family = get_family("wan").build_tiny(0, dtype=torch.float32, extra_inputs=["input_image"])
     made = [
