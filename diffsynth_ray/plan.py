@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_ray.config.distillation import DIRECT_DISTILL
+from diffsynth_ray.config.origins import local_tokenizer
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.config.zero import read_zero_config
@@ -206,7 +207,7 @@ def _inspect_model(resolved: ResolvedJob) -> list[ModelFiles]:
     named = [
         (key, path)
         for key, value in (
-            ("model.tokenizer_path", resolved.job.model.tokenizer_path),
+            ("model.tokenizer_path", local_tokenizer(resolved.job.model)),
             ("training.resume_from_checkpoint", resolved.job.training.resume_from_checkpoint),
             ("validation.inputs", resolved.job.validation.inputs),
             ("lora.checkpoint", resolved.job.lora.checkpoint),

@@ -9,10 +9,16 @@ from __future__ import annotations
 import fnmatch
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from diffsynth_ray.errors import ModelError
 
+if TYPE_CHECKING:
+    from diffsynth_ray.config.schema import ModelSection
+
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+TOKENIZER_KEYS = ("tokenizer_path", "tokenizer_1_path", "tokenizer_2_path", "processor_path")
+"""Keys of [model] with a folder on disk or of a hub."""
 _EXAMPLE = 'as in "Qwen/Qwen-Image:transformer/diffusion_pytorch_model*.safetensors"'
 
 CONVERTED_REPO = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"
@@ -53,6 +59,23 @@ class Origin:
         if name not in _CONVERTED:
             return (self,)
         return (Origin(CONVERTED_REPO, f"{name.removesuffix('.pth')}.safetensors"), self)
+
+
+def tokenizer_ids(model: ModelSection) -> dict[str, str]:
+    """Tokenizers and processors that are given as folders of a hub, "owner/name:folder/", by key of [model]."""
+    given = {key: getattr(model, key) for key in TOKENIZER_KEYS}
+    return {key: text for key, text in given.items() if text is not None and _REPO.fullmatch(text.rpartition(":")[0])}
+
+
+def local_tokenizer(model: ModelSection) -> str | None:
+    """`tokenizer_path` where it is a folder on disk."""
+    return None if "tokenizer_path" in tokenizer_ids(model) else model.tokenizer_path
+
+
+def parse_folder(text: str) -> Origin:
+    """ "owner/name:folder/", with or without the last slash, as all that is below it. Raises ModelError like `parse_origin`."""
+    origin = parse_origin(text)
+    return Origin(origin.repo, origin.pattern if origin.pattern == "" else origin.pattern.rstrip("/") + "/")
 
 
 def parse_origin(text: str) -> Origin:

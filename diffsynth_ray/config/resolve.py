@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from diffsynth_ray.config import schema
 from diffsynth_ray.config.distillation import check_distillation
 from diffsynth_ray.config.load import lookup
-from diffsynth_ray.config.origins import parse_origin
+from diffsynth_ray.config.origins import parse_folder, parse_origin, tokenizer_ids
 from diffsynth_ray.config.schema import Job, ModelSection
 from diffsynth_ray.config.validation import check_validation
 from diffsynth_ray.config.zero import check_zero_keys
@@ -340,6 +340,11 @@ def _check_model(job: Job) -> list[Problem]:
             parse_origin(text)
         except ModelError as error:
             problems.append(Problem("model.id_with_origin_paths", error.message))
+    for key, text in tokenizer_ids(model).items():
+        try:
+            parse_folder(text)
+        except ModelError as error:
+            problems.append(Problem(f"model.{key}", error.message))
     if model.tiny:
         if model.paths or model.id_with_origin_paths:
             problems.append(Problem("model.tiny", "random weights and model.paths or ids exclude each other"))
@@ -377,7 +382,8 @@ def _with_source_where_needed(job: Job, *, remote: bool) -> tuple[Job, list[Prob
     if not job.model.paths and not job.model.id_with_origin_paths:
         return job, []
     model, problems = with_source(job.model)
-    if remote and model.base_path == DEFAULT_BASE_PATH and not model.id_with_origin_paths:
+    is_from_hub = bool(model.id_with_origin_paths or tokenizer_ids(model))
+    if remote and model.base_path == DEFAULT_BASE_PATH and not is_from_hub:
         # Only a default tokenizer could want it; a relative path would mean nothing there.
         model = model.model_copy(update={"base_path": None})
     return job.model_copy(update={"model": model}), problems
@@ -392,6 +398,8 @@ def _absolute_paths(job: Job, *, remote: bool) -> tuple[Job, list[Problem]]:
         if not schema.mark(field, "path") or value in (None, []) or isinstance(value, float):
             continue
         section, _, leaf = dotted.partition(".")
+        if section == "model" and leaf in tokenizer_ids(job.model):
+            continue
         if dotted == "output.path":
             value = value.replace("{name}", job.name)
         if (

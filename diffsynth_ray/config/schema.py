@@ -73,7 +73,8 @@ class ModelSection(Section):
     """Files of a model hub, one entry a component, as in "Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors":
     owner/name, a colon, a path with * for all shards. Downloaded once a node where they are not there yet; beside `paths`."""
     tokenizer_path: str | None = _key(identity=True, path=True)
-    """Folder of the tokenizer. Default: `tokenizer` beside the weights' folders, else the family's own, downloaded."""
+    """Folder of the tokenizer, on disk or, as in "black-forest-labs/FLUX.2-klein-4B:tokenizer/", of a hub, as the next three
+    may be. Default: `tokenizer` beside the weights' folders, else the family's own, downloaded."""
     tokenizer_1_path: str | None = _key(path=True)
     """Folder of the first of two tokenizers (FLUX.1: CLIP)."""
     tokenizer_2_path: str | None = _key(path=True)
@@ -81,7 +82,7 @@ class ModelSection(Section):
     processor_path: str | None = _key(path=True)
     """Folder of the image processor of edit models (Qwen-Image-Edit)."""
     extra_inputs: list[str] = _key([], identity=True)
-    """Further columns that the model is conditioned on: "edit_image" (Qwen-Image-Edit), "kontext_images" (FLUX.1
+    """Further columns that the model is conditioned on: "edit_image" (Qwen-Image-Edit, FLUX.2), "kontext_images" (FLUX.1
     Kontext), "input_image" and "end_image" (Wan image to video; without such a column the video's own first and last frame)."""
     fp8_models: list[str] = _key([], identity=True)
     """Frozen components kept in scaled FP8."""
@@ -92,7 +93,7 @@ class ModelSection(Section):
     skip_download: bool | None = _key()
     """Use only what is there, and fail where something is missing; default DIFFSYNTH_SKIP_DOWNLOAD."""
     options: dict[str, Any] = _key({}, identity=True)
-    """Settings of one family: `embedded_guidance` (flux), `zero_cond_t`, `edit_prompt`, `trained_vae` (qwen_image)."""
+    """Settings of one family: `embedded_guidance` (flux, flux2), `zero_cond_t`, `edit_prompt`, `trained_vae` (qwen_image)."""
     tiny: bool = _key(False, identity=True)
     """Random weights of the family's tiny size, without any file: for trying things out."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from diffsynth_ray.config.origins import tokenizer_ids
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.errors import DsrayError, ModelError
 from diffsynth_ray.run_dir import RunDir
@@ -67,7 +68,8 @@ def bring_here(resolved: ResolvedJob, board: Any, *, should_end: Callable[[], bo
 
 def _may_ask_a_hub(resolved: ResolvedJob) -> bool:
     model = resolved.job.model
-    return not model.tiny and (bool(model.id_with_origin_paths) or model.tokenizer_path is None)
+    has_ids = bool(model.id_with_origin_paths or tokenizer_ids(model))
+    return not model.tiny and (has_ids or model.tokenizer_path is None)
 
 
 def _bring(resolved: ResolvedJob, board: Any, nodes: list[tuple[str, str]], *, should_end: Callable[[], bool]) -> bool:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from diffsynth_ray.config.origins import local_tokenizer
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.errors import DsrayError
 from diffsynth_ray.launch.node_checks import sees, write_probe
@@ -69,7 +70,7 @@ def named_paths(resolved: ResolvedJob) -> list[tuple[str, str]]:
     named = [("model.paths", path) for entry in job.model.paths for path in ([entry] if isinstance(entry, str) else entry)]
     for key, path in (
         ("dataset.base_path", job.dataset.base_path),
-        ("model.tokenizer_path", job.model.tokenizer_path),
+        ("model.tokenizer_path", local_tokenizer(job.model)),
         ("training.resume_from_checkpoint", job.training.resume_from_checkpoint),
         ("lora.checkpoint", job.lora.checkpoint),
         ("lora.preset_path", job.lora.preset_path),

@@ -17,7 +17,7 @@ from diffsynth_ray.errors import Problem
 from diffsynth_ray.migrate.accelerate import Setup
 from diffsynth_ray.migrate.launch import TrainingCommand
 
-FAMILY_OF_FOLDER = {"qwen_image": "qwen_image", "wanvideo": "wan", "flux": "flux", "z_image": "z_image"}
+FAMILY_OF_FOLDER = {"qwen_image": "qwen_image", "wanvideo": "wan", "flux": "flux", "flux2": "flux2", "z_image": "z_image"}
 """DiffSynth-Studio's folder of a model series -> dsray's family; other folders keep their name."""
 _FAMILY_OF_ID = {
     "FLUX.2": "flux2", "FLUX.1": "flux", "Z-Image": "z_image", "Qwen-Image": "qwen_image", "Wan-AI/": "wan", "Wan2.": "wan",

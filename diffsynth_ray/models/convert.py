@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models.family import family_names, get_family
 from diffsynth_ray.models.layer_names import LoraFormat, name_template
-from diffsynth_ray.models.names import lora_modules, rename_lora
+from diffsynth_ray.models.names import lora_modules, lora_to_memory, rename_lora
 from diffsynth_ray.models.weights import load_tensors
 
 COMPONENT = "dit"
@@ -32,17 +32,37 @@ def convert_lora(path: Path, *, target: LoraFormat, family: str | None = None) -
 
 
 @cache
-def _layers(family: str) -> tuple[str, ...]:
-    """Names in memory of the linear layers, of a model with few blocks."""
+def _layers(family: str) -> dict[str, tuple[int, int]]:
+    """Names in memory of the linear layers, of a model with few blocks, and their widths (in, out)."""
     tiny = get_family(family).build_tiny(0, components=[COMPONENT], device="meta", dtype=torch.float32)
-    return tuple(name for name, module in tiny.components[COMPONENT].named_modules() if isinstance(module, nn.Linear))
+    linears = ((name, module) for name, module in tiny.components[COMPONENT].named_modules() if isinstance(module, nn.Linear))
+    return {name: (linear.in_features, linear.out_features) for name, linear in linears}
 
 
-def _find_family(state: Iterable[str], family: str | None) -> str:
-    """The family whose layers the LoRA's names are."""
+def _has_shapes_of(state: Mapping[str, Tensor], family: str) -> bool:
+    """Whether the blocks' layers are as many times as wide at their end as at their beginning as the family's."""
+    try:
+        memory = lora_to_memory(state, names=get_family(family).layer_names(COMPONENT), modules=_layers(family))
+    except (ModelError, RuntimeError):  # rows that cannot be divided among the layers that the file has as one
+        return False
+    widths = {name_template(name): pair for name, pair in _layers(family).items()}
+    for key, lora_a in memory.items():
+        layer, letter, _ = key.partition(".lora_A.")
+        template = name_template(layer)
+        if letter and "{}" in template:
+            wide_in, wide_out = widths[template]
+            if memory[f"{layer}.lora_B.default.weight"].shape[0] * wide_in != lora_a.shape[1] * wide_out:
+                return False
+    return True
+
+
+def _find_family(state: Mapping[str, Tensor], family: str | None) -> str:
+    """The family whose layers the LoRA's names are, and, where several have them (FLUX.1, FLUX.2), whose shapes."""
     modules = lora_modules(state)
     asked = [family] if family else family_names()
     found = [name for name in asked if all(_is_known(module, name) for module in modules)]
+    if len(found) > 1:
+        found = [name for name in found if _has_shapes_of(state, name)] or found
     if len(found) == 1:
         return found[0]
     if found:

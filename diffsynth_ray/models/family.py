@@ -168,8 +168,8 @@ class ModelFamily(ABC):
     component_names: ClassVar[tuple[str, ...]]
     key_layouts: ClassVar[dict[str, KeyLayout]]
     """By component."""
-    config_names: ClassVar[dict[str, str]]
-    """By component: `_class_name` or `model_type` that its config.json must have to be believed."""
+    config_names: ClassVar[dict[str, str | tuple[str, ...]]]
+    """By component: `_class_name` or `model_type` (one or any of several) that its config.json must have to be believed."""
     default_tokenizers: ClassVar[dict[str, str]] = {}
     """Key of [model] (tokenizer_path, tokenizer_1_path, tokenizer_2_path, processor_path) -> "owner/name:folder/" that is
     used where the job names none."""
@@ -363,6 +363,7 @@ ENTRY_POINT_GROUP = "diffsynth_ray.families"
 # Name -> module; "register_family" runs when the module is imported.
 _FAMILY_MODULES: dict[str, str] = {
     "flux": "diffsynth_ray.models.flux",
+    "flux2": "diffsynth_ray.models.flux2",
     "qwen_image": "diffsynth_ray.models.qwen_image",
     "wan": "diffsynth_ray.models.wan",
     "z_image": "diffsynth_ray.models.z_image",

@@ -57,6 +57,11 @@ def _shifted(sigmas: Tensor, shift: float) -> Tensor:
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
+def _shifted_exponentially(sigmas: Tensor, mu: float) -> Tensor:
+    scale = math.exp(mu)
+    return scale / (scale + (1 / sigmas - 1))
+
+
 def inference_sigmas(name: str, num_steps: int) -> Tensor:
     """[num_steps] float32, descending: a family's noise levels where a picture is drawn in so many steps."""
     even = torch.linspace(1.0, 0.0, num_steps + 1)[:-1]
@@ -64,8 +69,7 @@ def inference_sigmas(name: str, num_steps: int) -> Tensor:
         # Exponential shift with mu fixed at 0.8, then stretched so that the last sigma is 0.02.
         if num_steps == 1:
             return even  # the only sigma is 1, and cannot be the last one too
-        scale = math.exp(0.8)
-        sigmas = scale / (scale + (1 / even - 1))
+        sigmas = _shifted_exponentially(even, 0.8)
         return 1 - (1 - sigmas) / ((1 - sigmas[-1]) / (1 - 0.02))
     if name == "wan":
         return _shifted(even, 5)
@@ -73,10 +77,13 @@ def inference_sigmas(name: str, num_steps: int) -> Tensor:
         return _shifted(even, 3)
     if name == "flux":
         return _shifted(torch.linspace(1.0, 0.003 / 1.002, num_steps), 3)
+    if name == "flux2":
+        # mu fixed at 0.8 whatever the picture's size, which counts where pictures are drawn by the released pipeline.
+        return _shifted_exponentially(torch.linspace(1.0, 1 / num_steps, num_steps), 0.8)
     raise ModelError(f"no sigma table {name!r}; there are {', '.join(TABLE_NAMES)}")
 
 
-TABLE_NAMES = ("flux", "qwen_image", "wan", "z_image")
+TABLE_NAMES = ("flux", "flux2", "qwen_image", "wan", "z_image")
 
 
 @cache

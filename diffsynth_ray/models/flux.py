@@ -10,14 +10,13 @@ Shapes: b batch, h/w latent height and width (pixels / 8), n = 512 T5 tokens, d 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import flux_configs as configs
 from diffsynth_ray.models import image_vae, layouts, t5
 from diffsynth_ray.models.family import BatchShape, EncodedBatch, real_tensor, real_values, register_family, stack_conditions
@@ -78,7 +77,7 @@ class Flux(LibraryFamily):
     }
     default_tokenizers: ClassVar[dict[str, str]] = layouts.DEFAULT_TOKENIZERS["flux"]
     key_layouts: ClassVar[dict[str, KeyLayout]] = layouts.KEY_LAYOUTS["flux"]
-    config_names: ClassVar[dict[str, str]] = {
+    config_names: ClassVar[dict[str, str | tuple[str, ...]]] = {
         "dit": "FluxTransformer2DModel",
         "text_encoder_1": "clip_text_model",
         "text_encoder_2": "t5",
@@ -94,13 +93,8 @@ class Flux(LibraryFamily):
     @classmethod
     def tiny_configs(cls, extra_inputs: Sequence[str]) -> dict[str, dict[str, Any]]:
         """2 double and 2 single blocks of width 64."""
-        cls._check_extra(extra_inputs)
+        cls.check_extra_inputs(extra_inputs)
         return configs.TINY
-
-    @classmethod
-    def _check_extra(cls, names: Iterable[str]) -> None:
-        if unknown := [name for name in names if name not in cls.extra_inputs]:
-            raise ModelError(f"[model] extra_inputs: flux takes {', '.join(cls.extra_inputs)}, got {', '.join(unknown)}")
 
     @classmethod
     def build_component(cls, component: str, config: Mapping[str, Any]) -> nn.Module:
@@ -188,7 +182,7 @@ class Flux(LibraryFamily):
 
     def encode_extra(self, extra: Mapping[str, Any], *, pixels: Tensor) -> dict[str, Tensor]:
         """`kontext_images`: the tokens of a sample's pictures, one after the other, and their shapes."""
-        self._check_extra(extra)
+        self.check_extra_inputs(extra)
         encoded = []
         for pictures in read_pictures(extra, "kontext_images"):
             tokens, shapes = pack_pictures([self.encode_image(picture[None]) for picture in pictures])

@@ -46,6 +46,24 @@ _SMALL_WAN = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 _TI2V = {"in_channels": 48, "out_channels": 48, "num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30}
 _FLUX: Configs = {"dit": {"guidance_embeds": True}, "text_encoder_1": _CLIP, "text_encoder_2": _T5, "vae": _VAE}
 _Z: Configs = {"dit": {}, "text_encoder": _QWEN3, "vae": _VAE}
+_MISTRAL = {
+    "model_type": "mistral", "vocab_size": 131072, "hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40,
+    "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8,
+}  # fmt: skip
+_FLUX2: Configs = {"dit": {}, "text_encoder": _MISTRAL, "vae": {}}
+_KLEIN_4B: Configs = {
+    "dit": {
+        "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680,
+        "guidance_embeds": False,
+    },
+    "text_encoder": _QWEN3,
+    "vae": {},
+}  # fmt: skip
+_KLEIN_9B: Configs = {
+    "dit": {"num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288, "guidance_embeds": False},
+    "text_encoder": _QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288},
+    "vae": {},
+}
 
 RELEASED: dict[str, tuple[str, Configs]] = {
     **{f"Qwen/Qwen-Image{variant}": ("qwen_image", _QWEN) for variant in ("", "-2512", "-Edit", "-Edit-2509", "-Edit-2511")},
@@ -60,6 +78,9 @@ RELEASED: dict[str, tuple[str, Configs]] = {
     "black-forest-labs/FLUX.1-dev": ("flux", _FLUX),
     "black-forest-labs/FLUX.1-Kontext-dev": ("flux", _FLUX),
     "black-forest-labs/FLUX.1-schnell": ("flux", {**_FLUX, "dit": {}}),
+    "black-forest-labs/FLUX.2-dev": ("flux2", _FLUX2),
+    **{f"black-forest-labs/FLUX.2-klein-{base}4B": ("flux2", _KLEIN_4B) for base in ("", "base-")},
+    **{f"black-forest-labs/FLUX.2-klein-{base}9B": ("flux2", _KLEIN_9B) for base in ("", "base-")},
     "Tongyi-MAI/Z-Image": ("z_image", _Z),
     "Tongyi-MAI/Z-Image-Turbo": ("z_image", _Z),
 }
@@ -70,7 +91,10 @@ _NAMES = (
     ("text_encoder", ("text_encoder/", "models_t5")),
     ("image_encoder", ("image_encoder/", "models_clip")),
     ("vae", ("vae/", "ae.safetensors", "Wan2.1_VAE", "Wan2.2_VAE")),
-    ("dit", ("transformer/", "high_noise_model/", "low_noise_model/", "diffusion_pytorch_model", "flux1-")),
+    (
+        "dit",
+        ("transformer/", "high_noise_model/", "low_noise_model/", "diffusion_pytorch_model", "flux1-", "flux2-", "flux-2-"),
+    ),
 )
 """How paths in these repositories begin, by component."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,25 +84,34 @@ def build(given: Mapping[str, Any]) -> nn.Module:
 
 def encode(vae: Any, pixels: Tensor, *, dtype: torch.dtype, device: torch.device, family: str) -> Tensor:
     """uint8 [b, 1, H, W, 3] -> [b, 16, H/8, W/8]: the posterior's mode, shifted and scaled."""
+    shift, scale = vae.config.shift_factor, vae.config.scaling_factor
+    modes = posterior_modes(vae, pixels, dtype=dtype, device=device, family=family)
+    return torch.cat([((mode - shift) * scale).to(dtype) for mode in modes])
+
+
+def posterior_modes(vae: Any, pixels: Tensor, *, dtype: torch.dtype, device: torch.device, family: str) -> Iterator[Tensor]:
+    """uint8 [b, 1, H, W, 3] -> the VAE's latents as they are, float32 [b', c, H/8, W/8], some samples at a time."""
     if pixels.ndim != 5 or pixels.shape[1] != 1 or pixels.shape[-1] != 3:
         raise ModelError(f"{family} takes images, uint8 [b, 1, height, width, 3], got {list(pixels.shape)}")
-    latents_shape(pixels.shape[2], pixels.shape[3], 1, family=family)
+    check_size(pixels.shape[2], pixels.shape[3], 1, family=family)
     # On the CPU one at a time: convolutions there may choose another algorithm for another batch size.
     size = 1 if device.type == "cpu" else pixels.shape[0]
-    latents = []
     for chunk in pixels.to(device).split(size):
         scaled = chunk[:, 0].permute(0, 3, 1, 2).float() / 127.5 - 1
-        mode = vae.encode(scaled.to(dtype)).latent_dist.mode()
-        latents.append(((mode.float() - vae.config.shift_factor) * vae.config.scaling_factor).to(dtype))
-    return torch.cat(latents)
+        yield vae.encode(scaled.to(dtype)).latent_dist.mode().float()
 
 
 def latents_shape(height: int, width: int, num_frames: int, *, family: str) -> tuple[int, ...]:
     """(16, height / 8, width / 8)."""
+    check_size(height, width, num_frames, family=family)
+    return (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
+
+
+def check_size(height: int, width: int, num_frames: int, *, family: str) -> None:
+    """ModelError for what is no picture of whole tokens, 16 pixels each way."""
     multiple = VAE_FACTOR * 2
     if num_frames != 1 or height % multiple or width % multiple or min(height, width) < 1:
         raise ModelError(
             f"{family} takes single images with sides that are multiples of {multiple}, got {width}x{height} and "
             f"{num_frames} frame(s)"
         )
-    return (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)

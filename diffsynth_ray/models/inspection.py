@@ -71,12 +71,12 @@ def inspect_model(job: Job) -> tuple[list[ModelFiles], list[Problem]]:
         entries.append(_describe(component, name, files, model))
     if any(entry.component in (None, "text_encoder") for entry in entries):
         weights = [paths for *_, files, _ in known if (paths := _weights(files))]
-        more, lacking = _default_tokenizers(model, family, weights)
+        more, lacking = _tokenizers_of_a_hub(model, family, weights)
         entries, problems = entries + more, problems + lacking
     return entries, problems
 
 
-def _default_tokenizers(
+def _tokenizers_of_a_hub(
     model: ModelSection, family: str | None, weights: list[list[Path]]
 ) -> tuple[list[ModelFiles], list[Problem]]:
     entries, problems = [], []
@@ -85,7 +85,8 @@ def _default_tokenizers(
         if not isinstance(where, sources.Found):
             continue
         if where.missing is not None and model.skip_download:
-            message = f"not set, and of its default {where.origin} {where.missing} is here; model.skip_download is set"
+            which = "of" if getattr(model, key) else "not set, and of its default"
+            message = f"{which} {where.origin} {where.missing} is here; model.skip_download is set"
             problems.append(Problem(f"model.{key}", message))
         entries.append(_describe(key.removesuffix("_path"), str(where.origin), where, model))
     return entries, problems

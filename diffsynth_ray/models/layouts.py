@@ -39,6 +39,11 @@ class KeyLayout:
 Layouts = Mapping[str, Mapping[str, KeyLayout]]
 """Family -> component -> layout."""
 
+_QWEN3 = KeyLayout(
+    prefixes=("model.", "lm_head."),
+    markers=(("model.embed_tokens.weight", "model.layers.0.self_attn.q_norm.weight"),),
+)
+"""The text encoder of Z-Image and FLUX.2 klein."""
 _IMAGE_VAE = KeyLayout(
     prefixes=("encoder.", "decoder."),
     markers=(
@@ -49,6 +54,7 @@ _IMAGE_VAE = KeyLayout(
             "encoder.mid_block.attentions.0.to_q.weight",
         ),
     ),
+    shapes={"decoder.conv_in.weight": (None, 16, None, None)},
 )
 """AutoencoderKL, of FLUX.1 and Z-Image alike, in either layout."""
 
@@ -126,9 +132,13 @@ KEY_LAYOUTS: dict[str, dict[str, KeyLayout]] = {
                 *("context_embedder.", "norm_out.", "proj_out.", "model.diffusion_model."),
             ),
             markers=(
-                ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"),
+                # vector_in, because FLUX.2 has the other names too.
+                ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight", "vector_in.in_layer.weight"),
                 ("transformer_blocks.0.norm1_context.linear.weight", "single_transformer_blocks.0.proj_mlp.weight"),
-                ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight",),
+                (
+                    "model.diffusion_model.double_blocks.0.img_attn.qkv.weight",
+                    "model.diffusion_model.vector_in.in_layer.weight",
+                ),
             ),
         ),
         "text_encoder_1": KeyLayout(
@@ -158,11 +168,36 @@ KEY_LAYOUTS: dict[str, dict[str, KeyLayout]] = {
             ),
             markers=(("cap_embedder.1.weight", "context_refiner.0.attention.to_q.weight", "layers.0.attention.to_q.weight"),),
         ),
-        "text_encoder": KeyLayout(
-            prefixes=("model.", "lm_head."),
-            markers=(("model.embed_tokens.weight", "model.layers.0.self_attn.q_norm.weight"),),
-        ),
+        "text_encoder": _QWEN3,
         "vae": _IMAGE_VAE,
+    },
+    "flux2": {
+        "dit": KeyLayout(
+            prefixes=(
+                *("double_blocks.", "single_blocks.", "img_in.", "txt_in.", "time_in.", "guidance_in.", "final_layer."),
+                *("transformer_blocks.", "single_transformer_blocks.", "time_guidance_embed.", "x_embedder."),
+                *("context_embedder.", "double_stream_modulation_", "single_stream_modulation.", "norm_out.", "proj_out."),
+                "model.diffusion_model.",
+            ),
+            markers=(
+                ("double_blocks.0.img_attn.qkv.weight", "single_stream_modulation.lin.weight"),
+                ("single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight", "single_stream_modulation.linear.weight"),
+                ("model.diffusion_model.single_stream_modulation.lin.weight",),
+            ),
+        ),
+        "text_encoder": KeyLayout(
+            prefixes=(*_QWEN3.prefixes, "language_model.", "vision_tower.", "multi_modal_projector."),
+            markers=(
+                *_QWEN3.markers,
+                ("language_model.model.layers.0.self_attn.q_proj.weight", "multi_modal_projector.linear_1.weight"),
+                # As DiffSynth-Studio exports it; the other encoder that has such names has biases there.
+                ("model.language_model.layers.0.self_attn.q_proj.weight", "model.multi_modal_projector.linear_1.weight"),
+            ),
+        ),
+        "vae": KeyLayout(
+            prefixes=("encoder.", "decoder.", "bn.", "quant_conv.", "post_quant_conv."),
+            markers=(("bn.running_mean", "encoder.mid_block.attentions.0.to_q.weight", "decoder.conv_in.weight"),),
+        ),
     },
 }
 """Of the families in this package."""
@@ -175,11 +210,15 @@ DEFAULT_TOKENIZERS: dict[str, dict[str, str]] = {
         "tokenizer_2_path": "black-forest-labs/FLUX.1-dev:tokenizer_2/",
     },
     "z_image": {"tokenizer_path": "Tongyi-MAI/Z-Image-Turbo:tokenizer/"},
+    "flux2": {"tokenizer_path": "black-forest-labs/FLUX.2-dev:tokenizer/"},
 }
 """Family -> key of [model] -> origin; the families' `default_tokenizers`."""
 
 _OTHERS: dict[str, tuple[str, ...]] = {
     "a Stable Diffusion checkpoint": ("model.diffusion_model.input_blocks.0.0.weight",),
+    "the VAE of FLUX.2's first release, of which diffusers' layout is read (vae/diffusion_pytorch_model.safetensors)": (
+        *("bn.running_mean", "encoder.down.0.block.0.conv1.weight"),
+    ),
     "a Stable Diffusion UNet": ("down_blocks.0.resnets.0.conv1.weight", "mid_block.resnets.0.conv1.weight"),
 }
 """What else people have, by keys that tell it: said by name where no family takes the file."""

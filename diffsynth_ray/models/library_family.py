@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -148,6 +148,13 @@ class LibraryFamily(ModelFamily):
         """See `ModelFamily.tiny_components`."""
         configs = cls.tiny_configs(extra_inputs)
         return tuple(name for name in cls.component_names if name in configs)
+
+    @classmethod
+    def check_extra_inputs(cls, names: Iterable[str]) -> None:
+        """ModelError for `[model] extra_inputs` that the family does not have."""
+        if unknown := [name for name in names if name not in cls.extra_inputs]:
+            known = ", ".join(cls.extra_inputs) or "none"
+            raise ModelError(f"[model] extra_inputs: {cls.name} takes {known}, got {', '.join(unknown)}")
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:

@@ -1,4 +1,7 @@
-"""Latents of an image <-> tokens of 2x2 latent pixels; pictures that a transformer sees behind the one that it makes."""
+"""Latents of an image <-> tokens of 2x2 latent pixels; pictures that a transformer sees behind the one that it makes.
+
+The latents of some families are 2x2 pixels as one already: `patch` is 1 there.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 from torch import Tensor
 
 from diffsynth_ray.errors import ModelError
@@ -17,18 +20,18 @@ PATCH = 2
 """Latent pixels to an image token, each way."""
 
 
-def pack_latents(latents: Tensor) -> Tensor:
+def pack_latents(latents: Tensor, *, patch: int = PATCH) -> Tensor:
     """[b, c, h, w] -> tokens [b, h/2 * w/2, c * 4], channel first within a token."""
     b, c, h, w = latents.shape
-    patches = latents.reshape(b, c, h // PATCH, PATCH, w // PATCH, PATCH)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // PATCH) * (w // PATCH), c * PATCH * PATCH)
+    patches = latents.reshape(b, c, h // patch, patch, w // patch, patch)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // patch) * (w // patch), c * patch * patch)
 
 
-def unpack_latents(tokens: Tensor, *, height: int, width: int) -> Tensor:
+def unpack_latents(tokens: Tensor, *, height: int, width: int, patch: int = PATCH) -> Tensor:
     """The inverse of `pack_latents` for latents of this height and width."""
     b, _, width_of_token = tokens.shape
-    c = width_of_token // (PATCH * PATCH)
-    patches = tokens.reshape(b, height // PATCH, width // PATCH, c, PATCH, PATCH)
+    c = width_of_token // (patch * patch)
+    patches = tokens.reshape(b, height // patch, width // patch, c, patch, patch)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, c, height, width)
 
 
@@ -49,13 +52,21 @@ def scaled_to_area(picture: Image, area: int, *, multiple: int) -> Image:
     return picture.resize((round(width / multiple) * multiple, round(height / multiple) * multiple))
 
 
-def pack_pictures(latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def cropped(picture: Image, *, height: int, width: int) -> Image:
+    """The picture made as large as covers height x width pixels, and its middle cut out; as the data set's pictures are."""
+    scale = max(width / picture.width, height / picture.height)
+    size = (round(picture.width * scale), round(picture.height * scale))
+    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+    return picture.resize(size, Resampling.BILINEAR).crop((left, top, left + width, top + height))
+
+
+def pack_pictures(latents: Sequence[Tensor], *, patch: int = PATCH) -> tuple[Tensor, Tensor]:
     """Latents [1, c, h, w] of a sample's pictures -> their tokens one after the other [1, s, c * 4], and their shapes.
 
     The shapes [1, pictures, 3] (frames, rows and columns of tokens) stay on the CPU, where positions are made from them.
     """
-    shapes = [(1, one.shape[2] // PATCH, one.shape[3] // PATCH) for one in latents]
-    return torch.cat([pack_latents(one) for one in latents], dim=1), torch.tensor([shapes])
+    shapes = [(1, one.shape[2] // patch, one.shape[3] // patch) for one in latents]
+    return torch.cat([pack_latents(one, patch=patch) for one in latents], dim=1), torch.tensor([shapes])
 
 
 def predict_by_shape(

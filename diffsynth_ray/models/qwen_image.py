@@ -83,7 +83,7 @@ class QwenImage(LibraryFamily):
     }
     tiny_tokenizers: ClassVar[dict[str, Path]] = {"tokenizer_path": TINY_DIR / "qwen_image" / "tokenizer"}
     tiny_weights: ClassVar[dict[str, Path]] = {"vae": TINY_DIR / "qwen_image" / "vae"}
-    config_names: ClassVar[dict[str, str]] = {
+    config_names: ClassVar[dict[str, str | tuple[str, ...]]] = {
         "dit": "QwenImageTransformer2DModel",
         "text_encoder": "qwen2_5_vl",
         "vae": "AutoencoderKLQwenImage",

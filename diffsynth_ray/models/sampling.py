@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL.Image import Image
+from torch import nn
 
 Frames = npt.NDArray[np.uint8]
 
@@ -61,7 +63,7 @@ def build_pipeline(pipeline_class: Any, *, device: torch.device, **components: A
 @torch.no_grad()
 def run_pipeline(pipeline: Any, request: SampleRequest, **arguments: Any) -> Frames:
     """What it makes of a request, uint8 [f, h, w, 3]. The global random generators are left as they were."""
-    with torch.random.fork_rng(), _quiet():
+    with torch.random.fork_rng(), _quiet(), _computed_on(pipeline):
         output = pipeline(
             height=request.height,
             width=request.width,
@@ -72,6 +74,20 @@ def run_pipeline(pipeline: Any, request: SampleRequest, **arguments: Any) -> Fra
         )
     made = output.frames[0] if hasattr(output, "frames") else output.images
     return (np.asarray(made, dtype=np.float32) * 255).round().astype(np.uint8)
+
+
+@contextmanager
+def _computed_on(pipeline: Any) -> Iterator[None]:
+    """Tells diffusers that the components compute on the pipeline's device, wherever their weights are (`build_pipeline`)."""
+    hook = SimpleNamespace(execution_device=pipeline._execution_device)
+    modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
+    for module in modules:
+        module._hf_hook = hook  # type: ignore[assignment]  # a module takes any attribute
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module._hf_hook
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from diffsynth_ray.config.origins import Origin, parse_origin
+from diffsynth_ray.config.origins import Origin, parse_folder, parse_origin, tokenizer_ids
 from diffsynth_ray.config.schema import ModelSection
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models.layouts import read_header
@@ -174,13 +174,17 @@ def find_tokenizers(
 ) -> dict[str, Path | Found]:
     """Key of [model] -> the folder of the tokenizer or processor.
 
-    The job's own, else a folder beside the weights (the default's path in its repository, or the usual name), else the
-    family's default, which may still have to be downloaded.
+    The job's own, on disk or of a hub, else a folder beside the weights (the default's path in its repository, or the usual
+    name), else the family's default. Those of a hub may still have to be downloaded.
     """
     chosen: dict[str, Path | Found] = {}
+    ids = tokenizer_ids(model)
     for key, name in _FOLDERS.items():
         given = getattr(model, key)
-        if given is not None:
+        if key in ids:
+            assert model.base_path is not None  # resolve fills it in where there are ids
+            chosen[key] = find(parse_folder(ids[key]), model.base_path)
+        elif given is not None:
             chosen[key] = Path(given)
         elif key in defaults:
             origin = parse_origin(defaults[key])
@@ -209,15 +213,15 @@ def _is_whole(path: Path) -> bool:
 
 
 def tokenizer_folders(model: ModelSection, chosen: Mapping[str, Path | Found]) -> dict[str, Path]:
-    """The folders themselves; raises ModelError for a default that is not here."""
+    """The folders themselves; raises ModelError for one of a hub that is not here."""
     folders = {}
     for key, where in chosen.items():
         if isinstance(where, Found):
             if where.missing is not None:
+                which = f"model.{key}:" if getattr(model, key) else f"model.{key} is not set, and the default"
                 raise ModelError(
-                    f"model.{key} is not set, and the default {where.origin} is not complete in {where.directory}: "
-                    f"{where.missing}",
-                    hint=f"{_hint(model)}; or set model.{key}",
+                    f"{which} {where.origin} is not complete in {where.directory}: {where.missing}",
+                    hint=f"{_hint(model)}; or set model.{key} to a folder",
                 )
             folders[key] = where.directory / where.origin.pattern
         else:

@@ -65,7 +65,7 @@ class Wan(LibraryFamily):
     tiny_tokenizers: ClassVar[dict[str, Path]] = {"tokenizer_path": t5.TINY_TOKENIZER}
     default_tokenizers: ClassVar[dict[str, str]] = layouts.DEFAULT_TOKENIZERS["wan"]
     key_layouts: ClassVar[dict[str, KeyLayout]] = layouts.KEY_LAYOUTS["wan"]
-    config_names: ClassVar[dict[str, str]] = {
+    config_names: ClassVar[dict[str, str | tuple[str, ...]]] = {
         "dit": "WanTransformer3DModel",
         "text_encoder": "umt5",
         "vae": "AutoencoderKLWan",

@@ -165,7 +165,9 @@ def _find_config(family: str, component: str, paths: Sequence[Path], shapes: Map
         except (ValueError, OSError) as error:
             raise ModelError(f"{path}: not a readable JSON file ({error})") from error
         # Files of several components may lie in one folder; a config of another class says nothing about this one.
-        if get_family(family).config_names[component] in (config.get("_class_name"), config.get("model_type")):
+        believed = get_family(family).config_names[component]
+        believed = (believed,) if isinstance(believed, str) else believed
+        if {config.get("_class_name"), config.get("model_type")} & set(believed):
             return {key: value for key, value in config.items() if not key.startswith("_")}
     return get_family(family).infer_config(component, shapes)
 

@@ -12,19 +12,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffsynth_ray.errors import ModelError
-from diffsynth_ray.models import image_vae, layouts
+from diffsynth_ray.models import image_vae, layouts, qwen3
 from diffsynth_ray.models import z_image_configs as configs
 from diffsynth_ray.models.family import BatchShape, EncodedBatch, register_family, stack_conditions
 from diffsynth_ray.models.layer_names import LayerNames
 from diffsynth_ray.models.layouts import KeyLayout
-from diffsynth_ray.models.library_family import TINY_DIR, InferConfig, LibraryFamily, missing_tokenizer
+from diffsynth_ray.models.library_family import InferConfig, LibraryFamily
 from diffsynth_ray.models.packing import PATCH
 from diffsynth_ray.models.sampling import Frames, SampleRequest, build_pipeline, run_pipeline
 from diffsynth_ray.models.weights import meta_parameters
 
-# Qwen3's chat template for one user message with thinking left on.
-PROMPT_TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 MAX_TOKENS = 512
 """Of the whole template."""
 
@@ -48,10 +45,10 @@ class ZImage(LibraryFamily):
     names: ClassVar[dict[str, LayerNames]] = {"vae": image_vae.NAMES}
     infer_functions: ClassVar[dict[str, InferConfig]] = configs.INFER
     tokenizer_keys: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {"tokenizer_path": ("text_encoder", ("tokenizer",))}
-    tiny_tokenizers: ClassVar[dict[str, Path]] = {"tokenizer_path": TINY_DIR / "qwen_image" / "tokenizer"}
+    tiny_tokenizers: ClassVar[dict[str, Path]] = {"tokenizer_path": qwen3.TINY_TOKENIZER}
     default_tokenizers: ClassVar[dict[str, str]] = layouts.DEFAULT_TOKENIZERS["z_image"]
     key_layouts: ClassVar[dict[str, KeyLayout]] = layouts.KEY_LAYOUTS["z_image"]
-    config_names: ClassVar[dict[str, str]] = {
+    config_names: ClassVar[dict[str, str | tuple[str, ...]]] = {
         "dit": "ZImageTransformer2DModel",
         "text_encoder": "qwen3",
         "vae": "AutoencoderKL",
@@ -64,8 +61,7 @@ class ZImage(LibraryFamily):
     @classmethod
     def tiny_configs(cls, extra_inputs: Sequence[str]) -> dict[str, dict[str, Any]]:
         """2 blocks of width 64."""
-        if extra_inputs:
-            raise ModelError(f"[model] extra_inputs: z_image takes none, got {', '.join(extra_inputs)}")
+        cls.check_extra_inputs(extra_inputs)
         return configs.TINY
 
     @classmethod
@@ -78,24 +74,18 @@ class ZImage(LibraryFamily):
                 return ZImageTransformer2DModel.from_config(dict(config))
             if component == "vae":
                 return image_vae.build(config)
-            from transformers import Qwen3Config, Qwen3Model
-
-            return Qwen3Model(Qwen3Config(**config))
+            return qwen3.build(config)
 
     @classmethod
     def load_tokenizer(cls, key: str, path: Path | None) -> Any:
         """Qwen's tokenizer."""
-        if path is None or not (path / "tokenizer_config.json").is_file():
-            raise missing_tokenizer(cls.name, key, path, "tokenizer_config.json, vocab.json and merges.txt")
-        from transformers import Qwen2Tokenizer
-
-        return Qwen2Tokenizer.from_pretrained(str(path), local_files_only=True)
+        return qwen3.load_tokenizer(cls.name, key, path)
 
     @classmethod
     def memory_key(cls, component: str, key: str) -> str | None:
-        """See `ModelFamily.memory_key`. Only hidden states are used: the language head is not loaded."""
+        """See `ModelFamily.memory_key`."""
         if component == "text_encoder":
-            return None if key.startswith("lm_head.") else key.removeprefix("model.")
+            return qwen3.memory_key(key)
         return super().memory_key(component, key)
 
     @classmethod
@@ -109,7 +99,7 @@ class ZImage(LibraryFamily):
     @classmethod
     def checkpoint_key(cls, component: str, name: str) -> str:
         """See `ModelFamily.checkpoint_key`: DiffSynth-Studio has the names of the released files."""
-        return f"model.{name}" if component == "text_encoder" else name
+        return qwen3.checkpoint_key(name) if component == "text_encoder" else name
 
     @classmethod
     def checkpoint_tensors(cls, component: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -122,7 +112,7 @@ class ZImage(LibraryFamily):
         encoded = []
         for prompt in prompts:
             tokens = self.tokenizers["tokenizer_path"](
-                PROMPT_TEMPLATE.format(prompt), max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+                qwen3.USER_TURN.format(prompt), max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
             )
             output = encoder(
                 input_ids=tokens.input_ids.to(self.device),

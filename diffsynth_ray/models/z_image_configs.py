@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffsynth_ray.errors import ModelError
-from diffsynth_ray.models import image_vae
+from diffsynth_ray.models import image_vae, qwen3
 from diffsynth_ray.models.library_family import InferConfig, Shapes, count_blocks
 
 # Rotary axes (text and frame, row, column) by width of a head; they leave no trace in the weights.
@@ -23,16 +23,7 @@ TINY: dict[str, dict[str, Any]] = {
         "axes_dims": _ROPE_AXES[32],
         "axes_lens": _AXES_LENS,
     },
-    "text_encoder": {
-        "vocab_size": 576,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 32,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
-    },
+    "text_encoder": qwen3.tiny_config(3),
     "vae": image_vae.config(image_vae.TINY_VAE_WIDTHS),
 }
 
@@ -57,24 +48,8 @@ def _infer_dit(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def _infer_text_encoder(shapes: Shapes) -> dict[str, Any]:
-    vocab_size, hidden = shapes["embed_tokens.weight"]
-    head_dim = shapes["layers.0.self_attn.q_norm.weight"][0]
-    return {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden,
-        "intermediate_size": shapes["layers.0.mlp.up_proj.weight"][0],
-        "num_hidden_layers": count_blocks(shapes, "layers."),
-        "num_attention_heads": shapes["layers.0.self_attn.q_proj.weight"][0] // head_dim,
-        "num_key_value_heads": shapes["layers.0.self_attn.k_proj.weight"][0] // head_dim,
-        "head_dim": head_dim,
-        "max_position_embeddings": 40960,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
-    }
-
-
 INFER: dict[str, InferConfig] = {
     "dit": _infer_dit,
-    "text_encoder": _infer_text_encoder,
+    "text_encoder": qwen3.infer_config,
     "vae": image_vae.infer_config,
 }

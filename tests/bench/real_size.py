@@ -27,6 +27,9 @@ MODELS = {
     "wan2.1-1.3b": "Wan-AI/Wan2.1-T2V-1.3B",
     "flux.1-dev": "black-forest-labs/FLUX.1-dev",
     "z-image": "Tongyi-MAI/Z-Image",
+    "flux.2-klein-4b": "black-forest-labs/FLUX.2-klein-base-4B",
+    "flux.2-klein-9b": "black-forest-labs/FLUX.2-klein-base-9B",
+    "flux.2-dev": "black-forest-labs/FLUX.2-dev",
 }
 """Short names -> repositories."""
 

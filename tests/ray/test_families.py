@@ -56,6 +56,7 @@ def data(tmp_path, photos):
         ("wan", "video", "num_frames = 9"),
         ("flux", "image", "batch_size = 2"),
         ("z_image", "image", "batch_size = 2"),
+        ("flux2", "image", "batch_size = 2"),
     ],
 )
 def test_two_workers_train_as_one_process(tmp_path, data, family, media, dataset):

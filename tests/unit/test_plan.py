@@ -225,6 +225,15 @@ def test_the_default_tokenizer_is_part_of_the_plan(photos: Path, tmp_path: Path)
     assert len(plan(photos, model=model | {"tokenizer_path": str(TINY / "tokenizer")}, lora=lora).models) == 1
 
 
+def test_a_tokenizer_of_a_hub_is_part_of_the_plan(photos: Path, tmp_path: Path) -> None:
+    text = [str(TINY / f"text_encoder/model-0000{number}-of-00002.safetensors") for number in (1, 2)]
+    model = files(paths=[DIT, text], base_path=str(tmp_path / "models"), tokenizer_path="somebody/else:tokenizer")
+    tokenizer = plan(photos, model=model).models[-1]
+    assert (tokenizer.component, tokenizer.entry, tokenizer.missing) == ("tokenizer", "somebody/else:tokenizer/", "no file")
+    message = problems(photos, model=model | {"skip_download": True})["model.tokenizer_path"]
+    assert message == "of somebody/else:tokenizer/ no file is here; model.skip_download is set"
+
+
 def test_what_may_not_be_downloaded_is_a_problem(photos: Path, tmp_path: Path) -> None:
     ids = ["Qwen/Qwen-Image:transformer/*.safetensors"]
     model = files(paths=[], id_with_origin_paths=ids, base_path=str(tmp_path / "models"), skip_download=True)

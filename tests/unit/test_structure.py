@@ -85,6 +85,7 @@ TREE: dict[str, set[str]] = {
         "qwen_image",
         "wan",
         "flux",
+        "flux2",
         "z_image",
     },
     "memory": {"offload", "fp8", "checkpointing"},

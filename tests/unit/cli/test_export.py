@@ -13,13 +13,17 @@ LAYERS = {
     "flux": ["blocks.0.attn.a_to_qkv", "single_blocks.37.to_qkv_mlp", "single_blocks.0.norm.linear", "blocks.12.ff_b.2"],
     "z_image": ["layers.0.attention.to_q", "noise_refiner.1.feed_forward.w2", "layers.29.attention.to_out.0"],
     "qwen_image": ["transformer_blocks.0.img_mod.1", "transformer_blocks.59.attn.to_out.0"],
+    "flux2": ["single_transformer_blocks.0.attn.to_qkv_mlp_proj", "transformer_blocks.7.ff.linear_in"],
 }
 FIRST = {
     "wan": "lora_unet_blocks_0_self_attn_q.lora_down.weight",
     "flux": "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
     "z_image": "lora_unet_layers_0_attention_to_q.lora_down.weight",
     "qwen_image": "lora_unet_transformer_blocks_0_img_mod_1.lora_down.weight",
+    "flux2": "lora_unet_single_blocks_0_linear1.lora_down.weight",
 }
+# Of B, by those of A; other layers have three times as many.
+ROWS = {"to_qkv_mlp": 7, "to_qkv_mlp_proj": 9, "ff.linear_in": 6}
 
 
 @pytest.fixture
@@ -38,7 +42,7 @@ def write_lora(path, layers, *, dtype=torch.bfloat16):
     generator = torch.Generator().manual_seed(0)
     state = {}
     for layer in layers:
-        rows = 7 * 32 if "qkv_mlp" in layer else 3 * 32
+        rows = next((count for name, count in ROWS.items() if layer.endswith(name)), 3) * 32
         state[f"{layer}.lora_A.default.weight"] = torch.randn(4, 32, generator=generator).to(dtype)
         state[f"{layer}.lora_B.default.weight"] = torch.randn(rows, 4, generator=generator).to(dtype)
     save_file(state, path)
@@ -77,10 +81,20 @@ def test_names_of_several_families(tmp_path, run):
     write_lora(tmp_path / "lora.safetensors", ["transformer_blocks.0.attn.to_out.0"])
     code, _, err = run(tmp_path / "lora.safetensors", "--format", "kohya")
     assert code == 2
-    assert "flux, qwen_image" in err
+    assert "flux, flux2, qwen_image" in err
     assert "--family" in err
     assert run(tmp_path / "lora.safetensors", "--format", "kohya", "--family", "flux")[0] == 0
     assert "lora_unet_double_blocks_0_img_attn_proj.alpha" in load_file(tmp_path / "lora.kohya.safetensors")
+
+
+@pytest.mark.parametrize(("rows", "family"), [(4, "flux"), (6, "flux2"), (3, None)])
+def test_names_of_two_families_with_the_shapes_of_one(tmp_path, run, rows, family):
+    state = {"double_blocks.0.img_mlp.0.lora_A.weight": torch.ones(4, 32)}
+    state["double_blocks.0.img_mlp.0.lora_B.weight"] = torch.ones(rows * 32, 4)
+    save_file(state, tmp_path / "lora.safetensors")
+    code, out, _ = run(tmp_path / "lora.safetensors", "--format", "diffsynth", "--json")
+    assert code == (2 if family is None else 0)
+    assert "several families (flux, flux2)" in out if family is None else json.loads(out)["family"] == family
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,20 @@ def test_remote_relative_paths_are_refused() -> None:
     assert "'b.safetensors'" in problems["model.paths"]
 
 
+def test_a_tokenizer_of_a_hub_is_no_path() -> None:
+    name = "black-forest-labs/FLUX.2-klein-4B:tokenizer/"
+    model = {"tiny": False, "paths": ["/a.safetensors"], "tokenizer_path": name, "processor_path": "a/b:"}
+    model["base_path"] = "/models"
+    for remote in (False, True):
+        job = build_job(output={"path": "/shared/out"}, model=model)
+        resolved = resolve(job, LAPTOP, remote=remote)
+        assert (resolved.job.model.tokenizer_path, resolved.job.model.processor_path) == (name, "a/b:")
+    assert "must be absolute" in problems_of(build_job(model=model | {"base_path": None}), remote=True)["model.base_path"]
+    wrong = build_job(model=model | {"tokenizer_path": "a/b:../tokenizer"})
+    assert "must be a path inside the repository" in problems_of(wrong)["model.tokenizer_path"]
+    assert resolve(build_job(model=model | {"tokenizer_path": "./a/b:c"}), LAPTOP).job.model.tokenizer_path.startswith("/")
+
+
 def test_remote_absolute_paths_are_taken() -> None:
     job = build_job(output={"path": "/shared/outputs/{name}"})
     assert str(resolve(job, LAPTOP, remote=True).output_path) == "/shared/outputs/job"

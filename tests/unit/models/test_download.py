@@ -334,6 +334,16 @@ def test_a_model_from_ids_alone(hub, tmp_path, said, source):
     assert hub.requests == []
 
 
+@BOTH
+def test_a_tokenizer_of_another_repository(hub, tmp_path, said, source):
+    hub.add_folder(REPO, TINY)
+    hub.add_folder("somebody/else", TINY)
+    model = section(tmp_path, source=source, id_with_origin_paths=qwen_ids(), tokenizer_path="somebody/else:tokenizer/")
+    folder = tmp_path / "models/somebody/else/tokenizer"
+    assert download_model(model, said.append)[2] == {"tokenizer_path": folder}
+    assert (folder / "merges.txt").is_file()
+
+
 def test_ids_and_paths_together_and_components_of_several_repositories(hub, tmp_path, said):
     hub.add_folder("somebody/finetune", TINY / "transformer")
     hub.add_folder(REPO, TINY)

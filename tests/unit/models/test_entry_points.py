@@ -57,5 +57,5 @@ def test_a_package_that_is_wrong_is_named(install, entry, message):
 
 
 def test_a_family_that_nobody_has():
-    with pytest.raises(ModelError, match="known: flux, qwen_image, wan, z_image"):
+    with pytest.raises(ModelError, match="known: flux, flux2, qwen_image, wan, z_image"):
         get_family("sd15")

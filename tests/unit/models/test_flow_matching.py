@@ -18,10 +18,17 @@ RECORDS = Path(__file__).parents[2] / "assets" / "records"
 
 
 @pytest.mark.parametrize(
-    ("name", "recorded"), [("qwen_image", "Qwen-Image"), ("wan", "Wan"), ("flux", "FLUX.1"), ("z_image", "Z-Image")]
+    ("name", "recorded", "file"),
+    [
+        ("qwen_image", "Qwen-Image", "scheduler_tables"),
+        ("wan", "Wan", "scheduler_tables"),
+        ("flux", "FLUX.1", "scheduler_tables"),
+        ("z_image", "Z-Image", "scheduler_tables"),
+        ("flux2", "FLUX.2", "scheduler_table_flux2"),
+    ],
 )
-def test_tables_are_the_recorded_ones(name, recorded):
-    record = load_file(RECORDS / "scheduler_tables.safetensors")
+def test_tables_are_the_recorded_ones(name, recorded, file):
+    record = load_file(RECORDS / f"{file}.safetensors")
     table = flow_matching_table(name)
     for part in ("sigmas", "timesteps", "weights"):
         mine, theirs = getattr(table, part), record[f"{recorded}.{part}"]

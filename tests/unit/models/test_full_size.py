@@ -25,6 +25,21 @@ VAE = {
     "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16, "use_quant_conv": False,
     "use_post_quant_conv": False, "scaling_factor": 0.3611, "shift_factor": 0.1159,
 }  # fmt: skip
+KLEIN_4B = {
+    "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680, "guidance_embeds": False,
+}  # fmt: skip
+KLEIN_9B = {"num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288, "guidance_embeds": False}
+QWEN3_8B = QWEN3 | {
+    "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8,
+}  # fmt: skip
+MISTRAL = {
+    "model_type": "mistral", "vocab_size": 131072, "hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40,
+    "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8,
+}  # fmt: skip
+PIXTRAL = {
+    "model_type": "pixtral", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "head_dim": 64, "image_size": 1540, "patch_size": 14,
+}  # fmt: skip
 
 FILES = {
     "Wan2.1-T2V-1.3B": ("wan", "dit", WAN_13, "9269f8db9040a9d860eaca435be61814"),
@@ -50,17 +65,31 @@ FILES = {
         "0f050f62a88876fea6eae0a18dac5a2e",
     ),
     "Z-Image vae": ("z_image", "vae", VAE, "1aafa3cc91716fb6b300cc1cd51b85a3"),
+    "FLUX.2-dev": ("flux2", "dit", {}, "d38e1d5c5aec3b0a11e79327ac6e3b0f"),
+    "FLUX.2-klein-4B": ("flux2", "dit", KLEIN_4B, "3bde7b817fec8143028b6825a63180df"),
+    "FLUX.2-klein-9B": ("flux2", "dit", KLEIN_9B, "39c6fc48f07bebecedbbaa971ff466c8"),
+    "FLUX.2-klein-4B Qwen3": (
+        "flux2", "text_encoder", QWEN3 | {"num_attention_heads": 32, "num_key_value_heads": 8},
+        "0f050f62a88876fea6eae0a18dac5a2e",
+    ),
+    "FLUX.2-klein-9B Qwen3": ("flux2", "text_encoder", QWEN3_8B, "9195f3ea256fcd0ae6d929c203470754"),
+    "FLUX.2-dev Mistral": ("flux2", "text_encoder", MISTRAL, "28fca3d8e5bf2a2d1271748a773f6757"),
+    "FLUX.2 vae": ("flux2", "vae", {}, "c54288e3ee12ca215898840682337b95"),
 }  # fmt: skip
 
 
 def released_keys(family, component, module):
     """Key -> shape in the released file."""
     state = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
-    if (family.name, component) == ("z_image", "vae"):
+    if (family.name, component) in (("z_image", "vae"), ("flux2", "dit"), ("flux2", "vae")):
         return {key: list(tensor.shape) for key, tensor in state.items()}  # diffusers' layout
     if (family.name, component) == ("flux", "dit"):
         return {key: list(t.shape) for key, t in tensors_from_memory(family.layer_names("dit").original, state).items()}
+    if getattr(module.config, "model_type", None) == "mistral":
+        return mistral3_keys()
     keys = {key: list(tensor.shape) for key, tensor in family.checkpoint_tensors(component, state).items()}
+    if keys.get("model.embed_tokens.weight") == [151936, 4096]:
+        return {"lm_head.weight": [151936, 4096], **keys}  # Qwen3-8B's is not tied
     if family.name == "wan":
         return {key.removeprefix("model."): shape for key, shape in keys.items()}
     if component == "text_encoder_1":
@@ -68,6 +97,20 @@ def released_keys(family, component, module):
     if component == "text_encoder_2":
         return {"shared.weight": keys.pop("encoder.embed_tokens.weight"), **keys}
     return keys
+
+
+def mistral3_keys():
+    """The whole model, of which the language half is loaded."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    config = Mistral3Config(text_config=MISTRAL, vision_config=PIXTRAL, multimodal_projector_bias=False, spatial_merge_size=2)
+    with torch.device("meta"):
+        state = Mistral3ForConditionalGeneration(config).state_dict()
+    released = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.", "model.": ""}
+    return {
+        next(new + key.removeprefix(old) for old, new in released.items() if key.startswith(old)): list(tensor.shape)
+        for key, tensor in state.items()
+    }
 
 
 def digest(shapes):

@@ -80,7 +80,11 @@ def test_the_family_of_another_is_named():
     ("keys", "expected"),
     [
         (["blocks.0.self_attn.q.weight", "blocks.0.cross_attn.q.weight", "head.modulation"], "a dit of family wan"),
-        (["double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"], "a dit of family flux"),
+        (
+            ["double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight", "vector_in.in_layer.weight"],
+            "a dit of family flux,",
+        ),
+        (["double_blocks.0.img_attn.qkv.weight", "single_stream_modulation.lin.weight"], "a dit of family flux2"),
         (["cap_embedder.0.weight", "context_refiner.0.attention.to_q.weight"], "a part of z_image dit"),
         (["down_blocks.0.resnets.0.conv1.weight", "mid_block.resnets.0.conv1.weight"], "a Stable Diffusion UNet"),
         (["transformer_blocks.0.attn.to_q.lora_A.default.weight"], r"a LoRA \(give it as lora\.checkpoint"),

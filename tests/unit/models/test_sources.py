@@ -129,6 +129,18 @@ def test_the_tokenizer_of_the_job_then_beside_the_weights_then_the_familys(repo,
         tokenizer_folders(section(tmp_path), default)
 
 
+@pytest.mark.parametrize("text", ["Qwen/Qwen-Image:tokenizer/", "Qwen/Qwen-Image:tokenizer", "Qwen/Qwen-Image:./tokenizer/"])
+def test_a_tokenizer_of_a_hub(repo, tmp_path, text):
+    given = section(tmp_path, tokenizer_path=text)
+    chosen = find_tokenizers(given, {"tokenizer_path": "a/b:c/"}, [])
+    assert isinstance(chosen["tokenizer_path"], Found)
+    assert tokenizer_folders(given, chosen) == {"tokenizer_path": repo / "tokenizer"}
+    shutil.rmtree(repo / "tokenizer")
+    with pytest.raises(ModelError, match=r"^model\.tokenizer_path: Qwen/Qwen-Image:tokenizer/ is not complete") as caught:
+        tokenizer_folders(given, find_tokenizers(given, {}, []))
+    assert "dsray download" in caught.value.hint
+
+
 @pytest.mark.parametrize("folder", ["wan/google/umt5-xxl", "google/umt5-xxl", "wan/tokenizer", "tokenizer"])
 def test_a_tokenizer_lies_beside_the_weights_in_several_ways(tmp_path, folder):
     default = {"tokenizer_path": "Wan-AI/Wan2.1-T2V-1.3B:google/umt5-xxl/"}

@@ -63,7 +63,7 @@ def test_missing_shard(shards, first):
 
 def test_missing_shard_without_a_config(tmp_path):
     shutil.copy(DIT[1], tmp_path / "b.safetensors")
-    with pytest.raises(ModelError, match=r"part of flux dit or qwen_image dit; set model\.family"):
+    with pytest.raises(ModelError, match=r"part of flux dit or flux2 dit or qwen_image dit; set model\.family"):
         load_components([str(tmp_path / "b.safetensors")])
     with pytest.raises(ModelError, match="shard missing"):
         load_components([str(tmp_path / "b.safetensors")], family="qwen_image")

@@ -125,6 +125,7 @@ TINY = {
     "wan with a picture": (["input_image"], 64, 5),
     "flux": ([], 64, 1),
     "z_image": ([], 64, 1),
+    "flux2": ([], 64, 1),
 }
 
 
@@ -181,6 +182,7 @@ def test_configurations_follow_from_the_ids_alone():
         ("wan", "Wan-AI/Wan2.1-T2V-1.3B:diffusion_pytorch_model*"),
         ("flux", "black-forest-labs/FLUX.1-dev:flux1-dev.safetensors"),
         ("z_image", "Tongyi-MAI/Z-Image-Turbo:transformer/*"),
+        ("flux2", "black-forest-labs/FLUX.2-klein-base-9B:transformer/*"),
     ):
         name, configs, notes = find_configs(build_job(model={"id_with_origin_paths": [origin]}))
         assert (name, list(configs)) == (family, ["dit"])
@@ -195,6 +197,8 @@ def test_configurations_follow_from_the_ids_alone():
         ("Wan-AI/Wan2.1-T2V-1.3B:diffusion_pytorch_model*", 1.42, [30]),
         ("black-forest-labs/FLUX.1-dev:flux1-dev.safetensors", 11.9, [19, 38]),
         ("Tongyi-MAI/Z-Image-Turbo:transformer/*", 6.15, [2, 2, 30]),
+        ("black-forest-labs/FLUX.2-klein-4B:transformer/*", 3.88, [5, 20]),
+        ("black-forest-labs/FLUX.2-dev:transformer/*", 32.2, [8, 48]),
     ],
 )
 def test_every_family_has_its_real_size(origin, billions, counts):

@@ -23,6 +23,8 @@ CASES = {
     "flux, kontext": ("flux", ["kontext_images"]),
     "z_image": ("z_image", []),
     "qwen_image, edit": ("qwen_image", ["edit_image"]),
+    "flux2": ("flux2", []),
+    "flux2, edit": ("flux2", ["edit_image"]),
 }
 
 

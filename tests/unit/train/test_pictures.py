@@ -328,7 +328,7 @@ def test_a_clip_is_a_video(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen_image", "wan", "z_image"])
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image", "wan", "z_image"])
 def test_every_family_makes_the_same_picture_again(name):
     family = get_family(name).build_tiny(0, dtype=torch.float32)
     asked = request_for(num_frames=5 if name == "wan" else 1)
@@ -340,13 +340,25 @@ def test_every_family_makes_the_same_picture_again(name):
     assert (first != family.sample(request_for("coffee", num_frames=asked.num_frames))).any()
 
 
-@pytest.mark.parametrize("name", ["qwen_image", "flux", "z_image", "wan"])
+@pytest.mark.parametrize("name", ["qwen_image", "flux", "flux2", "z_image", "wan"])
 def test_eight_bit_weights_make_pictures_too(name):
     from diffsynth_ray.memory.fp8 import convert_to_fp8
 
     family = get_family(name).build_tiny(0, dtype=torch.bfloat16)
     convert_to_fp8(family.repeated_blocks("dit"))
     assert family.sample(request_for(num_inference_steps=1)).shape == (1, 32, 48, 3)
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image", "wan", "z_image"])
+def test_weights_in_another_place_than_where_they_are_computed_with(name, monkeypatch):
+    """As under layer offload, where the components' parameters are on the host between their calls."""
+    from diffusers import ModelMixin
+
+    family = get_family(name).build_tiny(0, dtype=torch.float32)
+    expected = family.sample(request_for(num_inference_steps=2))
+    monkeypatch.setattr(ModelMixin, "device", property(lambda self: torch.device("meta")))
+    assert (family.sample(request_for(num_inference_steps=2)) == expected).all()
+    assert not any(hasattr(module, "_hf_hook") for module in family.components.values())
 
 
 def test_clips_from_a_first_frame():

@@ -24,8 +24,15 @@ CASES = {
     "wan, a column's frame": ("wan", ["input_image"], EXTRA, "encoded 2 texts, 2 images and 2 extra inputs, "),
     "edit": ("qwen_image", ["edit_image"], ("image", "extra"), "encoded 0 texts, 2 images and 2 extra inputs, "),
     "kontext": ("flux", ["kontext_images"], EXTRA, "encoded 2 texts, 2 images and 2 extra inputs, "),
+    "flux2": ("flux2", [], PLAIN, "encoded 2 texts and 2 images, "),
+    "flux2, edit": ("flux2", ["edit_image"], EXTRA, "encoded 2 texts, 2 images and 2 extra inputs, "),
 }
-COLUMNS = {"wan, a column's frame": "input_image", "edit": "edit_image", "kontext": "kontext_images"}
+COLUMNS = {
+    "wan, a column's frame": "input_image",
+    "edit": "edit_image",
+    "kontext": "kontext_images",
+    "flux2, edit": "edit_image",
+}
 
 
 @pytest.fixture
@@ -63,7 +70,7 @@ def job_of(stage, case, **sections):
 
 
 # What one of the others shows too.
-SLOW = ("flux", "z_image", "wan", "wan, a column's frame")
+SLOW = ("flux", "z_image", "wan", "wan, a column's frame", "flux2")
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])
