@@ -19,20 +19,20 @@ from torch import Tensor, nn
 
 from diffsynth_ray.models import flux_configs as configs
 from diffsynth_ray.models import image_vae, layouts, t5
+from diffsynth_ray.models.edit_pictures import (
+    EDIT_SHAPES,
+    EDIT_TOKENS,
+    pack_pictures,
+    predict_by_shape,
+    read_pictures,
+    scaled_to_area,
+)
 from diffsynth_ray.models.family import BatchShape, EncodedBatch, real_tensor, real_values, register_family, stack_conditions
 from diffsynth_ray.models.flux_names import NAMES
 from diffsynth_ray.models.layer_names import LayerNames
 from diffsynth_ray.models.layouts import KeyLayout
 from diffsynth_ray.models.library_family import TINY_DIR, InferConfig, LibraryFamily, missing_tokenizer
-from diffsynth_ray.models.packing import (
-    PATCH,
-    pack_latents,
-    pack_pictures,
-    predict_by_shape,
-    read_pictures,
-    scaled_to_area,
-    unpack_latents,
-)
+from diffsynth_ray.models.packing import PATCH, pack_latents, unpack_latents
 from diffsynth_ray.models.sampling import Frames, SampleRequest, build_pipeline, run_pipeline
 from diffsynth_ray.models.weights import meta_parameters
 
@@ -40,8 +40,6 @@ CLIP_TOKENS = 77
 T5_TOKENS = 512
 DEFAULT_GUIDANCE = 1.0
 """What FLUX.1-dev is told in training; images are made at 3.5."""
-KONTEXT_TOKENS, KONTEXT_SHAPES = "kontext_tokens", "kontext_shapes"
-"""Conditions: [b, s, 64] and [b, pictures, 3] (frames, rows, columns of tokens)."""
 _GIVEN_LAYER = 1
 """First coordinate of the given pictures' tokens; 0 for those of the picture that is made."""
 
@@ -186,7 +184,7 @@ class Flux(LibraryFamily):
         encoded = []
         for pictures in read_pictures(extra, "kontext_images"):
             tokens, shapes = pack_pictures([self.encode_image(picture[None]) for picture in pictures])
-            encoded.append({KONTEXT_TOKENS: tokens, KONTEXT_SHAPES: shapes})
+            encoded.append({EDIT_TOKENS: tokens, EDIT_SHAPES: shapes})
         return stack_conditions(encoded)
 
     def latents_shape(self, height: int, width: int, num_frames: int = 1) -> tuple[int, ...]:
@@ -202,15 +200,15 @@ class Flux(LibraryFamily):
         }
         latents = self.blank_latents(shape)
         if extra_inputs:
-            conditions[KONTEXT_TOKENS] = pack_latents(torch.zeros_like(latents, dtype=self.dtype))
+            conditions[EDIT_TOKENS] = pack_latents(torch.zeros_like(latents, dtype=self.dtype))
             rows, columns = (side // PATCH for side in latents.shape[2:])
             # Its values are read: under a fake mode too this one is real.
-            conditions[KONTEXT_SHAPES] = real_tensor([[(1, rows, columns)]] * shape.num_samples)
+            conditions[EDIT_SHAPES] = real_tensor([[(1, rows, columns)]] * shape.num_samples)
         return EncodedBatch(latents, conditions)
 
     def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """[b, 16, h, w] -> the predicted velocity, noise - x_0, of the same shape."""
-        return predict_by_shape(self._predict, batch, noisy_latents, timesteps, shapes=KONTEXT_SHAPES)
+        return predict_by_shape(self._predict, batch, noisy_latents, timesteps)
 
     def _predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         dit = self.component("dit")
@@ -218,9 +216,9 @@ class Flux(LibraryFamily):
         tokens = pack_latents(noisy_latents.to(self.dtype))
         num_tokens = tokens.shape[1]
         ids = [_image_ids(height // PATCH, width // PATCH, layer=0, device=tokens.device)]
-        if KONTEXT_TOKENS in batch.conditions:
-            tokens = torch.cat([tokens, batch.conditions[KONTEXT_TOKENS].to(tokens)], dim=1)
-            shapes = real_values(batch.conditions[KONTEXT_SHAPES])[0]
+        if EDIT_TOKENS in batch.conditions:
+            tokens = torch.cat([tokens, batch.conditions[EDIT_TOKENS].to(tokens)], dim=1)
+            shapes = real_values(batch.conditions[EDIT_SHAPES])[0]
             ids += [_image_ids(rows, columns, layer=_GIVEN_LAYER, device=tokens.device) for _, rows, columns in shapes]
         text = batch.conditions["prompt_embeds"].to(self.dtype)
         guidance = None

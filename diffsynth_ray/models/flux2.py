@@ -24,21 +24,22 @@ from torch import Tensor, nn
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import flux2_configs as configs
 from diffsynth_ray.models import image_vae, layouts, mistral, qwen3
+from diffsynth_ray.models.edit_pictures import (
+    EDIT_SHAPES,
+    EDIT_TOKENS,
+    as_picture,
+    cropped,
+    pack_pictures,
+    predict_by_shape,
+    read_pictures,
+    token_shape,
+)
 from diffsynth_ray.models.family import BatchShape, EncodedBatch, real_tensor, real_values, register_family, stack_conditions
 from diffsynth_ray.models.flux2_names import NAMES
 from diffsynth_ray.models.layer_names import LayerNames
 from diffsynth_ray.models.layouts import KeyLayout
 from diffsynth_ray.models.library_family import InferConfig, LibraryFamily, missing_tokenizer
-from diffsynth_ray.models.packing import (
-    PATCH,
-    cropped,
-    pack_latents,
-    pack_pictures,
-    predict_by_shape,
-    read_pictures,
-    unpack_latents,
-)
-from diffsynth_ray.models.qwen_image_edit import EDIT_SHAPES, EDIT_TOKENS, as_picture, blank_shape
+from diffsynth_ray.models.packing import PATCH, pack_latents, unpack_latents
 from diffsynth_ray.models.sampling import Frames, SampleRequest, build_pipeline, run_pipeline
 from diffsynth_ray.models.weights import meta_parameters
 
@@ -229,7 +230,7 @@ class Flux2(LibraryFamily):
         config = self.component("dit").config
         conditions = {"prompt_embeds": torch.zeros(shape.num_samples, MAX_TOKENS, config.joint_attention_dim, dtype=self.dtype)}
         if extra_inputs:
-            rows, columns = blank_shape(shape.height, shape.width)
+            rows, columns = token_shape(shape.height, shape.width)
             conditions[EDIT_TOKENS] = torch.zeros(shape.num_samples, rows * columns, config.in_channels, dtype=self.dtype)
             # Its values are read: under a fake mode too this one is real.
             conditions[EDIT_SHAPES] = real_tensor([[(1, rows, columns)]] * shape.num_samples)
@@ -237,7 +238,7 @@ class Flux2(LibraryFamily):
 
     def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """[b, 128, h, w] -> the predicted velocity, noise - x_0, of the same shape."""
-        return predict_by_shape(self._predict, batch, noisy_latents, timesteps, shapes=EDIT_SHAPES)
+        return predict_by_shape(self._predict, batch, noisy_latents, timesteps)
 
     def _predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         dit = self.component("dit")
@@ -315,7 +316,7 @@ def _check_tokenizer(tokenizer: Any, *, is_qwen3: bool) -> None:
 
 def _to_edit(picture: Image.Image) -> Image.Image:
     """A picture to edit at the size at which the VAE gets it."""
-    rows, columns = blank_shape(picture.height, picture.width)
+    rows, columns = token_shape(picture.height, picture.width)
     return cropped(picture, height=rows * _TOKEN_PIXELS, width=columns * _TOKEN_PIXELS)
 
 

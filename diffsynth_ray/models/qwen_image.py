@@ -20,6 +20,15 @@ from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import layouts
 from diffsynth_ray.models import qwen_image_configs as configs
 from diffsynth_ray.models import qwen_image_edit as edit
+from diffsynth_ray.models.edit_pictures import (
+    EDIT_SHAPES,
+    EDIT_TOKENS,
+    as_picture,
+    pack_pictures,
+    predict_by_shape,
+    read_pictures,
+    token_shape,
+)
 from diffsynth_ray.models.family import (
     TRAINED_TINY,
     BatchShape,
@@ -32,14 +41,7 @@ from diffsynth_ray.models.family import (
 from diffsynth_ray.models.layer_names import LayerNames
 from diffsynth_ray.models.layouts import KeyLayout
 from diffsynth_ray.models.library_family import TINY_DIR, InferConfig, LibraryFamily, missing_tokenizer
-from diffsynth_ray.models.packing import (
-    PATCH,
-    pack_latents,
-    pack_pictures,
-    predict_by_shape,
-    read_pictures,
-    unpack_latents,
-)
+from diffsynth_ray.models.packing import PATCH, pack_latents, unpack_latents
 from diffsynth_ray.models.rotary import JointAttention, RealRope
 from diffsynth_ray.models.sampling import Frames, SampleRequest, build_pipeline, run_pipeline
 from diffsynth_ray.models.weights import meta_parameters
@@ -174,7 +176,7 @@ class QwenImage(LibraryFamily):
             raise ModelError(f"[model] extra_inputs: qwen_image takes edit_image, got {', '.join(extra)}")
         encoded = []
         for prompt, given in zip(prompts, read_pictures(extra, "edit_image"), strict=True):
-            pictures = edit.for_the_vae([edit.as_picture(pixels) for pixels in given])
+            pictures = edit.for_the_vae([as_picture(pixels) for pixels in given])
             encoded.append({**self._read_prompt(prompt, pictures), **self._edit_tokens(pictures)})
         return stack_conditions(encoded)
 
@@ -197,7 +199,7 @@ class QwenImage(LibraryFamily):
         tokens, shapes = pack_pictures(
             [self.encode_image(torch.from_numpy(np.array(picture))[None, None]) for picture in pictures]
         )
-        return {edit.EDIT_TOKENS: tokens, edit.EDIT_SHAPES: shapes}
+        return {EDIT_TOKENS: tokens, EDIT_SHAPES: shapes}
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """uint8 [b, 1, H, W, 3] -> [b, 16, H/8, W/8]: the posterior's mode, (x - mean) / std per channel."""
@@ -235,24 +237,24 @@ class QwenImage(LibraryFamily):
         )
         conditions = {"prompt_embeds": text}
         if extra_inputs:
-            rows, columns = edit.blank_shape(shape.height, shape.width)
-            conditions[edit.EDIT_TOKENS] = torch.zeros(shape.num_samples, rows * columns, config.in_channels, dtype=self.dtype)
+            rows, columns = token_shape(shape.height, shape.width)
+            conditions[EDIT_TOKENS] = torch.zeros(shape.num_samples, rows * columns, config.in_channels, dtype=self.dtype)
             # Its values are read: under a fake mode too this one is real.
-            conditions[edit.EDIT_SHAPES] = real_tensor([[(1, rows, columns)]] * shape.num_samples)
+            conditions[EDIT_SHAPES] = real_tensor([[(1, rows, columns)]] * shape.num_samples)
         latents = self.blank_latents(shape)
         return EncodedBatch(latents, conditions)
 
     def predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """[b, 16, h, w] -> the predicted velocity, noise - x_0, of the same shape."""
-        return predict_by_shape(self._predict, batch, noisy_latents, timesteps, shapes=edit.EDIT_SHAPES)
+        return predict_by_shape(self._predict, batch, noisy_latents, timesteps)
 
     def _predict(self, batch: EncodedBatch, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         _, _, height, width = noisy_latents.shape
         tokens = pack_latents(noisy_latents.to(self.dtype))
         num_tokens, shapes = tokens.shape[1], [(1, height // PATCH, width // PATCH)]
-        if edit.EDIT_TOKENS in batch.conditions:
-            tokens = torch.cat([tokens, batch.conditions[edit.EDIT_TOKENS].to(tokens)], dim=1)
-            shapes += [tuple(shape) for shape in real_values(batch.conditions[edit.EDIT_SHAPES])[0]]
+        if EDIT_TOKENS in batch.conditions:
+            tokens = torch.cat([tokens, batch.conditions[EDIT_TOKENS].to(tokens)], dim=1)
+            shapes += [tuple(shape) for shape in real_values(batch.conditions[EDIT_SHAPES])[0]]
         output = self.component("dit")(
             hidden_states=tokens,
             encoder_hidden_states=batch.conditions["prompt_embeds"].to(self.dtype),

@@ -8,22 +8,18 @@ Shapes: n text tokens after the template, s tokens of 2x2 latent pixels over all
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from diffsynth_ray.errors import ModelError
-from diffsynth_ray.models.packing import scaled_to_area
+from diffsynth_ray.models import edit_pictures
 
-EDIT_TOKENS, EDIT_SHAPES = "edit_tokens", "edit_shapes"
-"""Conditions: [b, s, 64] and [b, k, 3] (frames, rows, columns of tokens)."""
 TEMPLATE = (
     "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, background), "
     "then explain how the user's text instruction should alter or modify the image. Generate a new image that meets the "
@@ -37,30 +33,17 @@ PROMPT_STYLES = ("auto", "numbered")
 several pictures only, and gives a single one as the first Edit model knows it: what DiffSynth-Studio does."""
 _IMAGE_TOKEN = "<|image_pad|>"
 _SEEN = f"<|vision_start|>{_IMAGE_TOKEN}<|vision_end|>"
-_VAE_AREA, _SEEN_AREA = 1024 * 1024, 384 * 384
-_SIDE = 32
+_SEEN_AREA = 384 * 384
 
 
 def scaled(picture: Image.Image, area: int) -> Image.Image:
     """The picture at about `area` pixels, both sides multiples of 32."""
-    return scaled_to_area(picture, area, multiple=_SIDE)
-
-
-def blank_shape(height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of tokens of a picture of these proportions as the DiT gets it."""
-    side_width = math.sqrt(_VAE_AREA * width / height)
-    side_height = side_width * height / width
-    return round(side_height / _SIDE) * _SIDE // 16, round(side_width / _SIDE) * _SIDE // 16
-
-
-def as_picture(pixels: Tensor) -> Image.Image:
-    """Of uint8 [1, h, w, 3]."""
-    return Image.fromarray(np.asarray(pixels[0].cpu()))
+    return edit_pictures.scaled_to_area(picture, area, multiple=edit_pictures.SIDE)
 
 
 def for_the_vae(pictures: Sequence[Image.Image]) -> list[Image.Image]:
     """The sample's pictures at the size that the VAE gets them."""
-    return [scaled(picture, _VAE_AREA) for picture in pictures]
+    return [scaled(picture, edit_pictures.AREA) for picture in pictures]
 
 
 @cache

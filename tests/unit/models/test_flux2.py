@@ -6,8 +6,8 @@ from safetensors.torch import load_file, save_file
 
 from diffsynth_ray.data.media import resize_and_crop
 from diffsynth_ray.errors import ModelError
+from diffsynth_ray.models import edit_pictures
 from diffsynth_ray.models import flux2_configs as configs
-from diffsynth_ray.models import qwen_image_edit
 from diffsynth_ray.models.family import BatchShape, detect_component
 from diffsynth_ray.models.flux2 import Flux2
 from diffsynth_ray.models.flux2_names import ORIGINAL
@@ -449,7 +449,7 @@ SEVERAL = {"edit_image": ((picture(0),), (picture(1), picture(2, 50, 90)))}
 @pytest.fixture
 def small_pictures(monkeypatch):
     """About 96 x 64 pixels instead of 1024 x 1024."""
-    monkeypatch.setattr(qwen_image_edit, "_VAE_AREA", 96 * 64)
+    monkeypatch.setattr(edit_pictures, "AREA", 96 * 64)
 
 
 def latents_of(family, array):
@@ -491,7 +491,7 @@ def test_a_blank_batch_is_like_a_real_one(klein):
     assert blank.latents.shape == real.latents.shape
     shapes = [{name: (tensor.shape, tensor.dtype) for name, tensor in one.conditions.items()} for one in (blank, real)]
     assert shapes[0] == shapes[1]
-    assert blank.conditions[qwen_image_edit.EDIT_SHAPES].tolist() == real.conditions[qwen_image_edit.EDIT_SHAPES].tolist()
+    assert blank.conditions[edit_pictures.EDIT_SHAPES].tolist() == real.conditions[edit_pictures.EDIT_SHAPES].tolist()
 
 
 @pytest.mark.usefixtures("small_pictures")

@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from diffsynth_ray.errors import ModelError
+from diffsynth_ray.models.edit_pictures import EDIT_SHAPES, EDIT_TOKENS
 from diffsynth_ray.models.family import BatchShape, EncodedBatch
-from diffsynth_ray.models.flux import KONTEXT_SHAPES, KONTEXT_TOKENS, Flux
+from diffsynth_ray.models.flux import Flux
 from diffsynth_ray.models.sampling import SampleRequest
 from diffsynth_ray.train.graph import SampleBatch, TrainGraph
 
@@ -40,8 +41,8 @@ def by_diffusers(family, batch, number):
     sample, noisy = batch.samples()[number], batch.latents[number : number + 1]
     _, c, h, w = noisy.shape
     ids = [FluxKontextPipeline._prepare_latent_image_ids(1, h // 2, w // 2, "cpu", torch.float32)]
-    tokens = [FluxKontextPipeline._pack_latents(noisy, 1, c, h, w), sample.conditions[KONTEXT_TOKENS]]
-    for _, rows, columns in sample.conditions[KONTEXT_SHAPES][0].tolist():
+    tokens = [FluxKontextPipeline._pack_latents(noisy, 1, c, h, w), sample.conditions[EDIT_TOKENS]]
+    for _, rows, columns in sample.conditions[EDIT_SHAPES][0].tolist():
         given = FluxKontextPipeline._prepare_latent_image_ids(1, rows, columns, "cpu", torch.float32)
         given[..., 0] = 1
         ids.append(given)
@@ -69,7 +70,7 @@ def test_the_dit_is_diffusers(family, extra):
     other = family.encode(PROMPTS, pixels(), extra={"kontext_images": ((picture(5),), (picture(6),))})
     assert (family.predict(other, other.latents, TIMES) - expected).abs().max() > 1e-3
     latents = family.encode_image(torch.from_numpy(extra["kontext_images"][1][-1])[None])
-    shape = batch.samples()[1].conditions[KONTEXT_SHAPES][0, -1].tolist()
+    shape = batch.samples()[1].conditions[EDIT_SHAPES][0, -1].tolist()
     assert shape == [1, latents.shape[2] // 2, latents.shape[3] // 2]
 
 
@@ -98,7 +99,7 @@ def test_a_blank_batch_is_like_a_real_one(family):
     real = family.encode(PROMPTS, pixels(), extra=ONE)
     shapes = [{name: (tensor.shape, tensor.dtype) for name, tensor in one.conditions.items()} for one in (blank, real)]
     assert shapes[0] == shapes[1]
-    assert blank.conditions[KONTEXT_SHAPES].tolist() == real.conditions[KONTEXT_SHAPES].tolist()
+    assert blank.conditions[EDIT_SHAPES].tolist() == real.conditions[EDIT_SHAPES].tolist()
 
 
 def test_the_sample_is_the_pipelines(family):

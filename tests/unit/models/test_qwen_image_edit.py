@@ -4,7 +4,9 @@ import torch
 from PIL import Image
 
 from diffsynth_ray.errors import ModelError
+from diffsynth_ray.models import edit_pictures
 from diffsynth_ray.models import qwen_image_edit as edit
+from diffsynth_ray.models.edit_pictures import EDIT_SHAPES, EDIT_TOKENS
 from diffsynth_ray.models.family import EncodedBatch
 from diffsynth_ray.models.packing import pack_latents
 from diffsynth_ray.models.qwen_image import QwenImage
@@ -26,7 +28,7 @@ SEVERAL = {"edit_image": ((picture(0),), (picture(1), picture(2, 96, 32)))}
 
 @pytest.fixture(autouse=True)
 def small_pictures(monkeypatch):
-    monkeypatch.setattr(edit, "_VAE_AREA", VAE_AREA)
+    monkeypatch.setattr(edit_pictures, "AREA", VAE_AREA)
     monkeypatch.setattr(edit, "_SEEN_AREA", SEEN_AREA)
 
 
@@ -97,7 +99,7 @@ def test_the_prompt_is_read_with_the_pictures(family, numbered, arrays):
 def test_latents_become_tokens_behind_each_other(family):
     batch = family.encode(PROMPTS, pixels(), extra=SEVERAL)
     second = batch.samples()[1].conditions
-    assert second[edit.EDIT_SHAPES].tolist() == [[[1, 4, 4], [1, 6, 2]]]
+    assert second[EDIT_SHAPES].tolist() == [[[1, 4, 4], [1, 6, 2]]]
     vae = family.components["vae"]
     tokens = []
     for array in SEVERAL["edit_image"][1]:
@@ -105,13 +107,13 @@ def test_latents_become_tokens_behind_each_other(family):
         mode = vae.encode(floats).latent_dist.mode()
         mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
         tokens.append(pack_latents(((mode - mean) / std)[:, :, 0]))
-    assert (second[edit.EDIT_TOKENS] - torch.cat(tokens, dim=1)).abs().max() < 1e-5
+    assert (second[EDIT_TOKENS] - torch.cat(tokens, dim=1)).abs().max() < 1e-5
 
 
 def reference_prediction(dit, sample, noisy, time):
     """diffusers' transformer, called as its edit pipelines call it, for one sample."""
-    tokens = torch.cat([pack_latents(noisy), sample.conditions[edit.EDIT_TOKENS]], dim=1)
-    shapes = [[(1, noisy.shape[2] // 2, noisy.shape[3] // 2), *map(tuple, sample.conditions[edit.EDIT_SHAPES][0].tolist())]]
+    tokens = torch.cat([pack_latents(noisy), sample.conditions[EDIT_TOKENS]], dim=1)
+    shapes = [[(1, noisy.shape[2] // 2, noisy.shape[3] // 2), *map(tuple, sample.conditions[EDIT_SHAPES][0].tolist())]]
     output = dit(
         hidden_states=tokens,
         encoder_hidden_states=sample.conditions["prompt_embeds"],

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffsynth_ray.config.schema import Job
-from diffsynth_ray.models import qwen_image_edit
+from diffsynth_ray.models import edit_pictures
 from diffsynth_ray.models.lora import load_lora, lora_state_dict
 from diffsynth_ray.models.names import LORA_FORMATS
 from diffsynth_ray.schedule import build_schedule
@@ -30,7 +30,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def small_pictures(monkeypatch):
-    monkeypatch.setattr(qwen_image_edit, "_VAE_AREA", 64 * 64)
+    monkeypatch.setattr(edit_pictures, "AREA", 64 * 64)
 
 
 def build_trainer(case, *, checkpointing):

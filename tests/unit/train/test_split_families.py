@@ -10,7 +10,7 @@ from training_in_process import train_in_process
 
 from diffsynth_ray.data.cache import Cache
 from diffsynth_ray.errors import DataError, JobFileError
-from diffsynth_ray.models import qwen_image_edit
+from diffsynth_ray.models import edit_pictures
 from diffsynth_ray.models.family import get_family
 from diffsynth_ray.train.split import split_parts
 
@@ -37,7 +37,7 @@ COLUMNS = {
 
 @pytest.fixture
 def stage(tmp_path, photos, monkeypatch):
-    monkeypatch.setattr(qwen_image_edit, "_VAE_AREA", 64 * 64)
+    monkeypatch.setattr(edit_pictures, "AREA", 64 * 64)
     return Stage(tmp_path, photos, monkeypatch)
 
 
