@@ -167,7 +167,11 @@ def warm_up():
 
 def soak(tmp_path, *, num_kills, num_steps, every, seed=0):
     warm_up()
-    assert attempt(tmp_path / "whole", 1, num_steps, every)
+    began = time.monotonic()
+    whole = begin(tmp_path / "whole", 1, num_steps, every)
+    wait_for(lambda: file_size(tmp_path / "whole" / "loss.csv") > 0)
+    until_first_s = time.monotonic() - began  # while the model is loaded
+    assert ended_well(whole)
     times = [entry.stat().st_mtime for entry in (tmp_path / "whole" / "checkpoints").glob("step-*/manifest.json")]
     between_s = max(times) - min(times)  # of two checkpoints that follow each other
     draw = random.Random(seed)
@@ -177,7 +181,7 @@ def soak(tmp_path, *, num_kills, num_steps, every, seed=0):
         kills += 1
         # Most while training, from the first step to beyond the second checkpoint; some while the model is loaded.
         in_training = draw.random() < 0.8
-        moment = draw.uniform(0.0, 2.5 * between_s if in_training else 2.0)
+        moment = draw.uniform(0.0, 2.5 * between_s if in_training else until_first_s)
         kill = (draw.randrange(WORLD_SIZE), in_training, moment)
         assert not attempt(tmp_path / "killed", kills, num_steps, every, kill=kill), kills
         found = find_checkpoints(Storage.at(tmp_path / "killed" / "checkpoints"))
