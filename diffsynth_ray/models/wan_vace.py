@@ -62,7 +62,7 @@ class Vace(nn.Module):
 
     def forward(self, control: Tensor, hidden: Tensor, text: Tensor, time: Tensor, rotary: Any) -> list[Tensor]:
         """Control [b, 96, f, h, w] and what the DiT's first block gets -> what is added to its blocks, [b, s, d] each."""
-        state = self.vace_patch_embedding(control).flatten(2).transpose(1, 2)
+        state = self.vace_patch_embedding(control).flatten(2).transpose(1, 2).contiguous()
         hints = []
         for block in self.vace_blocks:
             hint, state = block(hidden, text, state, time, rotary)
