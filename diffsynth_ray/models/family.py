@@ -220,8 +220,8 @@ class ModelFamily(ABC):
     """Whether `encode_conditions` reads prompt and extra inputs together, so that neither can be cached without the other."""
     option_names: ClassVar[tuple[str, ...]] = ()
     """Keys of `[model] options`."""
-    depth_keys: ClassVar[dict[str, str]] = {}
-    """A list of like blocks in the DiT -> the key of its configuration that has their number, for `blank_batch`'s users."""
+    depth_keys: ClassVar[dict[str, dict[str, str]]] = {}
+    """By component of a prediction: a list of like blocks -> the key of its configuration that has their number."""
 
     def __init__(self, components: dict[str, nn.Module], *, dtype: torch.dtype, device: torch.device | str) -> None:
         self.components = components
