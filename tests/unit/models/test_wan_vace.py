@@ -9,9 +9,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import wan_configs as configs
 from diffsynth_ray.models.family import REFERENCE, BatchShape, EncodedBatch
+from diffsynth_ray.models.inspection import inspect_model
 from diffsynth_ray.models.lora import add_lora, load_lora, lora_state_dict
 from diffsynth_ray.models.names import LORA_FORMATS, lora_from_memory
 from diffsynth_ray.models.sampling import SampleRequest
@@ -204,6 +206,15 @@ def test_one_file_is_two_components_in_every_layout(family, layout, tmp_path):
         assert all(torch.equal(own[key], read[key]) for key in own)
     assert loaded.component("vace").layers_of(4) == [0, 2]
     assert set(Wan.load(files, components=["dit"], dtype=torch.float32).components) == {"dit"}
+
+
+def test_a_plan_names_both(family, tmp_path):
+    job = Job.model_validate(
+        {"name": "job", "model": {"family": "wan", "paths": [write_original(family, tmp_path)]}, "lora": {"base_model": "vace"}}
+    )
+    entries, problems = inspect_model(job)
+    assert entries[0].line().startswith("dit and vace: diffusion_pytorch_model-00001-of-00002.safetensors and 1 more")
+    assert problems == []
 
 
 def test_the_first_release_s_names_are_what_diffusers_converts(family):

@@ -1,5 +1,7 @@
 """VACE through the trainer: two components in one forward pass, wherever weights and activations live."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -57,6 +59,19 @@ def test_where_weights_and_activations_live_is_bit_equal(memory, trained, monkey
         assert torch.equal(tensor, weights(moved)[name]), name
     assert {unit.name.split(".")[0] for unit in moved.residency.offload.units} >= {"dit", "text_encoder", "vae"}
     assert moved.residency.offload.moved_bytes > 0
+
+
+def test_a_teacher_s_noise_begins_with_its_last_frame():
+    """DiffSynth-Studio's pipeline draws noise for clip and reference, and gives the last frame's to the reference."""
+    job = build_job(model=MODEL, **LORA, task="direct_distill")
+    family = load_family(job, device=torch.device("cpu"))
+    select_trained(family, job)
+    trainer = Trainer(job, family, build_schedule(job, num_samples=4, global_batch_size=1))
+    cells = {"seed": ("7",), "rand_device": ("cpu",), "num_inference_steps": ("4",), "cfg_scale": ("4",)}
+    one = micro([0])
+    noise, _ = trainer._draw(replace(one, batch=replace(one.batch, extra=one.batch.extra | cells)), step=0)
+    drawn = torch.randn(1, 16, 3, 4, 4, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(noise, torch.cat([drawn[:, :, -1:], drawn[:, :, :-1]], dim=2))
 
 
 def test_fp8_weights_of_both_are_close():
