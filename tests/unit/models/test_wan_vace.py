@@ -11,6 +11,7 @@ from torch import nn
 
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import ModelError
+from diffsynth_ray.memory.fp8 import convert_to_fp8
 from diffsynth_ray.models import wan_configs as configs
 from diffsynth_ray.models.family import REFERENCE, BatchShape, EncodedBatch
 from diffsynth_ray.models.inspection import inspect_model
@@ -325,6 +326,23 @@ def test_the_sample_is_the_pipeline_s(family):
         guidance_scale=3.0, generator=request.generator(), reference_images=[picture], output_type="np",
     ).frames[0]  # fmt: skip
     assert np.abs(family.sample(request).astype(float) - expected * 255).max() <= 1
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_samples_are_made_wherever_the_weights_are_and_of_eight_bit_ones(eight_bit, monkeypatch):
+    from diffusers import ModelMixin
+
+    family = Wan.build_tiny(0, extra_inputs=COLUMNS, dtype=torch.bfloat16)
+    if eight_bit:
+        convert_to_fp8([*family.repeated_blocks("dit"), *family.repeated_blocks("vace")])
+    made = []
+    for seed in (2, 3):
+        picture = Image.fromarray(clips(seed, 1)[0, 0].numpy())
+        made.append(family.sample(SampleRequest("a rabbit", 32, 32, 5, 2, 1.0, 0, (picture,))))
+    assert made[0].shape == (5, 32, 32, 3)
+    assert (made[0] != made[1]).any()
+    monkeypatch.setattr(ModelMixin, "device", property(lambda self: torch.device("meta")))
+    assert (family.sample(SampleRequest("a rabbit", 32, 32, 5, 2, 1.0, 0, (picture,))) == made[1]).all()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -49,11 +49,22 @@ MOVED = {
 }
 
 
-@pytest.mark.parametrize("trained", [LORA, FULL, BESIDE], ids=["lora", "full", "both"])
-@pytest.mark.parametrize("memory", MOVED)
+TRAINED = {"lora": LORA, "full": FULL, "both": BESIDE}
+ON_EVERY_RUN = {("everything", "full"), ("offload in parts", "lora")}
+
+
+@pytest.mark.parametrize(
+    ("memory", "trained"),
+    [
+        pytest.param(memory, trained, marks=() if (memory, trained) in ON_EVERY_RUN else pytest.mark.slow)
+        for memory in MOVED
+        for trained in TRAINED
+    ],
+)
 def test_where_weights_and_activations_live_is_bit_equal(memory, trained, monkeypatch):
     monkeypatch.setattr("diffsynth_ray.memory.activations.MIN_BYTES", 1)
-    plain, moved = build(**trained, gradient={"checkpointing": False}), build(**trained, **MOVED[memory])
+    sections = TRAINED[trained]
+    plain, moved = build(**sections, gradient={"checkpointing": False}), build(**sections, **MOVED[memory])
     assert train(moved, [micro([0, 1]), micro([2])]) == train(plain, [micro([0, 1]), micro([2])])
     for name, tensor in weights(plain).items():
         assert torch.equal(tensor, weights(moved)[name]), name
