@@ -35,9 +35,9 @@ def clips(seed, num_frames=5):
 
 
 def mask():
-    """The right half of the first sample's frames 2 to 5, all of the second's first frame: black and white."""
+    """A rectangle in the first sample's frames 2 to 5, all of the second's first frame: black and white."""
     white = torch.zeros(2, 5, 32, 32, 3, dtype=torch.uint8)
-    white[0, 1:, :, 16:] = 255
+    white[0, 1:, 3:22, 13:] = 255
     white[1, 0] = 255
     return white
 
@@ -170,10 +170,9 @@ def original(family, prefix=""):
 
 
 def write_original(family, folder):
-    """Shards as the release of 14B has them: VACE's tensors in some of them alone."""
+    """Shards of which one has VACE's tensors alone."""
     state = original(family)
     shards = [[key for key in state if key.startswith("vace_")], [key for key in state if not key.startswith("vace_")]]
-    shards[1].append(shards[0].pop())
     paths = [folder / f"diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     for path, keys in zip(paths, shards, strict=True):
         save_file({key: state[key] for key in keys}, path)

@@ -148,6 +148,9 @@ def test_extra_inputs_need_frozen_encoders(stage):
     job = job_of(stage, "edit", training={"trainable_models": ["text_encoder"]}).job
     with pytest.raises(JobFileError, match=r"text_encoder is trained: with split\.enabled extra inputs need frozen encoders"):
         split_parts(get_family("qwen_image"), job)
+    vace = job_of(stage, "vace", lora={"base_model": "dit", "rank": 4}).job
+    assert split_parts(get_family("wan"), vace).train == ("dit", "vace")
     wan = job_of(stage, "wan, own first frame").job
+    assert split_parts(get_family("wan"), wan).train == ("dit",)
     assert split_parts(get_family("wan"), wan).extra == ("vae",)
     assert split_parts(get_family("wan"), wan, present=["vae", "image_encoder"]).extra == ("vae", "image_encoder")
