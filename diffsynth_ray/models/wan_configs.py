@@ -98,6 +98,11 @@ def _infer_dit(shapes: Shapes) -> dict[str, Any]:
 
 def _infer_vace(shapes: Shapes) -> dict[str, Any]:
     inner, in_channels = shapes["vace_patch_embedding.weight"][:2]
+    if in_channels != 96:
+        raise ModelError(
+            f"wan vace: {in_channels} input channels; this version trains VACE of Wan2.1 and of Wan2.2-A14B, which have 96 "
+            "(two clips' latents and a mask)"
+        )
     head_dim = _head_dim(inner)
     return {
         "num_attention_heads": inner // head_dim,

@@ -45,7 +45,6 @@ class Vace(nn.Module):
         super().__init__()
         inner = num_attention_heads * attention_head_dim
         self.vace_layers = None if vace_layers is None else vace_layers[:num_vace_blocks]
-        self.in_channels = vace_in_channels
         self.vace_patch_embedding = nn.Conv3d(vace_in_channels, inner, kernel_size=(1, 2, 2), stride=(1, 2, 2))
         self.vace_blocks = nn.ModuleList(
             WanVACETransformerBlock(

@@ -367,5 +367,7 @@ def test_what_does_not_fit_is_said(family):
     control = plain.encode(PROMPTS, clips(0), extra=extra(COLUMNS)).with_reference()
     with pytest.raises(ModelError, match="component 'vace' is needed but not loaded"):
         plain.predict(control, control.latents, TIMES)
+    with pytest.raises(ModelError, match="wan vace: 352 input channels; this version trains"):
+        Wan.infer_config("vace", {"vace_patch_embedding.weight": (64, 352, 1, 2, 2)})
     with pytest.raises(ModelError, match="its 2 blocks do not go evenly into the dit's 3"):
         family.component("vace").layers_of(3)
