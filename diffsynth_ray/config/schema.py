@@ -83,7 +83,8 @@ class ModelSection(Section):
     """Folder of the image processor of edit models (Qwen-Image-Edit)."""
     extra_inputs: list[str] = _key([], identity=True)
     """Further columns that the model is conditioned on: "edit_image" (Qwen-Image-Edit, FLUX.2), "kontext_images" (FLUX.1
-    Kontext), "input_image" and "end_image" (Wan image to video; without such a column the video's own first and last frame)."""
+    Kontext), "input_image" and "end_image" (Wan image to video; without such a column the video's own first and last frame),
+    "vace_video", "vace_video_mask" and "vace_reference_image" (Wan VACE: clips as long and large as the video, a picture)."""
     fp8_models: list[str] = _key([], identity=True)
     """Frozen components kept in scaled FP8."""
     source: Literal["modelscope", "huggingface"] | None = _key()

@@ -8,6 +8,9 @@ from diffsynth_ray.config.distillation import condition_columns
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import JobFileError, Problem
 
+_CLIP_INPUTS = ("vace_video", "vace_video_mask")
+"""Of the extra inputs, those that are clips; the others are pictures."""
+
 
 def check_validation(job: Job) -> list[Problem]:
     """All problems of the section."""
@@ -52,6 +55,9 @@ def _check_samples(job: Job) -> list[Problem]:
         problems.append(Problem("validation.inputs", "the model takes no inputs; see model.extra_inputs"))
     if num_prompts and len(extra) > 1:
         message = f"samples take one input, and the model takes {', '.join(extra)}; remove prompts, and keep holdout"
+        problems.append(Problem("validation.prompts", message))
+    if num_prompts and (clips := [name for name in extra if name in _CLIP_INPUTS]):
+        message = f"samples take a picture, and {', '.join(clips)} takes a clip; remove prompts, and keep holdout"
         problems.append(Problem("validation.prompts", message))
     if num_prompts and job.distributed.strategy == "deepspeed" and job.distributed.zero_stage == 3:
         message = "samples need whole weights, which zero_stage = 3 shares out; use zero_stage = 2, or validation.holdout alone"

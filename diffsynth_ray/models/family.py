@@ -33,6 +33,9 @@ TRAINED_TINY = "trained_vae"
 """Option of families that have `tiny_weights`: take them instead of random ones."""
 FIRST_FRAME = "first_frame_latents"
 """Condition [b, c, 1, h, w]: the latents' first frame as it is given to the DiT without noise, and left out of the loss."""
+REFERENCE = "reference_latents"
+"""Condition [b, c, 1, h, w]: a picture's latents that are put before the clip's own frames, and are noised and trained with
+them."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,14 @@ class EncodedBatch:
 
         conditions = {name: move(tensor) for name, tensor in self.conditions.items()}
         return EncodedBatch(move(self.latents), conditions, self.sample_ids)
+
+    def with_reference(self) -> EncodedBatch:
+        """The batch as it is trained: a reference's latents become the first frame of the latents."""
+        if REFERENCE not in self.conditions:
+            return self
+        conditions = dict(self.conditions)
+        latents = torch.cat([conditions.pop(REFERENCE).to(self.latents), self.latents], dim=2)
+        return EncodedBatch(latents, conditions, self.sample_ids)
 
     def samples(self) -> list[EncodedBatch]:
         """The batch as batches of one, padding taken off: what a cache stores."""
@@ -201,12 +212,16 @@ class ModelFamily(ABC):
     """Clips have a multiple of this many frames and one more (4: 1, 5, 9 ...); None: the family takes images only."""
     extra_inputs: ClassVar[tuple[str, ...]] = ()
     """Columns that `encode_extra` knows (`[model] extra_inputs`)."""
+    clip_inputs: ClassVar[tuple[str, ...]] = ()
+    """Those of them that are clips, as long as the sample's own; the others are pictures."""
+    reference_inputs: ClassVar[tuple[str, ...]] = ()
+    """Those of them that become a REFERENCE."""
     text_reads_extra: ClassVar[bool] = False
     """Whether `encode_conditions` reads prompt and extra inputs together, so that neither can be cached without the other."""
     option_names: ClassVar[tuple[str, ...]] = ()
     """Keys of `[model] options`."""
-    depth_keys: ClassVar[dict[str, str]] = {}
-    """A list of like blocks in the DiT -> the key of its configuration that has their number, for `blank_batch`'s users."""
+    depth_keys: ClassVar[dict[str, dict[str, str]]] = {}
+    """By component of a prediction: a list of like blocks -> the key of its configuration that has their number."""
 
     def __init__(self, components: dict[str, nn.Module], *, dtype: torch.dtype, device: torch.device | str) -> None:
         self.components = components

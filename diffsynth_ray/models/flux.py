@@ -59,9 +59,8 @@ class Flux(LibraryFamily):
     predict_components = ("dit",)
     size_multiple = image_vae.VAE_FACTOR * PATCH
     option_names = ("embedded_guidance",)
-    depth_keys: ClassVar[dict[str, str]] = {
-        "transformer_blocks": "num_layers",
-        "single_transformer_blocks": "num_single_layers",
+    depth_keys: ClassVar[dict[str, dict[str, str]]] = {
+        "dit": {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
     }
     names: ClassVar[dict[str, LayerNames]] = NAMES
     infer_functions: ClassVar[dict[str, InferConfig]] = configs.INFER

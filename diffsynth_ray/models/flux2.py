@@ -67,9 +67,8 @@ class Flux2(LibraryFamily):
     predict_components = ("dit",)
     size_multiple = _TOKEN_PIXELS
     option_names = ("embedded_guidance",)
-    depth_keys: ClassVar[dict[str, str]] = {
-        "transformer_blocks": "num_layers",
-        "single_transformer_blocks": "num_single_layers",
+    depth_keys: ClassVar[dict[str, dict[str, str]]] = {
+        "dit": {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
     }
     names: ClassVar[dict[str, LayerNames]] = NAMES
     infer_functions: ClassVar[dict[str, InferConfig]] = configs.INFER

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffsynth_ray.config.origins import Origin
+from diffsynth_ray.models.layouts import KEY_LAYOUTS
 from diffsynth_ray.models.qwen_image_configs import TEXT_ENCODER_7B
 
 Configs = Mapping[str, dict[str, Any]]
@@ -43,6 +44,8 @@ _WAN_IMAGE: Configs = {
     "image_encoder": _CLIP_VISION,
 }
 _SMALL_WAN = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+_VACE = {"attention_head_dim": 128, "num_attention_heads": 40, "ffn_dim": 13824, "num_vace_blocks": 8}
+_SMALL_VACE = {"attention_head_dim": 128, "num_attention_heads": 12, "ffn_dim": 8960, "num_vace_blocks": 15}
 _TI2V = {"in_channels": 48, "out_channels": 48, "num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30}
 _FLUX: Configs = {"dit": {"guidance_embeds": True}, "text_encoder_1": _CLIP, "text_encoder_2": _T5, "vae": _VAE}
 _Z: Configs = {"dit": {}, "text_encoder": _QWEN3, "vae": _VAE}
@@ -74,6 +77,11 @@ RELEASED: dict[str, tuple[str, Configs]] = {
     "Wan-AI/Wan2.1-I2V-14B-720P": ("wan", _WAN_IMAGE),
     "Wan-AI/Wan2.1-FLF2V-14B-720P": ("wan", {**_WAN_IMAGE, "dit": _WAN_IMAGE["dit"] | {"pos_embed_seq_len": 514}}),
     "Wan-AI/Wan2.2-I2V-A14B": ("wan", {**_WAN, "dit": {"in_channels": 36}}),
+    **dict.fromkeys(
+        ("Wan-AI/Wan2.1-VACE-1.3B", "iic/VACE-Wan2.1-1.3B-Preview"),
+        ("wan", {**_WAN, "dit": _SMALL_WAN, "vace": _SMALL_VACE}),
+    ),
+    **dict.fromkeys(("Wan-AI/Wan2.1-VACE-14B", "PAI/Wan2.2-VACE-Fun-A14B"), ("wan", {**_WAN, "vace": _VACE})),
     "Wan-AI/Wan2.2-TI2V-5B": ("wan", {**_WAN, "dit": _TI2V, "vae": _WAN_22_VAE}),
     "black-forest-labs/FLUX.1-dev": ("flux", _FLUX),
     "black-forest-labs/FLUX.1-Kontext-dev": ("flux", _FLUX),
@@ -99,12 +107,15 @@ _NAMES = (
 """How paths in these repositories begin, by component."""
 
 
-def released_component(origin: Origin) -> tuple[str, str, dict[str, Any]] | None:
-    """(family, component, configuration) of an id, from its name alone; None where it is not known."""
+def released_components(origin: Origin) -> tuple[str, Configs] | None:
+    """(family, component -> configuration) of an id, from its name alone; None where it is not known."""
     if origin.repo not in RELEASED:
         return None
     family, configs = RELEASED[origin.repo]
     component = next((name for name, starts in _NAMES if origin.pattern.startswith(starts)), None)
     if family == "flux" and component == "text_encoder":
         component = "text_encoder_1"
-    return (family, component, configs[component]) if component is not None and component in configs else None
+    if component not in configs:
+        return None
+    layouts = KEY_LAYOUTS[family]
+    return family, {name: config for name, config in configs.items() if component in (name, layouts[name].lies_in)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,14 +61,14 @@ def inspect_model(job: Job) -> tuple[list[ModelFiles], list[Problem]]:
     family = model.family or layouts.common_family(read, layouts.KEY_LAYOUTS)
     entries = []
     for key, name, files, shapes in known:
-        component = None
+        held = None
         if shapes is not None:
             try:
-                component = _detect(shapes, family)
+                held = _detect(shapes, family)
             except ModelError as error:
                 problems.append(Problem(key, f"{', '.join(map(str, _weights(files)))}: {error.message}"))
-            problems += _lora_problems(job, family, component, shapes)
-        entries.append(_describe(component, name, files, model))
+            problems += _lora_problems(job, family, held)
+        entries.append(_describe(" and ".join(held) if held else None, name, files, model))
     if any(entry.component in (None, "text_encoder") for entry in entries):
         weights = [paths for *_, files, _ in known if (paths := _weights(files))]
         more, lacking = _tokenizers_of_a_hub(model, family, weights)
@@ -122,24 +122,29 @@ def _read_shapes(paths: list[Path], family: str | None) -> layouts.Shapes | None
     return layouts.join_shards(((path, layouts.read_header(path)) for path in paths), mine)
 
 
-def _detect(shapes: layouts.Shapes, family: str | None) -> str | None:
-    """The component; None where the job names no family, so that it may be one of another package."""
+def _detect(shapes: layouts.Shapes, family: str | None) -> dict[str, layouts.Shapes] | None:
+    """The components, the first of them the files' own, each with its keys.
+
+    None where the job names no family, so that it may be one of another package.
+    """
     try:
-        return layouts.detect_component(shapes, layouts.KEY_LAYOUTS, family=family)[1]
+        name, component = layouts.detect_component(shapes, layouts.KEY_LAYOUTS, family=family)
+        return layouts.parts_of(shapes, layouts.KEY_LAYOUTS[name], component)
     except ModelError:
         if family is None:
             return None
         raise
 
 
-def _lora_problems(job: Job, family: str | None, component: str | None, shapes: layouts.Shapes) -> list[Problem]:
+def _lora_problems(job: Job, family: str | None, held: Mapping[str, layouts.Shapes] | None) -> list[Problem]:
     """LoRA targets that nothing in the files can be meant by."""
-    if family is None or component is None or component != job.lora.base_model or not job.lora.target_modules:
+    component = job.lora.base_model
+    if family is None or held is None or component is None or component not in held or not job.lora.target_modules:
         return []
     if not layouts.KEY_LAYOUTS[family][component].has_module_names:
         return []
     problems = []
-    for target, near in layouts.unmatched_targets(shapes, job.lora.target_modules).items():
+    for target, near in layouts.unmatched_targets(held[component], job.lora.target_modules).items():
         advice = f"; did you mean {', '.join(near)}?" if near else ""
         problems.append(Problem("lora.target_modules", f"{target!r} matches nothing in {family}'s {component}{advice}"))
     return problems

@@ -34,6 +34,8 @@ class KeyLayout:
     """Shapes that these tensors must have where they are there; None = any size."""
     has_module_names: bool = False
     """The files' keys end as the module names do that LoRA targets speak of."""
+    lies_in: str | None = None
+    """The component whose files hold this one too; see `parts_of`."""
 
 
 Layouts = Mapping[str, Mapping[str, KeyLayout]]
@@ -57,6 +59,11 @@ _IMAGE_VAE = KeyLayout(
     shapes={"decoder.conv_in.weight": (None, 16, None, None)},
 )
 """AutoencoderKL, of FLUX.1 and Z-Image alike, in either layout."""
+_VACE = (
+    *("vace_blocks.", "vace_patch_embedding."),
+    *("model.diffusion_model.vace_blocks.", "model.diffusion_model.vace_patch_embedding."),
+)
+"""Prefixes of what VACE's files have beside a DiT."""
 
 KEY_LAYOUTS: dict[str, dict[str, KeyLayout]] = {
     "qwen_image": {
@@ -89,6 +96,7 @@ KEY_LAYOUTS: dict[str, dict[str, KeyLayout]] = {
             prefixes=(
                 *("blocks.", "patch_embedding.", "text_embedding.", "time_embedding.", "time_projection.", "head."),
                 *("img_emb.", "condition_embedder.", "proj_out.", "scale_shift_table", "model.diffusion_model."),
+                *_VACE,
             ),
             markers=(
                 ("blocks.0.self_attn.q.weight", "blocks.0.cross_attn.q.weight", "head.modulation"),
@@ -96,6 +104,7 @@ KEY_LAYOUTS: dict[str, dict[str, KeyLayout]] = {
                 ("model.diffusion_model.blocks.0.self_attn.q.weight", "model.diffusion_model.head.modulation"),
             ),
         ),
+        "vace": KeyLayout(prefixes=_VACE, markers=(("vace_patch_embedding.weight",),), lies_in="dit"),
         "text_encoder": KeyLayout(
             prefixes=("token_embedding.", "blocks.", "norm.", "shared.", "encoder."),
             markers=(
@@ -327,6 +336,19 @@ def detect_component(shapes: Mapping[str, tuple[int, ...]], layouts: Layouts, *,
         f"these weights belong to no component known here (families: {family or ', '.join(sorted(layouts))}); "
         f"{len(shapes)} keys, first: {', '.join(sorted(shapes)[:5]) or 'none'}"
     )
+
+
+def parts_of(shapes: Mapping[str, tuple[int, ...]], components: Mapping[str, KeyLayout], component: str) -> dict[str, Shapes]:
+    """What files recognised as `component`'s hold: it, and the components that lie in its files, each with its keys."""
+    rest = dict(shapes)
+    parts: dict[str, Shapes] = {component: rest}
+    for name, layout in components.items():
+        own = {key: shape for key, shape in shapes.items() if layout.lies_in == component and key.startswith(layout.prefixes)}
+        if own:
+            parts[name] = own
+            for key in own:
+                del rest[key]
+    return parts
 
 
 def common_family(entries: Sequence[Mapping[str, tuple[int, ...]]], layouts: Layouts) -> str | None:

@@ -229,6 +229,23 @@ def extra_image(extra: Mapping[str, Any], name: str, *, height: int, width: int)
     return torch.stack(pictures)[:, None]
 
 
+def extra_clip(extra: Mapping[str, Any], name: str, *, like: Tensor) -> Tensor:
+    """The column's one clip a sample, uint8 [b, F, H, W, 3], which must be as long and as large as the samples `like`."""
+    clips = []
+    for files in extra[name]:
+        if not isinstance(files, (tuple, list)) or len(files) != 1:
+            got = f"{len(files)} files" if isinstance(files, (tuple, list)) else repr(files)
+            raise ModelError(f"model.extra_inputs: {name} takes one clip a sample, got {got}; see dataset.data_file_keys")
+        clips.append(torch.as_tensor(files[0]))
+        if clips[-1].shape != like.shape[1:]:
+            got, wanted = (f"{f} frames of {w}x{h}" for f, h, w, _ in (clips[-1].shape, like.shape[1:]))
+            raise ModelError(
+                f"model.extra_inputs: {name} must be like the clip that it belongs to, {wanted}, got {got}; give it a file of "
+                "the same length, and both the same proportions or dataset.height and dataset.width"
+            )
+    return torch.stack(clips)
+
+
 def missing_tokenizer(family: str, key: str, path: Path | None, needs: str) -> ModelError:
     """The error of a tokenizer that is not there."""
     where = "no folder given" if path is None else f"none in {path}"

@@ -76,7 +76,7 @@ class QwenImage(LibraryFamily):
     extra_inputs = ("edit_image",)
     text_reads_extra = True
     option_names = ("zero_cond_t", "edit_prompt", TRAINED_TINY)
-    depth_keys: ClassVar[dict[str, str]] = {"transformer_blocks": "num_layers"}
+    depth_keys: ClassVar[dict[str, dict[str, str]]] = {"dit": {"transformer_blocks": "num_layers"}}
     names: ClassVar[dict[str, LayerNames]] = {}
     infer_functions: ClassVar[dict[str, InferConfig]] = configs.INFER
     tokenizer_keys: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {

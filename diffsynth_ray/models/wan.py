@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: text to video, image to video, TI2V-5B.
+"""Wan 2.1 and 2.2: text to video, image to video, TI2V-5B, VACE.
 
 diffusers' transformer and VAE, transformers' umt5 and CLIP. Files of the first release and of diffusers' layout.
 
@@ -9,8 +9,10 @@ Shapes: b batch, F frames in pixels, f = (F - 1) / 4 + 1 latent frames, h/w late
 from __future__ import annotations
 
 import html
+import inspect
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,12 +23,21 @@ from torch import Tensor, nn
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import layouts, t5
 from diffsynth_ray.models import wan_configs as configs
-from diffsynth_ray.models.family import FIRST_FRAME, BatchShape, EncodedBatch, padded, register_family, stack_conditions
+from diffsynth_ray.models.family import (
+    FIRST_FRAME,
+    REFERENCE,
+    BatchShape,
+    EncodedBatch,
+    padded,
+    register_family,
+    stack_conditions,
+)
 from diffsynth_ray.models.layer_names import LayerNames, tensors_from_memory
 from diffsynth_ray.models.layouts import KeyLayout
-from diffsynth_ray.models.library_family import InferConfig, LibraryFamily, extra_image, missing_tokenizer
+from diffsynth_ray.models.library_family import InferConfig, LibraryFamily, extra_clip, extra_image, missing_tokenizer
 from diffsynth_ray.models.sampling import Frames, SampleRequest, build_pipeline, run_pipeline
 from diffsynth_ray.models.wan_names import NAMES, VAE_22
+from diffsynth_ray.models.wan_vace import MASK_PIXELS, JoinedTransformer, Vace, controlled, fold_mask, join_control
 from diffsynth_ray.models.weights import meta_parameters
 
 TEXT_TOKENS = 512
@@ -36,6 +47,9 @@ CLIP_TOKENS = 257
 FRAMES_PER_LATENT = 4
 PATCH = 2
 """Latent pixels to a token, each way."""
+VACE_CLIP, VACE_MASK, VACE_REFERENCE = "vace_video", "vace_video_mask", "vace_reference_image"
+VACE_CONTROL = "vace_control"
+"""Condition [b, 96, f, h, w]: what VACE's blocks read."""
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -44,19 +58,25 @@ class Wan(LibraryFamily):
     """The `wan` family. An A14B model's two experts are two jobs, each with its own DiT and timestep boundary."""
 
     name = "wan"
-    component_names = ("dit", "text_encoder", "vae", "image_encoder")
+    component_names = ("dit", "vace", "text_encoder", "vae", "image_encoder")
     scheduler_table = "wan"
     draws_noise_in_float32 = True
     text_components = ("text_encoder",)
     image_components = ("vae",)
     extra_components = ("vae", "image_encoder")
-    optional_components = ("image_encoder",)
-    predict_components = ("dit",)
+    optional_components = ("vace", "image_encoder")
+    predict_components = ("dit", "vace")
     size_multiple = 16
     clip_step = FRAMES_PER_LATENT
-    extra_inputs = ("input_image", "end_image")
+    extra_inputs = ("input_image", "end_image", VACE_CLIP, VACE_MASK, VACE_REFERENCE)
+    clip_inputs = (VACE_CLIP, VACE_MASK)
+    reference_inputs = (VACE_REFERENCE,)
     padded_text_tokens = TEXT_TOKENS
-    depth_keys: ClassVar[dict[str, str]] = {"blocks": "num_layers"}
+    depth_keys: ClassVar[dict[str, dict[str, str]]] = {
+        "dit": {"blocks": "num_layers"},
+        # The first of them has a layer more, and stands for all in an estimate: 1 % of the weights too many.
+        "vace": {"vace_blocks": "num_vace_blocks"},
+    }
     names: ClassVar[dict[str, LayerNames]] = NAMES
     infer_functions: ClassVar[dict[str, InferConfig]] = configs.INFER
     tokenizer_keys: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {
@@ -67,18 +87,23 @@ class Wan(LibraryFamily):
     key_layouts: ClassVar[dict[str, KeyLayout]] = layouts.KEY_LAYOUTS["wan"]
     config_names: ClassVar[dict[str, str | tuple[str, ...]]] = {
         "dit": "WanTransformer3DModel",
+        "vace": "WanVACETransformer3DModel",
         "text_encoder": "umt5",
         "vae": "AutoencoderKLWan",
         "image_encoder": "clip_vision_model",
     }
-    default_lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {"dit": ("q", "k", "v", "o", "ffn.0", "ffn.2")}
+    default_lora_targets: ClassVar[dict[str, tuple[str, ...]]] = dict.fromkeys(
+        ("dit", "vace"), ("q", "k", "v", "o", "ffn.0", "ffn.2")
+    )
 
     @classmethod
     def tiny_configs(cls, extra_inputs: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Text to video, or with an extra input image to video with CLIP: 2 blocks of width 64."""
+        """Text to video, or with an extra input VACE, or image to video with CLIP: 2 to 4 blocks of width 64."""
         shared = {"text_encoder": configs.TINY_TEXT_ENCODER, "vae": configs.TINY_VAE}
         if not extra_inputs:
             return {"dit": configs.TINY_DIT, **shared}
+        if _is_vace(extra_inputs):
+            return {"dit": configs.TINY_VACE_DIT, "vace": configs.TINY_VACE, **shared}
         return {"dit": configs.TINY_IMAGE_DIT, **shared, "image_encoder": configs.TINY_IMAGE_ENCODER}
 
     @classmethod
@@ -89,6 +114,8 @@ class Wan(LibraryFamily):
                 from diffusers import WanTransformer3DModel
 
                 return WanTransformer3DModel.from_config(dict(config))
+            if component == "vace":
+                return Vace(**cls.component_config("vace", config, {}))
             if component == "vae":
                 from diffusers import AutoencoderKLWan
 
@@ -102,6 +129,15 @@ class Wan(LibraryFamily):
             return t5.without_second_name(UMT5EncoderModel(UMT5Config(**config)))
 
     @classmethod
+    def component_config(cls, component: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        """See `LibraryFamily.component_config`. VACE's own part from diffusers' configuration of the whole, too."""
+        if component != "vace":
+            return super().component_config(component, config, options)
+        names = inspect.signature(Vace).parameters
+        counted = {"num_vace_blocks": len(config["vace_layers"])} if config.get("vace_layers") else {}
+        return {name: value for name, value in {**counted, **config}.items() if name in names}
+
+    @classmethod
     def load_tokenizer(cls, key: str, path: Path | None) -> Any:
         """umt5's tokenizer, exactly as its tokenizer.json says."""
         if path is None or not (path / "tokenizer.json").is_file():
@@ -111,7 +147,7 @@ class Wan(LibraryFamily):
     @classmethod
     def memory_key(cls, component: str, key: str) -> str | None:
         """See `ModelFamily.memory_key`. Of CLIP's file only the images' half is loaded."""
-        if component == "dit":
+        if component in ("dit", "vace"):
             key = key.removeprefix("model.diffusion_model.")
         elif component == "text_encoder" and key == t5.SECOND_NAME:
             return t5.EMBEDDING
@@ -126,7 +162,8 @@ class Wan(LibraryFamily):
     @classmethod
     def memory_tensors(cls, component: str, key: str, tensor: Tensor) -> dict[str, Tensor]:
         """See `ModelFamily.memory_tensors`. The first release's CLIP has its embeddings with axes of size 1."""
-        prefix = {"dit": "model.diffusion_model.", "vae": "model.", "image_encoder": "model."}.get(component, "")
+        whole = "model.diffusion_model."
+        prefix = {"dit": whole, "vace": whole, "vae": "model.", "image_encoder": "model."}.get(component, "")
         tensors = super().memory_tensors(component, key.removeprefix(prefix), tensor)
         if component == "image_encoder" and key.endswith(("visual.cls_embedding", "visual.pos_embedding")):
             return {
@@ -193,11 +230,13 @@ class Wan(LibraryFamily):
         return bool(self.component("vae").config.z_dim == 48)
 
     def encode_extra(self, extra: Mapping[str, Any], *, pixels: Tensor) -> dict[str, Tensor]:
-        """The first and, where given, the last frame.
+        """The first and, where given, the last frame, or VACE's clip, mask and picture.
 
         `image_latents` [b, 4 + c, f, h, w] and, with CLIP, `image_embeds` [b, images, 257, 1280]; in TI2V-5B the first
-        latent frame.
+        latent frame; for VACE its control and, with a picture, that one's latents as a REFERENCE.
         """
+        if _is_vace(list(extra)):
+            return self._encode_control(extra, pixels=pixels)
         if "input_image" not in extra:
             raise ModelError('[model] extra_inputs: "end_image" needs "input_image" beside it')
         height, width = pixels.shape[2:4]
@@ -214,6 +253,26 @@ class Wan(LibraryFamily):
             embeds = [self._image_embeds(image) for image in (first, last) if image is not None]
             conditions["image_embeds"] = torch.stack(embeds, dim=1)
         return conditions
+
+    def _encode_control(self, extra: Mapping[str, Any], *, pixels: Tensor) -> dict[str, Tensor]:
+        """Without a clip a grey one; without a mask all of it is made anew."""
+        if others := [name for name in extra if not _is_vace([name])]:
+            raise ModelError(
+                f"[model] extra_inputs: VACE takes no {', '.join(others)}; give it the clip's frames as {VACE_CLIP}"
+            )
+        given = {
+            name: _as_floats(extra_clip(extra, name, like=pixels).to(self.device)) for name in self.clip_inputs if name in extra
+        }
+        clip = given.get(VACE_CLIP, torch.zeros(1, device=self.device))
+        mask = (given[VACE_MASK] + 1) / 2 if VACE_MASK in given else torch.ones(1, device=self.device)
+        shape = (len(pixels), 3, *pixels.shape[1:4])
+        inactive, reactive = (self._encode_video(part.expand(shape)) for part in (clip * (1 - mask), clip * mask))
+        reference = None
+        if VACE_REFERENCE in extra:
+            picture = extra_image(extra, VACE_REFERENCE, height=shape[3], width=shape[4])
+            reference = self._encode_video(_as_floats(picture.to(self.device)))
+        control = join_control(inactive, reactive, fold_mask(mask.expand(shape)[:, 0]), reference)
+        return {VACE_CONTROL: control} | ({} if reference is None else {REFERENCE: reference})
 
     def _image_latents(self, first: Tensor, last: Tensor | None, *, num_frames: int) -> Tensor:
         """[b, 4 + 16, f, h, w]: which frames are given (1), 4 to a latent frame, and the clip with the others grey."""
@@ -246,7 +305,14 @@ class Wan(LibraryFamily):
         latents = self.blank_latents(shape)
         text = torch.zeros(shape.num_samples, min(shape.text_tokens, TEXT_TOKENS), config.text_dim, dtype=self.dtype)
         conditions = {"prompt_embeds": text}
-        if extra_inputs and self._is_ti2v():
+        if _is_vace(extra_inputs):
+            frame = latents[:, :, :1]
+            reference = frame if VACE_REFERENCE in extra_inputs else None
+            mask = latents.new_zeros(len(latents), MASK_PIXELS**2, *latents.shape[2:])
+            conditions[VACE_CONTROL] = join_control(latents, latents, mask, reference)
+            if reference is not None:
+                conditions[REFERENCE] = reference
+        elif extra_inputs and self._is_ti2v():
             conditions[FIRST_FRAME] = torch.zeros_like(latents[:, :, :1])
         elif extra_inputs:
             added = config.in_channels - config.out_channels
@@ -270,14 +336,26 @@ class Wan(LibraryFamily):
             timesteps = frames.repeat_interleave(height * width // PATCH**2, dim=1)
         text = conditions["prompt_embeds"].to(self.dtype)
         text = padded(text, TEXT_TOKENS)
-        output: Tensor = dit(
-            hidden_states=hidden,
-            timestep=timesteps,
-            encoder_hidden_states=text,
-            encoder_hidden_states_image=self._image_tokens(dit, conditions),
-            return_dict=False,
-        )[0]
+        with self._control(dit, conditions):
+            output: Tensor = dit(
+                hidden_states=hidden,
+                timestep=timesteps,
+                encoder_hidden_states=text,
+                encoder_hidden_states_image=self._image_tokens(dit, conditions),
+                return_dict=False,
+            )[0]
         return output
+
+    def _control(self, dit: Any, conditions: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """VACE's blocks run beside the DiT's inside."""
+        if VACE_CONTROL in conditions:
+            return controlled(dit, self.component("vace"), conditions[VACE_CONTROL].to(self.dtype))
+        if "vace" in self.components:
+            wanted = ", ".join(name for name in self.extra_inputs if _is_vace([name]))
+            raise ModelError(
+                f"this Wan is VACE, and got none of {wanted}; name the columns that there are in [model] extra_inputs"
+            )
+        return nullcontext()
 
     def _check_inputs(self, dit: Any, channels: int, conditions: Mapping[str, Tensor]) -> None:
         if channels != dit.config.in_channels:
@@ -302,20 +380,30 @@ class Wan(LibraryFamily):
         return embeds.flatten(0, 1)
 
     def sample(self, request: SampleRequest) -> Frames:
-        """See `ModelFamily.sample`; with a first (and a last) frame by the image-to-video pipeline."""
-        from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
+        """See `ModelFamily.sample`; by the image-to-video pipeline where there is a first frame, by VACE's with a reference."""
+        from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline, WanVACEPipeline
 
-        parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "expand_timesteps": self._is_ti2v()}
+        transformer: Any = self.component("dit")
+        is_vace = "vace" in self.components
+        parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None}
+        if is_vace:
+            transformer = JoinedTransformer(transformer, self.component("vace"))
+        else:
+            parts["expand_timesteps"] = self._is_ti2v()
         texts = [request.prompt, ""] if request.is_guided else [request.prompt]
         embeds = [padded(self.encode_text([text])["prompt_embeds"], TEXT_TOKENS) for text in texts]
         arguments: dict[str, Any] = {"prompt_embeds": embeds[0], "num_frames": request.num_frames}
         if request.is_guided:
             arguments["negative_prompt_embeds"] = embeds[1]
-        arguments |= dict(zip(("image", "last_image"), request.inputs, strict=False))
+        if is_vace:
+            arguments["reference_images"] = list(request.inputs)
+        else:
+            arguments |= dict(zip(("image", "last_image"), request.inputs, strict=False))
+        without = WanImageToVideoPipeline if request.inputs else WanPipeline
         pipeline = build_pipeline(
-            WanImageToVideoPipeline if request.inputs else WanPipeline,
+            WanVACEPipeline if is_vace else without,
             device=self.device,
-            transformer=self.component("dit"),
+            transformer=transformer,
             vae=self.component("vae"),
             scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
             **parts,
@@ -332,9 +420,15 @@ class Wan(LibraryFamily):
         module = self.component(component)
         if component == "dit":
             return list(module.blocks)
+        if component == "vace":
+            return list(module.vace_blocks)
         if component == "text_encoder":
             return list(module.encoder.block)
         return list(module.encoder.layers) if component == "image_encoder" else []
+
+
+def _is_vace(extra_inputs: Sequence[str]) -> bool:
+    return any(name in (VACE_CLIP, VACE_MASK, VACE_REFERENCE) for name in extra_inputs)
 
 
 def _as_floats(pixels: Tensor) -> Tensor:

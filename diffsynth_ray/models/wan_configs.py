@@ -26,7 +26,6 @@ LATENTS_22: dict[str, list[float]] = {
 
 # Variants that change the transformer itself, by layers that only they have.
 _OTHER_VARIANTS = {
-    "vace_": "VACE",
     "control_adapter.": "Fun-Control-Camera",
     "ref_conv.": "Fun-Control (with a reference image)",
     "face_adapter.": "Animate",
@@ -48,6 +47,10 @@ TINY_DIT: dict[str, Any] = {
     "num_layers": 2,
 }
 TINY_IMAGE_DIT = TINY_DIT | {"in_channels": 36, "image_dim": 32, "added_kv_proj_dim": 64}
+TINY_VACE_DIT = TINY_DIT | {"num_layers": 4}
+TINY_VACE: dict[str, Any] = {key: TINY_DIT[key] for key in ("num_attention_heads", "attention_head_dim", "ffn_dim")} | {
+    "num_vace_blocks": 2
+}
 TINY_VAE: dict[str, Any] = {"base_dim": 4, "z_dim": 16}
 TINY_TEXT_ENCODER = t5.TINY
 TINY_IMAGE_ENCODER: dict[str, Any] = {
@@ -66,7 +69,7 @@ def _infer_dit(shapes: Shapes) -> dict[str, Any]:
         if any(key.startswith(prefix) for key in shapes):
             raise ModelError(
                 f"wan dit: these are the weights of {variant}, which this version does not train; it trains text to "
-                "video, image to video (also InP) and TI2V-5B"
+                "video, image to video (also InP), TI2V-5B and VACE"
             )
     inner, in_channels = shapes["patch_embedding.weight"][:2]
     out_channels = shapes["proj_out.weight"][0] // 4
@@ -90,6 +93,23 @@ def _infer_dit(shapes: Shapes) -> dict[str, Any]:
         "image_dim": image_norm[0] if image_norm else None,
         "added_kv_proj_dim": inner if image_norm else None,
         "pos_embed_seq_len": positions[1] if positions else None,
+    }
+
+
+def _infer_vace(shapes: Shapes) -> dict[str, Any]:
+    inner, in_channels = shapes["vace_patch_embedding.weight"][:2]
+    if in_channels != 96:
+        raise ModelError(
+            f"wan vace: {in_channels} input channels; this version trains VACE of Wan2.1 and of Wan2.2-A14B, which have 96 "
+            "(two clips' latents and a mask)"
+        )
+    head_dim = _head_dim(inner)
+    return {
+        "num_attention_heads": inner // head_dim,
+        "attention_head_dim": head_dim,
+        "ffn_dim": shapes["vace_blocks.0.ffn.net.0.proj.weight"][0],
+        "vace_in_channels": in_channels,
+        "num_vace_blocks": count_blocks(shapes, "vace_blocks."),
     }
 
 
@@ -137,6 +157,7 @@ def _infer_image_encoder(shapes: Shapes) -> dict[str, Any]:
 
 INFER: dict[str, InferConfig] = {
     "dit": _infer_dit,
+    "vace": _infer_vace,
     "vae": _infer_vae,
     "text_encoder": t5.infer_config,
     "image_encoder": _infer_image_encoder,

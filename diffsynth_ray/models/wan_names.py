@@ -8,6 +8,18 @@ from diffsynth_ray.models.layer_names import LayerNames, NameTable
 
 _ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
 
+_BLOCK = {
+    **{f"self_attn.{name}": f"attn1.{inner}" for name, inner in _ATTENTION.items()},
+    **{f"cross_attn.{name}": f"attn2.{inner}" for name, inner in _ATTENTION.items()},
+    "cross_attn.k_img": "attn2.add_k_proj",
+    "cross_attn.v_img": "attn2.add_v_proj",
+    "cross_attn.norm_k_img": "attn2.norm_added_k",
+    "norm3": "norm2",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    "modulation": "scale_shift_table",
+}
+
 DIT = NameTable(
     {
         "patch_embedding": "patch_embedding",
@@ -21,17 +33,16 @@ DIT = NameTable(
         "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
         "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
         "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
-        **{f"blocks.{{}}.self_attn.{name}": f"blocks.{{}}.attn1.{inner}" for name, inner in _ATTENTION.items()},
-        **{f"blocks.{{}}.cross_attn.{name}": f"blocks.{{}}.attn2.{inner}" for name, inner in _ATTENTION.items()},
-        "blocks.{}.cross_attn.k_img": "blocks.{}.attn2.add_k_proj",
-        "blocks.{}.cross_attn.v_img": "blocks.{}.attn2.add_v_proj",
-        "blocks.{}.cross_attn.norm_k_img": "blocks.{}.attn2.norm_added_k",
-        "blocks.{}.norm3": "blocks.{}.norm2",
-        "blocks.{}.ffn.0": "blocks.{}.ffn.net.0.proj",
-        "blocks.{}.ffn.2": "blocks.{}.ffn.net.2",
-        "blocks.{}.modulation": "blocks.{}.scale_shift_table",
+        **{f"blocks.{{}}.{name}": f"blocks.{{}}.{inner}" for name, inner in _BLOCK.items()},
         "head.head": "proj_out",
         "head.modulation": "scale_shift_table",
+    }
+)
+
+VACE = NameTable(
+    {
+        f"vace_blocks.{{}}.{name}": f"vace_blocks.{{}}.{inner}"
+        for name, inner in {**_BLOCK, "before_proj": "proj_in", "after_proj": "proj_out"}.items()
     }
 )
 
@@ -119,6 +130,7 @@ VAE_22 = NameTable(_joined(_around_the_blocks(), _blocks_22()))
 
 NAMES: dict[str, LayerNames] = {
     "dit": LayerNames(DIT, DIT),
+    "vace": LayerNames(VACE, VACE),
     "text_encoder": LayerNames(TEXT_ENCODER, TEXT_ENCODER),
     "image_encoder": LayerNames(IMAGE_ENCODER, IMAGE_ENCODER),
     # To read, each of the two takes the names that the other does not know; to write, `Wan` picks one.

@@ -119,9 +119,10 @@ def load_components(
             family, component = detect_component(shapes, family=family)
         except ModelError as error:
             raise ModelError(f"{_names(paths)}: {error}") from error
-        if component in found:
-            raise ModelError(f"component {component} is given twice: {_names(found[component].paths)} and {_names(paths)}")
-        found[component] = ComponentFiles(_find_config(family, component, paths, shapes), paths, shapes)
+        for name, own in layouts.parts_of(shapes, get_family(family).key_layouts, component).items():
+            if name in found:
+                raise ModelError(f"component {name} is given twice: {_names(found[name].paths)} and {_names(paths)}")
+            found[name] = ComponentFiles(_find_config(family, name, paths, own), paths, own)
     if family is None:
         raise ModelError("[model] paths names no weights")
     return family, found

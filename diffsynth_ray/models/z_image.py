@@ -37,10 +37,8 @@ class ZImage(LibraryFamily):
     image_components = ("vae",)
     predict_components = ("dit",)
     size_multiple = image_vae.VAE_FACTOR * PATCH
-    depth_keys: ClassVar[dict[str, str]] = {
-        "layers": "n_layers",
-        "noise_refiner": "n_refiner_layers",
-        "context_refiner": "n_refiner_layers",
+    depth_keys: ClassVar[dict[str, dict[str, str]]] = {
+        "dit": {"layers": "n_layers", "noise_refiner": "n_refiner_layers", "context_refiner": "n_refiner_layers"}
     }
     names: ClassVar[dict[str, LayerNames]] = {"vae": image_vae.NAMES}
     infer_functions: ClassVar[dict[str, InferConfig]] = configs.INFER

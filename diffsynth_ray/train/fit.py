@@ -96,10 +96,9 @@ def advise(job: Job, cost: ModelCost, device: Device | None, spread: Spread, fou
         setting = f"dataset.max_pixels = {job.dataset.max_pixels // 2} (smaller pictures, a new run)"
         saved.append(((kept + working) // 2, setting))
     if not job.model.fp8_models:
-        named = {name: other.weights for name, other in cost.others.items() if other.weights.frozen_linear_bytes}
-        if job.lora.base_model is not None:
-            named[job.lora.base_model] = cost.weights
-        linear = sum(weights.frozen_linear_bytes for weights in named.values())
+        named = [name for name, other in cost.others.items() if other.weights.frozen_linear_bytes]
+        named += [name for name in cost.traced if name not in job.training.trainable_models]
+        linear = sum(weights.frozen_linear_bytes for weights in (cost.weights, *(o.weights for o in cost.others.values())))
         if not job.offload.cpu_offload:
             setting = f"model.fp8_models = [{', '.join(repr(name) for name in named)}] (a new run)"
             saved.append((linear // 2, setting.replace("'", '"')))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diffsynth_ray.data.samples import Extra
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.memory.timing import DeviceTimer
-from diffsynth_ray.models.family import FIRST_FRAME, MASK_SUFFIX, EncodedBatch, ModelFamily, padded
+from diffsynth_ray.models.family import FIRST_FRAME, MASK_SUFFIX, REFERENCE, EncodedBatch, ModelFamily, padded
 from diffsynth_ray.models.flow_matching import FlowMatchingTable, flow_matching_table, make_targets, per_sample_loss
 
 
@@ -84,11 +84,13 @@ class TrainGraph(nn.Module):
         """The encoders' part of the steps."""
         self.text_is_trained = any(name in trained for name in family.text_components)
         self.image_is_trained = any(name in trained for name in family.image_components)
+        self.has_reference = any(name in family.reference_inputs for name in extra_inputs)
+        """Whether a picture is put before each clip's own frames."""
 
     def encode(self, batch: AnyBatch) -> EncodedBatch:
-        """Decoded samples -> encoded ones; what is encoded already stays as it is."""
+        """Decoded samples -> encoded ones, with their reference where they have one."""
         if isinstance(batch, EncodedBatch):
-            return batch
+            return batch.with_reference()
         if isinstance(batch, HalfEncodedBatch):
             latents = self._encode_image(batch.images) if batch.has_pixels else batch.images
             conditions = batch.texts if isinstance(batch.texts, dict) else self._encode_text(batch.texts)
@@ -99,12 +101,25 @@ class TrainGraph(nn.Module):
                 conditions = self.family.encode_conditions(
                     batch.prompts, pixels=pixels, extra=extra_inputs(batch.extra, pixels, self.extra_inputs)
                 )
-        return EncodedBatch(latents=latents, conditions=conditions, sample_ids=batch.rows)
+        return EncodedBatch(latents=latents, conditions=conditions, sample_ids=batch.rows).with_reference()
+
+    def latents_shape(self, batch: AnyBatch) -> tuple[int, ...]:
+        """Of one sample, encoded or not: the shape of its noise."""
+        if isinstance(batch, EncodedBatch):
+            shape, added = batch.latents.shape[1:], REFERENCE in batch.conditions
+        elif isinstance(batch, HalfEncodedBatch) and not batch.has_pixels:
+            shape, added = batch.images.shape[1:], False
+        else:
+            pixels = batch.images if isinstance(batch, HalfEncodedBatch) else batch.pixels
+            _, num_frames, height, width, _ = pixels.shape
+            shape = torch.Size(self.family.latents_shape(height, width, num_frames))
+            added = self.has_reference
+        return (shape[0], shape[1] + 1, *shape[2:]) if added else tuple(shape)
 
     def encode_timed(self, batch: AnyBatch) -> EncodedBatch:
         """`encode`, whose time counts as the encoders' part of the step."""
         if isinstance(batch, EncodedBatch):
-            return batch
+            return batch.with_reference()
         with self.encoding.stretch():
             return self.encode(batch)
 
@@ -170,6 +185,6 @@ def extra_inputs(given: Mapping[str, tuple[Any, ...]], pixels: Tensor, names: Se
     return {name: given[name] if name in given else tuple((frames,) for frames in own[name]) for name in names}
 
 
-def probe_inputs(names: Sequence[str], pixels: np.ndarray) -> dict[str, tuple[Any, ...]]:
-    """Extra inputs for a batch that is only tried out: pictures of the samples' own size."""
-    return {name: tuple((one[:1],) for one in pixels) for name in names}
+def probe_inputs(family: ModelFamily, names: Sequence[str], pixels: np.ndarray) -> dict[str, tuple[Any, ...]]:
+    """Extra inputs for a batch that is only tried out: pictures of the samples' own size, or the samples themselves."""
+    return {name: tuple((one if name in family.clip_inputs else one[:1],) for one in pixels) for name in names}

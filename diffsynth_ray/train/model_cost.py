@@ -26,7 +26,7 @@ from diffsynth_ray.memory.peak import peak_bytes
 from diffsynth_ray.memory.placement import split_units
 from diffsynth_ray.models import sources
 from diffsynth_ray.models.family import BatchShape, ModelFamily, get_family
-from diffsynth_ray.models.full_size import released_component
+from diffsynth_ray.models.full_size import released_components
 from diffsynth_ray.models.library_family import LibraryFamily
 from diffsynth_ray.models.weights import load_components
 from diffsynth_ray.schedule import trained_components
@@ -86,9 +86,11 @@ class ModelCost:
 
     family: str
     shape: BatchShape
+    traced: tuple[str, ...]
+    """The components of a prediction; the trained one is among them."""
     blocks: tuple[BlockKind, ...]
     around: Component
-    """The trained component without its blocks."""
+    """The traced components without their blocks."""
     around_kept_bytes: int
     """Kept for backward by what is around the blocks."""
     others: dict[str, Component] = field(default_factory=dict)
@@ -96,7 +98,7 @@ class ModelCost:
 
     @property
     def weights(self) -> Weights:
-        """Of the component that is trained."""
+        """Of the traced components."""
         return sum((kind.weights * kind.count for kind in self.blocks), self.around.weights)
 
 
@@ -120,14 +122,15 @@ def find_configs(job: Job) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
         if found is not None and found.missing is None:
             entries.append(found.weights)
             continue
-        released = released_component(origin)
+        released = released_components(origin)
         if released is None:
             raise ModelError(
                 f"{origin} is not here, and its size is not known by its name", hint="`dsray download JOB.toml` fetches it"
             )
         families.add(released[0])
-        configs[released[1]] = released[2]
-        notes.append(f"{released[1]}: the released configuration of {origin.repo}; its files are not here yet")
+        configs |= released[1]
+        names = " and ".join(released[1])
+        notes.append(f"{names}: the released configuration of {origin.repo}; its files are not here yet")
     if entries:
         name, files = load_components(entries, family=model.family)
         families.add(name)
@@ -158,15 +161,16 @@ def measure_model(job: Job, shape: BatchShape, *, is_compiled: bool, say: Say) -
     if main not in configs:
         raise ModelError(f"[model] has no {main}, which is to be trained")
     dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
-    say(f"tracing a block of {name}'s {main} at {describe(shape)}")
-    traced = _Traced(family, job, main, configs[main], dtype)
+    parts = {part: configs[part] for part in family.predict_components if part in configs}
+    say(f"tracing a block of {name}'s {' and '.join(parts)} at {describe(shape)}")
+    traced = _Traced(family, job, parts, dtype)
     blocks, around_kept = traced.trace(shape, is_compiled=is_compiled)
     others = {
         component: _measure_other(family, job, component, config, shape, dtype)
         for component, config in configs.items()
-        if component != main and not job.split.enabled
+        if component not in parts and not job.split.enabled
     }
-    return ModelCost(name, shape, tuple(blocks), traced.around(), around_kept, others, tuple(notes))
+    return ModelCost(name, shape, tuple(parts), tuple(blocks), traced.around(), around_kept, others, tuple(notes))
 
 
 def describe(shape: BatchShape) -> str:
@@ -176,31 +180,37 @@ def describe(shape: BatchShape) -> str:
 
 
 class _Traced:
-    """The trained component with one block of each list, on fake weights."""
+    """The components of a prediction with one block of each list, on fake weights."""
 
-    def __init__(self, family: type[LibraryFamily], job: Job, name: str, config: Mapping[str, Any], dtype: torch.dtype) -> None:
-        self.job, self.name = job, name
-        config = family.component_config(name, config, job.model.options)
-        module = family.build_component(name, {**config, **dict.fromkeys(family.depth_keys.values(), 1)})
-        nn.Module.to(module, dtype)  # diffusers' own warns of what it would do better itself
-        defaults = inspect.signature(type(module).__init__).parameters
-        depth = {key: int(config[key] if key in config else defaults[key].default) for key in family.depth_keys.values()}
-        self.family = family({name: module}, dtype=dtype, device="cpu", options=job.model.options)
-        select_trained(self.family, job)
-        if name in job.model.fp8_models:
-            convert_to_fp8(self.family.repeated_blocks(name))
+    def __init__(
+        self, family: type[LibraryFamily], job: Job, configs: Mapping[str, Mapping[str, Any]], dtype: torch.dtype
+    ) -> None:
+        self.job = job
+        modules: dict[str, nn.Module] = {}
         self.counts: dict[nn.Module, int] = {}
-        for inner_name, inner in module.named_modules():
-            if isinstance(inner, nn.ModuleList) and inner_name in family.depth_keys:
-                self.counts |= dict.fromkeys(inner, depth[family.depth_keys[inner_name]])
-        self.module = module
+        for name, given in configs.items():
+            config = family.component_config(name, given, job.model.options)
+            keys = family.depth_keys.get(name, {})
+            module = family.build_component(name, {**config, **dict.fromkeys(keys.values(), 1)})
+            nn.Module.to(module, dtype)  # diffusers' own warns of what it would do better itself
+            defaults = inspect.signature(type(module).__init__).parameters
+            for list_name, key in keys.items():
+                depth = int(config[key] if key in config else defaults[key].default)
+                self.counts |= dict.fromkeys(module.get_submodule(list_name).children(), depth)
+            modules[name] = module
+        self.family = family(modules, dtype=dtype, device="cpu", options=job.model.options)
+        select_trained(self.family, job)
+        for name in modules:
+            if name in job.model.fp8_models:
+                convert_to_fp8(self.family.repeated_blocks(name))
+        self.module = nn.ModuleDict(modules)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def trace(self, shape: BatchShape, *, is_compiled: bool) -> tuple[list[BlockKind], int]:
         """The kinds of blocks in the order of the forward pass, and what is kept around them."""
         fake_weights(self.module, self.mode)
         calls: dict[nn.Module, tuple[Any, Any, Any]] = {}
-        for block in self.family.repeated_blocks(self.name):
+        for block in self._blocks():
             block.forward = _Recording(block, calls)
         around_kept = self._run(shape)
         kinds = []
@@ -229,7 +239,7 @@ class _Traced:
         """The forward pass around the blocks; returns what it keeps for backward."""
         family, job = self.family, self.job
         with self.mode:
-            batch = family.blank_batch(shape, extra_inputs=job.model.extra_inputs)
+            batch = family.blank_batch(shape, extra_inputs=job.model.extra_inputs).with_reference()
             times = torch.zeros(shape.num_samples)
 
             def forward() -> Tensor:
@@ -240,9 +250,11 @@ class _Traced:
         return sum(size for storage, size in saved.items() if storage not in known)
 
     def around(self) -> Component:
-        """The component without its blocks."""
-        blocks = self.family.repeated_blocks(self.name)
-        return _component(self.module, blocks, with_trained=self.job.offload.optimize_on_cpu)
+        """The components without their blocks."""
+        return _component(self.module, self._blocks(), with_trained=self.job.offload.optimize_on_cpu)
+
+    def _blocks(self) -> list[nn.Module]:
+        return [block for name in self.family.components for block in self.family.repeated_blocks(name)]
 
 
 class _Recording:

@@ -84,8 +84,10 @@ def split_parts(family: type[ModelFamily], job: Job, *, present: Collection[str]
         problems.append(Problem("split.enabled", message))
     if problems:
         raise JobFileError(f"job {job.name}", problems)
+    # What only some models of the family have is there where the extra inputs are those that it reads.
+    chosen = family.tiny_components(job.model.extra_inputs)
     train = {
-        *family.predict_components,
+        *(name for name in family.predict_components if name not in family.optional_components or name in chosen),
         *trained,
         *(() if text else family.text_components),
         *(() if image else family.image_components),

@@ -208,11 +208,13 @@ class Trainer:
 
     def _draw(self, micro: MicroInput, *, step: int) -> tuple[Tensor, Tensor]:
         """Noise [b, c, (f,) h, w] and timestep ids (in direct distillation: numbers of steps) [b] int64 of a micro batch."""
-        shape = self._latents_shape(micro.batch)
+        shape = self.graph.latents_shape(micro.batch)
         if isinstance(self.graph, DistillGraph):
             assert isinstance(micro.batch, SampleBatch)  # refused with split training
             runs = teacher_runs(micro.batch)
             noise = draw_noise(runs, shape, family=self.family)
+            if self.graph.has_reference:
+                noise = noise.roll(1, dims=2)  # DiffSynth-Studio's pipeline gives the reference the last frame's
             return noise, torch.tensor([run.num_inference_steps for run in runs])
         draws = [
             draw_noise_and_timestep(self.job.seed, step, index, shape=shape, id_range=self.id_range) for index in micro.indices
@@ -221,16 +223,6 @@ class Trainer:
         if self.family.device.type == "cuda":
             noise = noise.pin_memory().to(self.family.device, non_blocking=True)
         return noise, torch.tensor([timestep_id for _, timestep_id in draws])
-
-    def _latents_shape(self, batch: AnyBatch) -> tuple[int, ...]:
-        """Of one sample."""
-        if isinstance(batch, EncodedBatch):
-            return tuple(batch.latents.shape[1:])
-        if isinstance(batch, HalfEncodedBatch) and not batch.has_pixels:
-            return tuple(batch.images.shape[1:])
-        pixels = batch.images if isinstance(batch, HalfEncodedBatch) else batch.pixels
-        _, num_frames, height, width, _ = pixels.shape
-        return self.family.latents_shape(height, width, num_frames)
 
     @torch.no_grad()
     def encode(self, batch: SampleBatch) -> EncodedBatch:

@@ -119,8 +119,7 @@ class ValidationLoss:
         """One a quantile; weighted as in training."""
         trainer = self._trainer
         batch = self._decode(sample.micro_batch) if sample.kept is None else sample.kept.to(trainer.family.device)
-        size = (sample.micro_batch.height, sample.micro_batch.width, sample.micro_batch.num_frames)
-        shape = trainer.family.latents_shape(*size)
+        shape = trainer.graph.latents_shape(batch)
         losses = []
         for quantile, timestep_id in enumerate(quantile_ids(trainer.id_range)):
             noise = draw_validation_noise(trainer.job.validation.seed, sample.position, quantile, shape=shape)

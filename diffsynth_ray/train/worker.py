@@ -226,7 +226,7 @@ class _Worker:
         shape = (len(micro.rows), micro.num_frames, micro.height, micro.width, 3)
         pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         prompts = tuple(self.index.prompt(row) for row in micro.rows)
-        extra = probe_inputs(condition_columns(self.job), pixels)
+        extra = probe_inputs(self.trainer.family, condition_columns(self.job), pixels)
         if self.job.task == DIRECT_DISTILL:
             run = longest_run(self.index.metadata)
             extra |= {name: (value,) * len(micro.rows) for name, value in asdict(run).items()}

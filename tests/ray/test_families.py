@@ -78,6 +78,32 @@ def test_two_workers_distill_as_one_process(tmp_path, data, family, media, datas
     train_both_ways(tmp_path, 'task = "direct_distill"\n' + text.replace("tiny = true", f"tiny = true\n{columns}"))
 
 
+FULL = 'strategy = "deepspeed"\nzero_stage = 3'
+
+
+@pytest.mark.parametrize("strategy", ['strategy = "ddp"', FULL], ids=["a LoRA", "in full under ZeRO-3"])
+def test_two_workers_train_vace_as_one_process(tmp_path, data, photos, strategy):
+    metadata = data["video"] / "metadata.csv"
+    with metadata.open() as file:
+        rows = list(csv.DictReader(file))
+    shutil.copy(photos / "coffee.jpg", data["video"])
+    with metadata.open("w") as file:
+        writer = csv.DictWriter(file, [*rows[0], "vace_video", "vace_reference_image"])
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(row | {"vace_video": row["video"], "vace_reference_image": "coffee.jpg"})
+    columns = '["vace_video", "vace_reference_image"]'
+    dataset = 'num_frames = 5\ndata_file_keys = ["video", "vace_video", "vace_reference_image"]'
+    text = JOB.format(data=data["video"], dataset=dataset, family="wan", output=tmp_path / "out")
+    text = text.replace("tiny = true", f"tiny = true\nextra_inputs = {columns}")
+    text = text.replace("num_workers = 2", f"num_workers = 2\n{strategy}")
+    if strategy == FULL:
+        text = text.replace('[lora]\nbase_model = "dit"\nrank = 4\n[training]', '[training]\ntrainable_models = ["vace"]')
+    else:
+        text = text.replace('"dit"', '"vace"')
+    train_both_ways(tmp_path, text)
+
+
 def train_both_ways(tmp_path, text):
     path = tmp_path / "job.toml"
     path.write_text(text)

@@ -97,6 +97,21 @@ def test_components_and_columns_that_the_family_does_not_have(run, script):
     assert "vace_video" in err
 
 
+def test_a_vace_script_is_taken(run, script):
+    script.write_text(
+        "accelerate launch examples/wanvideo/model_training/train.py --dataset_base_path data "
+        '--dataset_metadata_path data/m.csv --data_file_keys "video,vace_video,vace_reference_image" --height 480 --width 832 '
+        '--model_id_with_origin_paths "Wan-AI/Wan2.1-VACE-1.3B:diffusion_pytorch_model*.safetensors,'
+        'Wan-AI/Wan2.1-VACE-1.3B:Wan2.1_VAE.pth" --remove_prefix_in_ckpt "pipe.vace." --lora_base_model vace --lora_rank 32 '
+        '--lora_target_modules "q,k,v,o,ffn.0,ffn.2" --extra_inputs "vace_video,vace_reference_image" --output_path out\n'
+    )
+    code, _, err = run(script, "-o", "job.toml")
+    assert code == ExitCode.DONE, err
+    job = load_job("job.toml")
+    assert (job.lora.base_model, job.model.extra_inputs) == ("vace", ["vace_video", "vace_reference_image"])
+    assert job.dataset.data_file_keys == ["video", "vace_video", "vace_reference_image"]
+
+
 def test_json_is_one_object(run, script):
     code, out, _ = run(SCRIPTS / "orphans.sh", "-o", "jobs", "--json")
     shown = json.loads(out)

@@ -487,6 +487,10 @@ def test_samples_and_what_the_model_takes() -> None:
     assert "2 files for 3 prompts" in problems_of(build_job(validation=two, **edit))["validation.inputs"]
     job = build_job(validation={"prompts": ["a", "b"], "inputs": ["a.png"]}, **edit)
     assert resolve(job, BOX).job.validation.inputs == [str(Path.cwd() / "a.png")]
+    clip = build_job(validation={"prompts": ["a"], "inputs": ["a.png"]}, model={"extra_inputs": ["vace_video"]})
+    assert "vace_video takes a clip" in problems_of(clip)["validation.prompts"]
+    reference = build_job(validation={"prompts": ["a"], "inputs": ["a.png"]}, model={"extra_inputs": ["vace_reference_image"]})
+    assert resolve(reference, BOX).job.validation.prompts == ["a"]
     zero = {"distributed": {"strategy": "deepspeed", "zero_stage": 3}}
     assert "zero_stage = 2" in problems_of(build_job(validation={"prompts": ["a"]}, **zero))["validation.prompts"]
 

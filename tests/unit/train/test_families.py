@@ -19,6 +19,7 @@ torch.set_num_threads(1)
 CASES = {
     "wan": ("wan", []),
     "wan, image to video": ("wan", ["input_image"]),
+    "wan, vace": ("wan", ["vace_video", "vace_reference_image"]),
     "flux": ("flux", []),
     "flux, kontext": ("flux", ["kontext_images"]),
     "z_image": ("z_image", []),
@@ -40,7 +41,7 @@ def build_trainer(case, *, checkpointing):
             "name": "test",
             "model": {"family": family_name, "tiny": True, "extra_inputs": extra_inputs},
             "training": {"precision": "fp32", "learning_rate": 1e-3},
-            "lora": {"base_model": "dit", "rank": 4},
+            "lora": {"base_model": trained_in(case), "rank": 4},
             "gradient": {"checkpointing": checkpointing},
             "output": {"formats": list(LORA_FORMATS)},
         }
@@ -53,10 +54,14 @@ def build_trainer(case, *, checkpointing):
     return trainer
 
 
+def trained_in(case):
+    return "vace" if case == "wan, vace" else "dit"
+
+
 def micro(family, extra_inputs):
     num_frames = 1 if family.clip_step is None else 5
     pixels = np.random.default_rng(0).integers(0, 256, (2, num_frames, 32, 32, 3), dtype=np.uint8)
-    extra = probe_inputs(extra_inputs, pixels)
+    extra = probe_inputs(family, extra_inputs, pixels)
     return MicroInput(SampleBatch(pixels, ("a cat", "a rocket on its launch pad"), (0, 1), extra), (0, 1))
 
 
@@ -81,10 +86,11 @@ def test_a_step_with_blocks_recomputed_is_one_without(case, tmp_path):
 
     family, masters = trainer.family, trainer.strategy.full_masters()
     paths = export_weights(family, trainer.job, masters=masters, output_dir=tmp_path, stem="step-2")
-    state = lora_state_dict(family.component("dit"))
+    component = trained_in(case)
+    state = lora_state_dict(family.component(component))
     for path, target in zip(paths, LORA_FORMATS, strict=True):
         fresh = build_trainer(case, checkpointing=True).family
-        load_lora(fresh.component("dit"), path, names=fresh.layer_names("dit"))
-        loaded = lora_state_dict(fresh.component("dit"))
+        load_lora(fresh.component(component), path, names=fresh.layer_names(component))
+        loaded = lora_state_dict(fresh.component(component))
         assert all(torch.equal(loaded[key], state[key]) for key in state), target
     assert any("lora_A.default.weight" in key for key in load_file(paths[0]))

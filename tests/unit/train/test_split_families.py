@@ -22,17 +22,25 @@ CASES = {
     "wan": ("wan", [], PLAIN, "encoded 2 texts and 2 images, "),
     "wan, own first frame": ("wan", ["input_image"], EXTRA, "encoded 2 texts, 2 images and 2 extra inputs, "),
     "wan, a column's frame": ("wan", ["input_image"], EXTRA, "encoded 2 texts, 2 images and 2 extra inputs, "),
+    "vace": (
+        "wan",
+        ["vace_video", "vace_reference_image"],
+        EXTRA,
+        "encoded 2 texts, 2 images and 2 extra inputs, ",
+    ),
     "edit": ("qwen_image", ["edit_image"], ("image", "extra"), "encoded 0 texts, 2 images and 2 extra inputs, "),
     "kontext": ("flux", ["kontext_images"], EXTRA, "encoded 2 texts, 2 images and 2 extra inputs, "),
     "flux2": ("flux2", [], PLAIN, "encoded 2 texts and 2 images, "),
     "flux2, edit": ("flux2", ["edit_image"], EXTRA, "encoded 2 texts, 2 images and 2 extra inputs, "),
 }
 COLUMNS = {
-    "wan, a column's frame": "input_image",
-    "edit": "edit_image",
-    "kontext": "kontext_images",
-    "flux2, edit": "edit_image",
+    "wan, a column's frame": {"input_image": ("coffee.jpg", "cat.jpg")},
+    "vace": {"vace_video": ("rocket.gif", "cat.gif"), "vace_reference_image": ("coffee.jpg", "cat.jpg")},
+    "edit": {"edit_image": ("coffee.jpg", "cat.jpg")},
+    "kontext": {"kontext_images": ("coffee.jpg", "cat.jpg")},
+    "flux2, edit": {"edit_image": ("coffee.jpg", "cat.jpg")},
 }
+"""By case: column -> its files."""
 
 
 @pytest.fixture
@@ -42,26 +50,26 @@ def stage(tmp_path, photos, monkeypatch):
 
 
 def write_rows(stage, case, *, captions=("a cat", "a rocket on its launch pad")):
-    """Two clips (or pictures) of one size, and a picture each where the case has a column for it."""
+    """Two clips (or pictures) of one size, and what the case has columns for."""
     family = get_family(CASES[case][0])
     names = ["cat.gif", "rocket.gif"] if family.clip_step is not None else ["cat.jpg", "rocket.jpg"]
     for name in names:
         frames = [Image.effect_noise((32, 32), 10 * n + len(name)).convert("RGB") for n in range(5)]
         if not (stage.photos / name).exists() and name.endswith(".gif"):
             frames[0].save(stage.photos / name, save_all=True, append_images=frames[1:])
-    column = COLUMNS.get(case)
+    columns = COLUMNS.get(case, {})
     with (stage.photos / "metadata.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["image", "prompt", *([column] if column else [])])
-        writer.writerow([names[0], captions[0], *(["coffee.jpg"] if column else [])])
-        writer.writerow([names[1], captions[1], *(["cat.jpg"] if column else [])])
+        writer.writerow(["image", "prompt", *columns])
+        for number in range(2):
+            writer.writerow([names[number], captions[number], *(files[number] for files in columns.values())])
 
 
 def job_of(stage, case, **sections):
     family, extra_inputs, _, _ = CASES[case]
-    columns = ["image", *([COLUMNS[case]] if case in COLUMNS else [])]
+    columns = ["image", *COLUMNS.get(case, {})]
     given = {
-        "lora": {"base_model": "dit", "rank": 4},
+        "lora": {"base_model": "vace" if case == "vace" else "dit", "rank": 4},
         "model": {"family": family, "tiny": True, "extra_inputs": extra_inputs},
         "dataset": {"height": 32, "width": 32, "batch_size": 2, "data_file_keys": columns, "num_frames": 5},
     }
@@ -140,6 +148,9 @@ def test_extra_inputs_need_frozen_encoders(stage):
     job = job_of(stage, "edit", training={"trainable_models": ["text_encoder"]}).job
     with pytest.raises(JobFileError, match=r"text_encoder is trained: with split\.enabled extra inputs need frozen encoders"):
         split_parts(get_family("qwen_image"), job)
+    vace = job_of(stage, "vace", lora={"base_model": "dit", "rank": 4}).job
+    assert split_parts(get_family("wan"), vace).train == ("dit", "vace")
     wan = job_of(stage, "wan, own first frame").job
+    assert split_parts(get_family("wan"), wan).train == ("dit",)
     assert split_parts(get_family("wan"), wan).extra == ("vae",)
     assert split_parts(get_family("wan"), wan, present=["vae", "image_encoder"]).extra == ("vae", "image_encoder")
