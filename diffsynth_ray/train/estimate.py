@@ -214,19 +214,18 @@ def _device_memory(job: Job, cost: ModelCost, spread: Spread) -> tuple[dict[str,
 
 def _held(job: Job, cost: ModelCost, spread: Spread) -> _Bytes:
     """Weights, masters, optimizer state and gradients, by strategy."""
-    all_weights = [cost.weights, *(other.weights for other in cost.others.values())]
-    frozen = sum(weights.frozen_bytes for weights in all_weights)
+    encoders = sum(other.weights.frozen_bytes for other in cost.others.values())
     trained, elements = cost.weights.trained_bytes, cost.weights.num_trained
     state = int(elements * state_bytes(job.training))
     has_masters = job.training.precision == "bf16" and job.training.master_weights
     wide = 4 * elements
-    static = {"frozen weights": frozen, "trained weights": trained}
+    static = {"frozen weights": cost.weights.frozen_bytes + encoders, "trained weights": trained}
     if job.offload.cpu_offload:
         static = _offloaded(job, cost)
     if job.offload.optimize_on_cpu:
         return _Bytes(static, 0, 0, 0)  # a block's gradients are among what its backward leaves, and go at once
     if job.distributed.strategy == "deepspeed":
-        return _zero(job, static, trained, elements, spread)
+        return _zero(job, static, trained, elements, spread, whole=encoders)
     static |= {"float32 masters": wide if has_masters else 0, "optimizer state": state}
     static["moving averages"] = wide if job.training.ema_decay is not None else 0
     if spread.num_workers > 1:
@@ -238,15 +237,21 @@ def _held(job: Job, cost: ModelCost, spread: Spread) -> _Bytes:
     return _Bytes(static, wide if spread.micro_steps > 1 else 0, narrow, wide + copied)
 
 
-def _zero(job: Job, static: dict[str, int], trained: int, elements: int, spread: Spread) -> _Bytes:
-    """DeepSpeed: float32 masters, two moments and gradients in equal parts; see `train.memory_report`."""
+def _zero(job: Job, static: dict[str, int], trained: int, elements: int, spread: Spread, *, whole: int) -> _Bytes:
+    """DeepSpeed: float32 masters, two moments and gradients in equal parts; see `train.memory_report`.
+
+    `whole`: bytes of the frozen weights that every worker has whole at stage 3 too, those of components without trained ones.
+    """
     distributed, workers = job.distributed, spread.num_workers
     share = -(-4 * elements // workers)
     on_device = 0 if distributed.offload_optimizer_device == "cpu" else share
     bucket = 2 * min(_BUCKET_ELEMENTS, elements)
     if distributed.zero_stage == 3:
-        parts = {name: -(-size // workers) for name, size in static.items()}
-        static = {name: 0 for name in parts} if distributed.offload_param_device == "cpu" else parts
+        shared = static | {"frozen weights": static["frozen weights"] - whole}
+        static = {
+            name: 0 if distributed.offload_param_device == "cpu" else -(-size // workers) for name, size in shared.items()
+        }
+        static["frozen weights"] += whole
     state = int(on_device / 4 * state_bytes(job.training))
     static = static | {"float32 masters": on_device, "optimizer state": state, "DeepSpeed's buckets": 2 * bucket}
     gradients = (share if distributed.zero_stage > 1 else 4 * elements) if on_device else min(trained, bucket)

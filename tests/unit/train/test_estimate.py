@@ -16,7 +16,7 @@ from diffsynth_ray.memory.graph_cost import storages
 from diffsynth_ray.models.family import BatchShape, get_family
 from diffsynth_ray.train import fit
 from diffsynth_ray.train.estimate import GIB, Spread, estimate
-from diffsynth_ray.train.model_cost import find_configs, measure_model
+from diffsynth_ray.train.model_cost import Weights, find_configs, measure_model
 from diffsynth_ray.train.trainer import select_trained
 
 torch.set_num_threads(1)
@@ -284,6 +284,13 @@ def test_strategies_share_out_what_they_share_out():
     assert sizes[2]["optimizer state"] == pytest.approx(ddp["optimizer state"] / 8, rel=0.01)
     assert sizes[2]["gradients"] < sizes[1]["gradients"]
     assert sizes[3]["frozen weights"] == pytest.approx(ddp["frozen weights"] / 8, rel=0.01)
+    # An encoder is not partitioned: every worker has it whole.
+    encoder = replace(cost.around, weights=Weights(frozen_bytes=16 * GIB))
+    third = build_job(distributed={"strategy": "deepspeed", "zero_stage": 3})
+    beside = estimate(
+        third, replace(cost, others={"text_encoder": encoder}), H100, spread=Spread(num_workers=8), is_compiled=False
+    )
+    assert beside.memory["frozen weights"] == sizes[3]["frozen weights"] + 16 * GIB
     away = build_job(distributed={"strategy": "deepspeed", "offload_optimizer_device": "cpu"})
     found = estimate(away, cost, H100, spread=Spread(num_workers=8, workers_on_node=8), is_compiled=True)
     assert "optimizer state" not in found.memory
