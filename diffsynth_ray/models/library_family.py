@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -214,14 +214,20 @@ class LibraryFamily(ModelFamily):
         return cls.layer_names(component).diffsynth.from_memory(layer).module + suffix
 
 
-def extra_image(extra: Mapping[str, Any], name: str, *, height: int, width: int) -> Tensor:
-    """The column's one picture a sample, uint8 [b, 1, height, width, 3], squeezed to this size where it has another."""
-    pictures = []
+def _only_files(extra: Mapping[str, Any], name: str, *, kind: str) -> Iterator[Tensor]:
+    """The column's one file a sample, [f, h, w, 3] each."""
     for files in extra[name]:
         if not isinstance(files, (tuple, list)) or len(files) != 1:
             got = f"{len(files)} files" if isinstance(files, (tuple, list)) else repr(files)
-            raise ModelError(f"model.extra_inputs: {name} takes one picture a sample, got {got}; see dataset.data_file_keys")
-        picture = torch.as_tensor(files[0])[0]
+            raise ModelError(f"model.extra_inputs: {name} takes one {kind} a sample, got {got}; see dataset.data_file_keys")
+        yield torch.as_tensor(files[0])
+
+
+def extra_image(extra: Mapping[str, Any], name: str, *, height: int, width: int) -> Tensor:
+    """The column's one picture a sample, uint8 [b, 1, height, width, 3], squeezed to this size where it has another."""
+    pictures = []
+    for file in _only_files(extra, name, kind="picture"):
+        picture = file[0]
         if picture.shape[:2] != (height, width):
             resized = Image.fromarray(picture.cpu().numpy()).resize((width, height))
             picture = torch.from_numpy(np.array(resized)).to(picture.device)
@@ -232,17 +238,14 @@ def extra_image(extra: Mapping[str, Any], name: str, *, height: int, width: int)
 def extra_clip(extra: Mapping[str, Any], name: str, *, like: Tensor) -> Tensor:
     """The column's one clip a sample, uint8 [b, F, H, W, 3], which must be as long and as large as the samples `like`."""
     clips = []
-    for files in extra[name]:
-        if not isinstance(files, (tuple, list)) or len(files) != 1:
-            got = f"{len(files)} files" if isinstance(files, (tuple, list)) else repr(files)
-            raise ModelError(f"model.extra_inputs: {name} takes one clip a sample, got {got}; see dataset.data_file_keys")
-        clips.append(torch.as_tensor(files[0]))
-        if clips[-1].shape != like.shape[1:]:
-            got, wanted = (f"{f} frames of {w}x{h}" for f, h, w, _ in (clips[-1].shape, like.shape[1:]))
+    for clip in _only_files(extra, name, kind="clip"):
+        if clip.shape != like.shape[1:]:
+            got, wanted = (f"{f} frames of {w}x{h}" for f, h, w, _ in (clip.shape, like.shape[1:]))
             raise ModelError(
                 f"model.extra_inputs: {name} must be like the clip that it belongs to, {wanted}, got {got}; give it a file of "
                 "the same length, and both the same proportions or dataset.height and dataset.width"
             )
+        clips.append(clip)
     return torch.stack(clips)
 
 
