@@ -1,20 +1,27 @@
-"""How training of Qwen-Image's DiT at its real size scales with the GPUs of one host, through `dsray run`.
+"""How training of Qwen-Image at its real size scales with the GPUs of one host, through `dsray run`.
 
-Writes random weights and a cache of random encodings of the real sizes (41 GB of disk), then trains with each method on 1, 2, 4
-... GPUs, the work of a GPU the same. Prints a JSON line a run and writes all of them to --output:
+Writes random weights and a cache of random encodings of the real sizes (41 GB of disk, 58 with the encoders), then trains with
+each method on 1, 2, 4 ... GPUs, the work of a GPU the same. Full training of 20.4 B parameters needs more than four GPUs:
+--full-layers trains a transformer of so many blocks instead. The last method encodes pictures on each GPU and then trains from
+the cache that it has filled. Prints a JSON line a run and writes all of them to --output:
 
-  samples_per_s   of all GPUs
-  efficiency      against the fewest GPUs that ran the method, per GPU
-  lost_share      share of a step beyond what one GPU takes for the same work: communication and waiting for each other
-  gpu_gib         most memory that rank 0's GPU gave out
-  host_gib        most memory of the run's processes, what they share counted once
+  samples_per_s        of all GPUs
+  efficiency           against the fewest GPUs that ran the method, per GPU
+  lost_share           share of a step beyond what one GPU takes for the same work
+  communication_share  share of a step that rank 0 has waited for the others
+  gpu_gib              most memory that rank 0's GPU gave out
+  host_gib             most memory of the run's processes, what they share counted once
+  encoded_per_s        (split) samples a second of stage one, once all encoders run
 
-usage: python tests/bench/scaling.py --folder FOLDER --output results.json [--gpus 1 2] [--only NAME ...] [--tiny]
+usage: python tests/bench/scaling.py --folder FOLDER --output results.json [--gpus 1 2] [--only NAME ...] [--full-layers N]
+       [--samples N] [--steps N] [--tiny]
 """
 
 import argparse
 import csv
 import json
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,12 +29,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from diffsynth_ray.data.cache import Cache, entry_key
 from diffsynth_ray.data.manifest import Manifest, ManifestRow, write_manifest
+from diffsynth_ray.models.full_size import RELEASED
 from diffsynth_ray.models.qwen_image import QwenImage
 from diffsynth_ray.models.qwen_image_configs import TINY
 from diffsynth_ray.train.split import tensor_bytes
@@ -36,20 +46,24 @@ SHARD_BYTES = 4 << 30
 TOKENS, SAMPLES = 256, 64
 LORA = ["lora.base_model=dit"]
 ZERO = ['training.trainable_models=["dit"]', "distributed.strategy=deepspeed"]
+SPLIT = "lora, split: encode, then train"
 METHODS: dict[str, list[str]] = {
     "lora, ddp": LORA,
     "lora, layer offload, one host copy": [*LORA, "offload.cpu_offload=true"],
     "full, zero 2": [*ZERO, "distributed.zero_stage=2"],
     "full, zero 3": [*ZERO, "distributed.zero_stage=3"],
     "full, zero 3, optimizer on the host": [*ZERO, "distributed.zero_stage=3", "distributed.offload_optimizer_device=cpu"],
+    SPLIT: LORA,
 }
 JOB = """
 name = "scaling"
 [dataset]
 repeat = 1000
+{data}
 [model]
 family = "qwen_image"
-paths = [{paths}]
+paths = {paths}
+{tokenizer}
 [split]
 enabled = true
 cache_path = "{cache}"
@@ -66,26 +80,29 @@ tensorboard = false
 """
 
 
-def write_weights(folder: Path, *, tiny: bool) -> list[Path]:
-    """Random weights of std 0.02 in shards, written once; config.json beside them."""
-    done = folder / "config.json"
+def write_weights(folder: Path, component: str, config: dict[str, Any]) -> list[Path]:
+    """Random weights of std 0.02 in shards, written once; what is around a transformer's blocks comes first, then they."""
+    done = folder / "written"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        config = TINY["dit"] if tiny else {}
-        module = QwenImage.build_component("dit", config)
-        shards: list[dict[str, torch.Size]] = [{}]
-        size = 0
-        for name, tensor in module.state_dict().items():
-            if size > SHARD_BYTES:
-                shards.append({})
-                size = 0
-            shards[-1][name] = tensor.shape
-            size += 2 * tensor.numel()
-        for number, shard in enumerate(shards, start=1):
-            tensors = {name: random_weight(shape) for name, shape in shard.items()}
-            save_file(tensors, folder / f"diffusion_pytorch_model-{number:05}-of-{len(shards):05}.safetensors")
-        done.write_text(json.dumps({"_class_name": "QwenImageTransformer2DModel", **dict(module.config)}))
+        module = QwenImage.build_component(component, config)
+        shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+        shards: dict[str, dict[str, torch.Size]] = {}
+        for name, shape in shapes.items():
+            shards.setdefault(shard_of(name), {})[name] = shape
+        for number, shard in enumerate(shards[key] for key in sorted(shards)):
+            save_file({name: random_weight(shape) for name, shape in shard.items()}, folder / f"{number:03}.safetensors")
+        if component != "dit":  # which is known by its tensors, whatever its number of blocks
+            names = dict.fromkeys(("_class_name", "model_type"), QwenImage.config_names[component])
+            (folder / "config.json").write_text(json.dumps({**config, **names}))
+        done.touch()
     return sorted(folder.glob("*.safetensors"))
+
+
+def shard_of(name: str) -> str:
+    """Each block of a transformer, or layer of an encoder, has a file of its own."""
+    found = re.search(r"(transformer_blocks|layers)\.(\d+)\.", name)
+    return f"{int(found[2]):03}" if found else ""
 
 
 def random_weight(shape: torch.Size) -> torch.Tensor:
@@ -107,6 +124,19 @@ def write_cache(path: Path, *, pixels: int, width: int, dtype: torch.dtype) -> N
     known = {"text": "bench", "image": "bench"}
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
     write_manifest(cache, Manifest(rows, family="qwen_image", dtype=precision, encoders=known, created=time.time()))
+
+
+def write_pictures(folder: Path, *, pixels: int, count: int) -> None:
+    """A data set of soft random pictures with prompts of about TOKENS words, written once."""
+    if folder.exists():
+        return
+    folder.mkdir(parents=True)
+    random, rows = np.random.default_rng(0), ["image,prompt"]
+    for n in range(count):
+        colors = Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+        colors.resize((pixels, pixels), Image.Resampling.BICUBIC).save(folder / f"{n}.jpg", quality=92)
+        rows.append(f"{n}.jpg,picture {n}" + " soft colors" * (TOKENS // 2))
+    (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
 
 
 class HostMemory:
@@ -145,6 +175,7 @@ def run(job: Path, output: Path, overrides: list[str], *, timeout_s: float) -> d
     with (output / "loss.csv").open() as file:
         rows = list(csv.DictReader(file))
     values = {key: [float(row["value"]) for row in rows if row["key"] == key] for key in {row["key"] for row in rows}}
+    encoded = output / "encode.json"
     return {
         # A window of steps that no longer knows the first ones, which compile.
         "step_s": values["step_s"][-1],
@@ -152,6 +183,9 @@ def run(job: Path, output: Path, overrides: list[str], *, timeout_s: float) -> d
         "gpu_gib": values.get("gpu_memory_gib", [0.0])[-1],
         "host_gib": memory.peak / 2**30,
         "last_loss": values["loss"][-1],
+        "communication_share": values.get("communication_s", [0.0])[-1] / values["step_s"][-1],
+        # A text and a picture count one each.
+        **({"encoded_per_s": json.loads(encoded.read_text())["per_s"] / 2} if encoded.exists() else {}),
     }
 
 
@@ -171,34 +205,52 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--gpus", type=int, nargs="*", default=[1, 2, 4, 8])
-    parser.add_argument("--only", nargs="*")
+    parser.add_argument("--only", nargs="*", choices=METHODS)
+    parser.add_argument("--full-layers", type=int, default=60)
+    parser.add_argument("--samples", type=int, default=192, help="pictures to encode for each GPU")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--timeout-s", type=float, default=900)
     parser.add_argument("--tiny", action="store_true", help="the tiny size on CPUs: to try this program out")
     options = parser.parse_args()
     folder = options.folder.absolute()
-    width = TINY["dit"]["joint_attention_dim"] if options.tiny else 3584
-    paths = write_weights(folder / "transformer", tiny=options.tiny)
+    configs = TINY if options.tiny else RELEASED["Qwen/Qwen-Image"][1]
     pixels, dtype = (64, torch.float32) if options.tiny else (1024, torch.bfloat16)
+    names = [name for name in METHODS if not options.only or name in options.only]
+    dit = write_weights(folder / "transformer", "dit", configs["dit"])
+    encoders = {}
+    if SPLIT in names:
+        encoders = {name: write_weights(folder / name, name, configs[name]) for name in ("text_encoder", "vae")}
+    width = configs["text_encoder"]["text_config"]["hidden_size"]
     write_cache(folder / "cache", pixels=pixels, width=width, dtype=dtype)
-    shards = ", ".join(json.dumps(str(path)) for path in paths)
-    job = folder / "job.toml"
-    output = folder / "run"
-    precision = "fp32" if options.tiny else "bf16"
-    job.write_text(
-        JOB.format(paths=f"[{shards}]", cache=folder / "cache", output=output, steps=options.steps, precision=precision)
-    )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     record: dict[str, Any] = {
-        "device": device, "torch": torch.__version__, "command": " ".join(sys.argv), "pixels": pixels, "methods": {},
+        "device": device, "torch": torch.__version__, "command": " ".join(sys.argv), "pixels": pixels,
+        "full_layers": options.full_layers, "methods": {},
     }  # fmt: skip
-    for name, overrides in METHODS.items():
-        if options.only and name not in options.only:
-            continue
+    job, output = folder / "job.toml", folder / "run"
+    for name in names:
         found = record["methods"][name] = {}
         for gpus in options.gpus:
-            both = [*overrides, f"distributed.num_workers={gpus}", f"dataset.global_batch_size={gpus}"]
-            found[gpus] = run(job, output, both, timeout_s=options.timeout_s)
+            overrides = [*METHODS[name], f"distributed.num_workers={gpus}", f"dataset.global_batch_size={gpus}"]
+            paths, data, cache = [dit], "", folder / "cache"
+            if name.startswith("full"):
+                paths = [dit[: options.full_layers + 1]]
+            if name == SPLIT:
+                base = folder / f"pictures-{gpus}"
+                paths, cache = [dit, *encoders.values()], folder / f"cache-{gpus}"
+                write_pictures(base, pixels=pixels, count=options.samples * gpus)
+                data = f'base_path = "{base}"\nmetadata_path = "{base}/metadata.csv"\nheight = {pixels}\nwidth = {pixels}'
+                shutil.rmtree(cache, ignore_errors=True)
+                overrides += [f"split.num_workers={gpus}"]
+            job.write_text(
+                JOB.format(
+                    paths=json.dumps([[str(path) for path in shards] for shards in paths]),
+                    tokenizer=f'tokenizer_path = "{QwenImage.tiny_tokenizers["tokenizer_path"]}"' if name == SPLIT else "",
+                    data=data, cache=cache, output=output, steps=options.steps,
+                    precision="fp32" if options.tiny else "bf16",
+                )
+            )  # fmt: skip
+            found[gpus] = run(job, output, overrides, timeout_s=options.timeout_s)
             compare(found)
             print(json.dumps({"method": name, "gpus": gpus, **found[gpus]}), flush=True)
             options.output.write_text(json.dumps(record, indent=1) + "\n")
