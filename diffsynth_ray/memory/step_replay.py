@@ -43,7 +43,7 @@ class StepReplay:
     """Losses of micro batches and the gradients of their sum, from graphs where there are any."""
 
     def __init__(self, losses: Losses, params: Sequence[nn.Parameter], *, say: Callable[[str], object]) -> None:
-        """`params`: those that the losses do not depend on get gradients of zero."""
+        """`params`: all of them get a gradient in every run."""
         self._losses, self._params, self._say = losses, params, say
         # One tensor behind all gradients: what is done with all of them is one kernel, or one message to other workers.
         self.flat = torch.zeros(sum(param.numel() for param in params), dtype=params[0].dtype, device=params[0].device)
@@ -80,7 +80,8 @@ class StepReplay:
             torch._foreach_copy_([*captured.inputs.values()], [given[name] for name in captured.inputs])
             captured.graph.replay()
             losses = captured.losses.clone()  # the next run writes over it
-            self._hand_out()
+        for param, gradient in zip(self._params, self._gradients, strict=True):
+            param.grad = gradient
         return losses
 
     def _comes_often(self, key: tuple[object, ...]) -> bool:
@@ -110,22 +111,21 @@ class StepReplay:
             self._turn_off("there is no memory for them beside other work")
 
     def _run(self, given: Mapping[str, Tensor]) -> Tensor:
-        # Added up where they stay, as they come: a second copy of all of them would be in memory at the end.
-        self.flat.zero_()
-        self._hand_out()
+        for param in self._params:
+            param.grad = None
         losses = self._losses(given)
         (losses.sum() * given["weight"]).backward()
+        found = [param.grad for param in self._params if param.grad is not None]
+        torch._foreach_copy_(self._gradients, found)  # refuses lists of unequal length
+        for param in self._params:
+            param.grad = None
         return losses.detach()
-
-    def _hand_out(self) -> None:
-        for param, gradient in zip(self._params, self._gradients, strict=True):
-            param.grad = gradient
 
     def _capture(self, key: tuple[object, ...], given: Mapping[str, Tensor]) -> None:
         """A graph of this set of shapes; nothing is computed yet."""
+        inputs = self.with_room(lambda: {name: tensor.clone() for name, tensor in given.items() if tensor.is_cuda})
         if not self._graphs:
             self._pool = torch.cuda.graph_pool_handle()  # the allocator has dropped the pool with its last graph
-        inputs = {name: tensor.clone() for name, tensor in given.items() if tensor.is_cuda}
         try:
             graph, losses = _recorded(lambda: self._run({**given, **inputs}), self._pool, self._stream)
         except torch.OutOfMemoryError:
