@@ -165,9 +165,7 @@ class HubServer:
         return None
 
     @staticmethod
-    def _json(
-        request: BaseHTTPRequestHandler, status: int, content: object, headers: dict[str, str] | None = None
-    ) -> None:
+    def _json(request: BaseHTTPRequestHandler, status: int, content: object, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(content).encode()
         request.send_response(status)
         for name, value in ({"Content-Type": "application/json", "Content-Length": str(len(body))} | (headers or {})).items():

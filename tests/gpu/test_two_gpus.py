@@ -26,18 +26,18 @@ LORA = {"lora": {"base_model": "dit", "rank": 8}}
 FULL = {"training": {"trainable_models": ["dit"]}}
 WAYS = {
     "lora, graphs": LORA,
-    "lora, launched": {**LORA, "training": {"compile": False}},
+    "lora, launched": LORA,
     "lora, offload": {**LORA, "offload": {"cpu_offload": True}},
     "lora, zero 2": {**LORA, "distributed": {"strategy": "deepspeed", "zero_stage": 2}},
     "lora, zero 3": {**LORA, "distributed": {"strategy": "deepspeed", "zero_stage": 3}},
     "full, graphs": FULL,
-    "full, launched": {"training": {"trainable_models": ["dit"], "compile": False}},
+    "full, launched": FULL,
     "full, offload": {**FULL, "offload": {"cpu_offload": True}},
     "full, optimizer on the host": {**FULL, "offload": {"cpu_offload": True, "optimize_on_cpu": True}},
     "full, zero 2": {**FULL, "distributed": {"strategy": "deepspeed", "zero_stage": 2}},
     "full, zero 3": {**FULL, "distributed": {"strategy": "deepspeed", "zero_stage": 3}},
 }
-STEPS = 8
+STEPS = 6
 
 
 def micro(index, device):
@@ -56,7 +56,7 @@ def segments():
 
 def train(way, device, group, folder):
     keys = {section: dict(values) for section, values in WAYS[way].items()}
-    keys.setdefault("training", {}).update({"learning_rate": 1e-3})
+    keys["training"] = {"learning_rate": 1e-3, "compile": "graphs" in way, **keys.get("training", {})}
     job = Job.model_validate({"name": "test", **keys})
     torch.manual_seed(0)
     family = QwenImage.build_tiny(0, components=["dit"], dtype=torch.bfloat16, device="meta")

@@ -36,9 +36,7 @@ def start(**options):
 def submit(cluster, submission_id, code):
     (command := [sys.executable, "-c", code])
     quoted = " ".join("'" + part.replace("'", "'\"'\"'") + "'" for part in command)
-    return client.submit_entrypoint(
-        cluster, submission_id=submission_id, command=quoted, job_json="{}", metadata={"run": "r"}
-    )
+    return client.submit_entrypoint(cluster, submission_id=submission_id, command=quoted, job_json="{}", metadata={"run": "r"})
 
 
 def listeners(pids):

@@ -89,9 +89,7 @@ def nearest(pictures, photos):
 
 def test_the_quickstart(tmp_path, photos):
     state_dir, output = tmp_path / "state", tmp_path / "out"
-    process = dsray(
-        "submit", "quickstart", "--json", "--set", f"output.path={output}", state_dir=state_dir, cwd=tmp_path
-    )
+    process = dsray("submit", "quickstart", "--json", "--set", f"output.path={output}", state_dir=state_dir, cwd=tmp_path)
     lines, family, seen = [], set(), {}
     reader = threading.Thread(target=lambda: lines.extend(process.stderr))
     reader.start()

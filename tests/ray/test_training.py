@@ -17,6 +17,7 @@ from diffsynth_ray.train.storage import Storage
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("local_ray")]
 
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, local_ray):
     """An undisturbed run on one worker: 40 samples, 10 steps."""
@@ -72,7 +73,8 @@ def test_a_killed_worker_comes_back_and_changes_nothing(reference, tmp_path, pho
     def kill_after_step_5():
         run.wait_for("step 5/10")
         workers = [
-            process for process in psutil.process_iter(["cmdline"])
+            process
+            for process in psutil.process_iter(["cmdline"])
             if any("RayTrainWorker" in part for part in process.info["cmdline"] or [])
         ]
         assert workers, "no training worker found"

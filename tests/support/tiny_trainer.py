@@ -36,9 +36,7 @@ def build_trainer(job, *, num_samples=40, probe=True):
 
 def micro(indices, *, is_dummy=False):
     """Samples whose pixels follow from their index."""
-    pixels = np.stack(
-        [np.random.default_rng(index).integers(0, 256, (1, 32, 48, 3), dtype=np.uint8) for index in indices]
-    )
+    pixels = np.stack([np.random.default_rng(index).integers(0, 256, (1, 32, 48, 3), dtype=np.uint8) for index in indices])
     prompts = tuple(PROMPTS[index] for index in indices)
     return MicroInput(SampleBatch(pixels, prompts, tuple(indices)), tuple(indices), is_dummy)
 

@@ -25,9 +25,7 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def plan(
-    folder: Path, *, cpus: float = 4, gpus: float = 0, check_files: bool = True, **sections: dict[str, Any]
-) -> Plan:
+def plan(folder: Path, *, cpus: float = 4, gpus: float = 0, check_files: bool = True, **sections: dict[str, Any]) -> Plan:
     raw: dict[str, Any] = {
         "name": "job",
         "dataset": {"base_path": str(folder), "metadata_path": str(folder / "metadata.csv"), "repeat": 2},

@@ -4,9 +4,7 @@ from diffsynth_ray.config.schema import Job
 from diffsynth_ray.schedule import Schedule, build_schedule, export_file_names, trained_components
 
 
-def build(
-    samples: int, batch: int, *, epochs: int = 1, max_steps: int | None = None, save: int | None = None
-) -> Schedule:
+def build(samples: int, batch: int, *, epochs: int = 1, max_steps: int | None = None, save: int | None = None) -> Schedule:
     return Schedule(samples, batch, num_epochs=epochs, max_steps=max_steps, save_steps=save)
 
 
@@ -22,9 +20,7 @@ def build(
         (1, 1, 1, None, 1, 1),
     ],
 )
-def test_number_of_steps(
-    samples: int, batch: int, epochs: int, max_steps: int | None, per_epoch: int, steps: int
-) -> None:
+def test_number_of_steps(samples: int, batch: int, epochs: int, max_steps: int | None, per_epoch: int, steps: int) -> None:
     schedule = build(samples, batch, epochs=epochs, max_steps=max_steps)
     assert (schedule.steps_per_epoch, schedule.num_steps) == (per_epoch, steps)
 

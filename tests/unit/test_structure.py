@@ -132,9 +132,7 @@ def test_imports_point_one_way(module: str) -> None:
         target = layer_of(name)
         if name.split(".")[0] != "diffsynth_ray" or target in ("", layer):
             continue
-        if target not in MAY_IMPORT[layer] or (
-            layer == "plan" and target in ("data", "models") and name not in PLAN_READS
-        ):
+        if target not in MAY_IMPORT[layer] or (layer == "plan" and target in ("data", "models") and name not in PLAN_READS):
             wrong.append(f"line {line}: {name}")
     assert wrong == [], f"{module} ({layer or 'the package'}) may not import these"
 
@@ -145,9 +143,7 @@ def test_libraries_stay_at_home(module: str) -> None:
     wrong = []
     for line, name in imports_of(module):
         homes = LIBRARY_HOMES.get(name.split(".")[0])
-        if homes is not None and not any(
-            inner == home or (home.endswith(".") and inner.startswith(home)) for home in homes
-        ):
+        if homes is not None and not any(inner == home or (home.endswith(".") and inner.startswith(home)) for home in homes):
             wrong.append(f"line {line}: {name}")
     assert wrong == []
 

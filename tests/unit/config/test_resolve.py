@@ -340,9 +340,7 @@ def test_rules_between_keys(change: dict[str, Any], key: str) -> None:
 
 
 def test_all_problems_come_at_once() -> None:
-    job = build_job(
-        dataset={"base_path": None, "width": 512}, lora={"base_model": None}, distributed={"num_workers": 20}
-    )
+    job = build_job(dataset={"base_path": None, "width": 512}, lora={"base_model": None}, distributed={"num_workers": 20})
     assert set(problems_of(job)) == {
         "dataset.base_path", "dataset.height", "training.trainable_models", "distributed.num_workers",
     }  # fmt: skip
@@ -370,9 +368,12 @@ def test_elastic_needs_room_for_its_fewest_workers_only() -> None:
     resolved = resolve(job, BOX)
     assert resolved.num_workers == 64
     assert resolved.decode_cpus == 1.0
-    assert "9 workers need 9 GPUs" in problems_of(
-        build_job(distributed={"num_workers": [9, 10], "resources_per_worker": {"GPU": 1.0, "CPU": 1.0}}), BOX
-    )["distributed.num_workers"]
+    assert (
+        "9 workers need 9 GPUs"
+        in problems_of(build_job(distributed={"num_workers": [9, 10], "resources_per_worker": {"GPU": 1.0, "CPU": 1.0}}), BOX)[
+            "distributed.num_workers"
+        ]
+    )
 
 
 @pytest.mark.parametrize("asked", [[0, 2], [3, 2], [-1, -1]])

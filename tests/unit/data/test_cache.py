@@ -265,9 +265,7 @@ def test_the_hash_of_a_file_that_has_just_changed_is_not_kept(tmp_path: Path) ->
 
 def manifest(*seeds: int, source: str = "a", created: float = 1.0) -> Manifest:
     rows = tuple(ManifestRow(f"prompt {n}", entry_key(n=n), None, 64, 48, 1) for n in seeds)
-    return Manifest(
-        rows, source={"base_path": source}, family="f", dtype="bf16", encoders={"text": "e"}, created=created
-    )
+    return Manifest(rows, source={"base_path": source}, family="f", dtype="bf16", encoders={"text": "e"}, created=created)
 
 
 def test_manifests_come_back(cache: Cache) -> None:

@@ -240,9 +240,7 @@ def damaged_png() -> bytes:
 def test_a_damaged_file_names_itself_and_the_cause(tmp_path: Path, name: str, content: bytes) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(
-        DataError, match=rf"{path}: cannot be read, the file is damaged or not what its name says \(.+\)"
-    ):
+    with pytest.raises(DataError, match=rf"{path}: cannot be read, the file is damaged or not what its name says \(.+\)"):
         decode(path, height=32, width=32, num_frames=81)
 
 
@@ -310,9 +308,7 @@ def breaking_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list
 
 
 @pytest.mark.parametrize("name", ["images/0.png", "videos/v.mp4"])
-def test_a_connection_that_is_cut_gives_the_whole_file_or_an_error(
-    breaking_server: tuple[str, list[int]], name: str
-) -> None:
+def test_a_connection_that_is_cut_gives_the_whole_file_or_an_error(breaking_server: tuple[str, list[int]], name: str) -> None:
     address, cuts = breaking_server
     cuts[:] = [100, 0]
     found = decode(f"{address}/{name}", height=32, width=48, num_frames=5)

@@ -79,9 +79,7 @@ def test_every_micro_batch_arrives_whole_and_in_order(samples, monkeypatch, most
 
 def test_chunks_hold_about_so_many_bytes(samples, monkeypatch):
     monkeypatch.setattr(stream, "_CHUNK_BYTES", 4000)
-    chunks = [
-        stream._parse_chunk(table["chunk"][0].as_py()) for table in stream._position_tables(samples, 0, 5, 0, 1)
-    ]
+    chunks = [stream._parse_chunk(table["chunk"][0].as_py()) for table in stream._position_tables(samples, 0, 5, 0, 1)]
     sizes = [sum(stream._num_bytes(micro) for *_, micro in chunk) for chunk in chunks if chunk[0][0] > 0]
     assert len(sizes) > 3
     assert all(4000 <= size < 4000 + 2 * 16 * 32 * 3 for size in sizes[:-1])

@@ -420,8 +420,6 @@ def test_the_sample_is_the_pipelines(kind, klein, dev):
     assert (other != made).any()
 
 
-
-
 def test_the_layers_that_are_read_are_the_pipelines():
     """A quarter, half and three quarters of Qwen3's 36 and Mistral's 40 layers."""
     from inspect import signature

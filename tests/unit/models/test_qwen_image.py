@@ -219,9 +219,7 @@ def test_the_interface_imports_no_model_library():
 
 def test_the_shipped_vae_gives_photographs_back(photos):
     family = QwenImage.build_tiny(0, components=["vae"], options={"trained_vae": True})
-    pixels = torch.from_numpy(
-        np.stack([decode(str(path), height=64, width=64) for path in sorted(photos.glob("*.jpg"))])
-    )
+    pixels = torch.from_numpy(np.stack([decode(str(path), height=64, width=64) for path in sorted(photos.glob("*.jpg"))]))
     latents = family.encode_image(pixels)
     assert latents.mean().abs() < 0.1
     assert abs(latents.std() - 1) < 0.1

@@ -149,9 +149,7 @@ def test_exported_text_encoder_names_load_too(tmp_path):
     shutil.copy(TEXT[0].parent / "config.json", tmp_path)
     family, files = load_components([str(tmp_path / "model.safetensors")])
     tokenizer = {"tokenizer_path": TINY / "tokenizer"}
-    again = (
-        QwenImage.load(files, dtype=torch.float32, tokenizer_paths=tokenizer).components["text_encoder"].state_dict()
-    )
+    again = QwenImage.load(files, dtype=torch.float32, tokenizer_paths=tokenizer).components["text_encoder"].state_dict()
     assert family == "qwen_image"
     assert all(torch.equal(state[key], again[key]) for key in state)
 

@@ -101,9 +101,7 @@ def save(storage, step, *, keep=2, may_commit=True, world_size=2, writer="one", 
 
 
 def restorable(storage, say=print):
-    return find_restorable(
-        find_checkpoints(storage), lambda checkpoint: damage_of(storage, checkpoint.shards), say=say
-    )
+    return find_restorable(find_checkpoints(storage), lambda checkpoint: damage_of(storage, checkpoint.shards), say=say)
 
 
 def equal(state, tensors):

@@ -102,8 +102,10 @@ def export_lora(tmp_path, *, seed=3):
     family = QwenImage.build_tiny(0, dtype=torch.float32)
     select_trained(family, build_lora_job())
     generator = torch.Generator().manual_seed(seed)
-    state = {key: torch.randn(tensor.shape, generator=generator) / 10 for key, tensor in
-             lora_state_dict(family.component("dit")).items()}
+    state = {
+        key: torch.randn(tensor.shape, generator=generator) / 10
+        for key, tensor in lora_state_dict(family.component("dit")).items()
+    }
     save_file(state, tmp_path / f"lora-{seed}.safetensors")
     return str(tmp_path / f"lora-{seed}.safetensors"), state
 
@@ -112,9 +114,7 @@ def test_a_lora_and_a_component_in_full_at_once(tmp_path, family):
     path, state = export_lora(tmp_path)
     other, paths = exported(tmp_path, build_lora_job())
     job = build_lora_job(checkpoint=path)
-    job = job.model_copy(
-        update={"training": job.training.model_copy(update={"resume_from_checkpoint": str(paths[1])})}
-    )
+    job = job.model_copy(update={"training": job.training.model_copy(update={"resume_from_checkpoint": str(paths[1])})})
     select_trained(family, job)
     load_initial_weights(family, job, print)
     assert all(torch.equal(tensor, state[key]) for key, tensor in lora_state_dict(family.component("dit")).items())

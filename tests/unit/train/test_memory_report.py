@@ -18,8 +18,18 @@ def test_the_error_names_sample_sizes_categories_and_what_helps():
     job = build_job(dataset={"batch_size": 4}, gradient={"checkpointing": False})
     error = out_of_memory(job, USE, rank=3, world_size=2, computed="rows 4, 9 at 1024x768", cause="tried to allocate 2 GiB")
     assert error.exit_code == ExitCode.RUN_FAILED
-    for text in ("rank 3", "80.0 GiB", "rows 4, 9 at 1024x768", "79.00 GiB", "frozen weights 20.00", "float32 masters 4.00",
-                 "optimizer state 8.00", "gradients 5.00", "activations and the like 40.00", "tried to allocate 2 GiB"):
+    for text in (
+        "rank 3",
+        "80.0 GiB",
+        "rows 4, 9 at 1024x768",
+        "79.00 GiB",
+        "frozen weights 20.00",
+        "float32 masters 4.00",
+        "optimizer state 8.00",
+        "gradients 5.00",
+        "activations and the like 40.00",
+        "tried to allocate 2 GiB",
+    ):
         assert text in error.message
     lines = error.hint.splitlines()
     assert lines[1].startswith("  30.00 GiB: gradient.checkpointing = true"), "the largest first"

@@ -363,9 +363,7 @@ def test_weights_in_another_place_than_where_they_are_computed_with(name, monkey
 
 def test_clips_from_a_first_frame():
     family = get_family("wan").build_tiny(0, dtype=torch.float32, extra_inputs=["input_image"])
-    made = [
-        family.sample(request_for(num_frames=5, inputs=(Image.new("RGB", (48, 32), color),))) for color in ("red", "blue")
-    ]
+    made = [family.sample(request_for(num_frames=5, inputs=(Image.new("RGB", (48, 32), color),))) for color in ("red", "blue")]
     assert made[0].shape == (5, 32, 48, 3)
     assert (made[0] != made[1]).any()
 
@@ -381,9 +379,7 @@ def test_plain_diffusers_makes_the_same_picture_from_the_exported_lora(tmp_path)
     base = get_family("qwen_image").build_tiny(0, dtype=torch.float32)
     train(trainer, [micro([0, 1])], steps=4)
     ours = trainer.family.sample(request_for())
-    export_weights(
-        trainer.family, job, masters=trainer.strategy.full_masters(), output_dir=tmp_path, stem="lora"
-    )
+    export_weights(trainer.family, job, masters=trainer.strategy.full_masters(), output_dir=tmp_path, stem="lora")
 
     transformer = QwenImageTransformer2DModel(**configs.TINY["dit"])
     transformer.load_state_dict(base.component("dit").state_dict())

@@ -217,8 +217,9 @@ def test_tensorboard_has_figures_pictures_and_clips(run_of):
 
     run_dir, resolved = run_of("")
     logging = resolved.job.logging.model_copy(update={"tensorboard": True})
-    run_dir.job_path.write_text(resolved.model_copy(update={"job": resolved.job.model_copy(update={"logging": logging})})
-                                .model_dump_json())
+    run_dir.job_path.write_text(
+        resolved.model_copy(update={"job": resolved.job.model_copy(update={"logging": logging})}).model_dump_json()
+    )
     pixels = write_samples(run_dir, step=2)
     events = EventAccumulator(str(run_dir.tensorboard_dir)).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]

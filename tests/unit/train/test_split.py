@@ -209,9 +209,7 @@ def test_training_where_the_media_are_not(stage: Stage) -> None:
 def test_the_feed_gives_what_is_cached_as_steps(stage: Stage) -> None:
     resolved = stage.job(**LORA)
     rule = SampleRule(QwenImage.size_multiple, QwenImage.clip_step)
-    index, rows = open_cached_samples(
-        resolved, stage.run(resolved), kinds=("text", "image"), rule=rule, say=lambda line: None
-    )
+    index, rows = open_cached_samples(resolved, stage.run(resolved), kinds=("text", "image"), rule=rule, say=lambda line: None)
     given = CachedInput(index, rows, device=torch.device("cpu"))
     bounds = {"start_step": 1, "num_steps": 3, "rank": 0, "world_size": 2}
     feed = DeviceFeed(read_batches(index, rows, **bounds), torch.device("cpu"), cached=given)

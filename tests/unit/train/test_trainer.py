@@ -141,10 +141,12 @@ def test_masters_keep_what_bf16_rounds_away():
     moved = [not torch.equal(before[name], after) for name, after in weights(trainer).items()]
     assert sum(moved) > 50
     assert all(master.dtype == torch.float32 for master in trainer.strategy.full_masters().values())
-    without = build_trainer(build_job(
-        training=training | {"master_weights": False},
-        lora={"base_model": None},
-    ))
+    without = build_trainer(
+        build_job(
+            training=training | {"master_weights": False},
+            lora={"base_model": None},
+        )
+    )
     assert all(master.dtype == torch.bfloat16 for master in without.strategy.full_masters().values())
 
 
