@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
-from torch.utils.checkpoint import checkpoint
 
 from diffsynth_ray.memory.activations import ActivationStore
 from diffsynth_ray.memory.offload import LayerOffload, Unit
@@ -82,22 +81,44 @@ class BlockCall:
         return results
 
 
-class PartitionedBlockCall:
-    """A module's forward where the parameters inside are whole only while the module that holds them runs (ZeRO-3).
-
-    BlockCall hands parameters to the graph as they are before the call, which are empty then. torch's own checkpoint records
-    the graph that the forward pass leaves, and calls the inner modules again with their hooks.
-    """
+class PartitionedBlockCall(BlockCall):
+    """A module's forward where its parameters are whole only while it runs (ZeRO-3): they are gathered before the call."""
 
     def __init__(self, module: nn.Module, *, recompute: bool) -> None:
-        self.recompute = recompute
-        self.inner: Callable[..., Any] = module.forward
+        super().__init__(module, recompute=recompute)
+        self.after_backward: Callable[[], object] = _nothing
+        """Called once the gradients of all inputs and parameters are there."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's result; same values and gradients as the module's own forward."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.inner, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-        return self.inner(*args, **kwargs)
+        self.trained = [param for param in self.module.parameters() if param.requires_grad]  # others since they are shared out
+        if torch.is_grad_enabled():
+            leaves, spec = tree_flatten((args, kwargs))
+            places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+            if places:
+                tensors = _Passed.apply(self.after_backward, *(leaves[place] for place in places))
+                for place, tensor in zip(places, tensors, strict=True):
+                    leaves[place] = tensor
+                args, kwargs = tree_unflatten(leaves, spec)
+        return super().__call__(*args, **kwargs)
+
+
+def _nothing() -> None:
+    """Nobody waits for the end of a backward pass."""
+
+
+class _Passed(torch.autograd.Function):
+    """Tensors as they are; something is called when a backward pass has come through them."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Callable[[], object], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = call
+        return tuple(tensor.detach() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        ctx.call()
+        return (None, *grads)
 
 
 class _Arguments:

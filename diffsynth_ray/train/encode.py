@@ -137,7 +137,7 @@ def _build_dataset(
             .map_batches(
                 _EncodeUnit,
                 fn_constructor_kwargs=arguments,
-                batch_size=None,
+                batch_size=1,  # as many as a block has; Ray wants a number where there are GPUs
                 batch_format="pyarrow",
                 compute=ActorPoolStrategy(min_size=1, max_size=stage.num_workers, initial_size=stage.num_workers),
                 **_ray_resources(stage),

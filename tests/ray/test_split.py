@@ -20,9 +20,13 @@ from safetensors.torch import load_file
 from training_in_process import train_in_process
 from training_runs import wait_until
 
+from diffsynth_ray.config.resolve import Resources, resolve
+from diffsynth_ray.config.schema import Job
 from diffsynth_ray.data.cache import Cache
+from diffsynth_ray.data.samples import SampleRule
 from diffsynth_ray.errors import ExitCode
 from diffsynth_ray.run_dir import RunDir
+from diffsynth_ray.train import encode
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("local_ray")]
 JOB = """
@@ -387,3 +391,18 @@ def test_a_killed_worker_of_an_elastic_run_goes_on_in_stage_two(tmp_path, photos
     assert len(run.lost()) == 1
     assert run.counts() == ["encoded 5 texts and 5 images, reused 0 texts and 0 images"]
     assert run.losses() == pytest.approx(run.undisturbed_losses(steps=16), abs=1e-5)
+
+
+def test_encoders_on_gpus(tmp_path, photos):
+    """Ray Data has rules of its own for actors on GPUs; it looks at them before anything runs."""
+    raw = {
+        "name": "job",
+        "dataset": {"base_path": str(photos), "metadata_path": str(photos / "metadata.csv"), "max_pixels": 1024},
+        "model": {"family": "qwen_image", "tiny": True},
+        "lora": {"base_model": "dit"},
+        "split": {"enabled": True, "cache_path": str(tmp_path)},
+    }
+    resolved = resolve(Job.model_validate(raw), Resources(cpus=4, gpus=2))
+    assert resolved.encode.device == "cuda"
+    arguments = {"rule": SampleRule(16, None), "shard_entries": 1, "components": ("vae",), "encoders": {}, "board": None}
+    assert encode._build_dataset(resolved, [], **arguments) is not None

@@ -16,7 +16,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +43,8 @@ _ADAM_ARGUMENTS = {"betas", "eps"}
 _ONLY_SPEED = {"fused", "foreach"}
 """Arguments of torch's optimizers that change nothing but their speed."""
 _BUCKET_ELEMENTS = 500_000_000
+_LIVE_ELEMENTS = 1_000_000_000
+"""DeepSpeed's own bound of parameters that are whole on a worker at a time."""
 _SAY_EVERY_S = 10.0
 
 
@@ -90,8 +92,9 @@ class DeepSpeedStrategy:
         self._deepspeed = load_deepspeed(family.device)
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.communication = CommunicationTimer(family.device, world_size=self.world_size)
-        config = _engine_config(job, graph, family.device)
         components = partitioned_components(job)
+        blocks = [block for name in components for block in family.repeated_blocks(name)]
+        config = _engine_config(job, graph, blocks, family.device)
         self._partition_components(family, components, config, say=say)
         self._trained = trained_parameters(graph)
         self._shapes = {name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in self._trained.items()}
@@ -102,16 +105,17 @@ class DeepSpeedStrategy:
             self.engine, *_ = self._deepspeed.initialize(
                 model=_Seen(seen, graph.__call__), optimizer=optimizer, config=config, dist_init_required=False
             )
+        if self.stage == 3:
+            self._gather_by_block(blocks)
         self._parts = {name: self._find_part(param) for name, param in self._trained.items()}
         self._idle: list[str] = []
         """Parameters that get no gradient. Torch's optimizers leave such a parameter alone; in a flat partition its gradient
         is 0, and weight decay would shrink it."""
         looks = job.training.find_unused_parameters is not False
         self._watch = GradientWatch(self._trained) if looks or probe is not None else None
-        if self.stage != 3:
-            # A recomputed block answers for all of its parameters, also with "none", which DeepSpeed's own hooks do not expect.
-            for param in params:
-                param.register_hook(partial(_fill, param))
+        # A recomputed block answers for all of its parameters, also with "none", which DeepSpeed's own hooks do not expect.
+        for param in params:
+            param.register_hook(partial(_fill, param))
         if probe is not None:
             # Gradients of 0, which those of the first step are added to.
             self.micro_step(*probe, weight=0.0, num_samples=1, last=False)
@@ -133,8 +137,11 @@ class DeepSpeedStrategy:
             module = family.component(component)
             source = cast(WeightSource, cast(Any, module).weight_source)
             spots = {id(spot.meta): spot for spot in find_spots(module)}
+            blocks = family.repeated_blocks(component)
+            for block in blocks:
+                _make_leaf(block)
             # The blocks first; what is left of the component comes last.
-            units = [*family.repeated_blocks(component), module]
+            units = [*blocks, module]
             last_said = time.monotonic()
             for number, unit in enumerate(units, start=1):
                 for param in list(unit.parameters()):
@@ -147,6 +154,22 @@ class DeepSpeedStrategy:
                 if time.monotonic() - last_said > _SAY_EVERY_S:
                     say(f"sharing out {component}: {number} of {len(units)} parts")
                     last_said = time.monotonic()
+
+    def _gather_by_block(self, blocks: Sequence[nn.Module]) -> None:
+        """Blocks are gathered whole and let go after their backward; their gradients are shared out parameter by parameter.
+
+        A leaf of DeepSpeed's own is let go by a hook that sees positional arguments only, and so are its gradients.
+        """
+        zero = self._zero
+        for block in blocks:
+            cast(Any, block.forward).after_backward = partial(zero.parameter_offload.post_sub_module_backward_function, block)
+            for param in block.parameters():
+                del param.ds_z3_leaf_module
+        for hook in (*zero._leaf_module_hooks, *zero._grad_acc_hooks):
+            hook.remove()
+        zero._leaf_module_hooks.clear()
+        zero._grad_acc_hooks.clear()
+        zero.create_reduce_and_remove_grad_hooks()
 
     def micro_step(self, *inputs: Any, weight: float, num_samples: int, last: bool) -> Tensor:
         """See Strategy."""
@@ -339,6 +362,20 @@ class DeepSpeedStrategy:
         return values.detach().narrow(0, part.offset, part.count)
 
 
+class _Untouched:
+    """In the place of the function that DeepSpeed puts around a module's positional inputs."""
+
+    @staticmethod
+    def apply(tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def _make_leaf(block: nn.Module) -> None:
+    """Mark a block that DeepSpeed's hooks are to gather as a whole, before they are set up."""
+    cast(Any, block)._z3_leaf = True
+    cast(Any, block).post_bwd_fn = _Untouched
+
+
 def _fill(param: nn.Parameter, gradient: Tensor | None) -> None:
     """Zeros where the backward has no gradient for a parameter; run before it is accumulated."""
     if gradient is None and param.grad is None:
@@ -361,8 +398,11 @@ def load_deepspeed(device: torch.device) -> ModuleType:
     return deepspeed
 
 
-def _engine_config(job: Job, graph: nn.Module, device: torch.device) -> dict[str, Any]:
-    """The job's configuration with sizes that follow from the model and the device, where a file does not say them."""
+def _engine_config(job: Job, graph: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> dict[str, Any]:
+    """The job's configuration with sizes that follow from the model and the device, where a file does not say them.
+
+    `blocks`: those that are gathered as a whole, still with all of their parameters.
+    """
     config = read_zero_config(job)
     zero = config["zero_optimization"]
     # Buffers of the default size take 2 GiB in float32, also where a LoRA has a hundredth of that.
@@ -370,6 +410,11 @@ def _engine_config(job: Job, graph: nn.Module, device: torch.device) -> dict[str
     bucket = min(_BUCKET_ELEMENTS, trained + trained % 2)
     zero.setdefault("reduce_bucket_size", bucket)
     zero.setdefault("allgather_bucket_size", bucket)
+    if blocks:
+        largest = max(sum(param.numel() for param in block.parameters()) for block in blocks)
+        # The next block arrives while this one computes.
+        zero.setdefault("stage3_prefetch_bucket_size", largest)
+        zero.setdefault("stage3_max_live_parameters", max(_LIVE_ELEMENTS, 3 * largest))
     if device.type == "cuda":
         for section in ("offload_optimizer", "offload_param"):
             if zero[section]["device"] != "none":
