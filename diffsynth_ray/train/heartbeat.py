@@ -10,6 +10,7 @@ LOADING = frozenset({"starting", "checking the checkpoint", "loading the model",
 """Phases that read much from a disk, and so may take several times distributed.timeout_s."""
 LOADING_PATIENCE = 4
 _SEND_AT_MOST_EVERY_S = 0.2
+"""Phases within a step."""
 DONE = "done"
 """The phase of a worker that waits for the others to end too."""
 
@@ -22,15 +23,22 @@ class Heartbeat:
         self._send, self._every_s = send, every_s
         self._phase, self._step, self._since = "starting", 0, time.monotonic()
         self._sent = 0.0
+        self._telling = threading.Lock()
+        """Two threads tell, and the older news must not come last."""
         self._ended = threading.Event()
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """The training thread begins something else, at optimizer step `step` if that is another one."""
-        self._phase, self._since = phase, time.monotonic()
-        self._step = self._step if step is None else step
-        if self._since - self._sent > _SEND_AT_MOST_EVERY_S:
-            self._tell()
+        """The training thread begins something else, at optimizer step `step` if that is another one.
+
+        A new step is always told, and so before anything else that this worker tells of it.
+        """
+        with self._telling:
+            is_new_step = step is not None and step != self._step
+            self._phase, self._since = phase, time.monotonic()
+            self._step = self._step if step is None else step
+            if is_new_step or self._since - self._sent > _SEND_AT_MOST_EVERY_S:
+                self._tell()
 
     def end(self) -> None:
         """No more signs: the training function has ended."""
@@ -39,7 +47,8 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._ended.is_set():
-            self._tell()
+            with self._telling:
+                self._tell()
             self._ended.wait(self._every_s)
 
     def _tell(self) -> None:

@@ -25,3 +25,24 @@ def test_age_grows_while_the_training_thread_stands_still_and_nothing_comes_afte
     time.sleep(0.15)
     assert sum(phase == "done" for phase, _, _ in sent) == 1
     assert sent[-1][0] == "done"
+
+
+def test_a_step_that_has_begun_is_told_at_once_and_never_taken_back():
+    arrived, is_slow = [], threading.Event()
+
+    def send(phase, step, age_s):
+        if threading.current_thread() is not threading.main_thread() and step == 1:
+            is_slow.set()
+            time.sleep(0.2)  # long enough for the training thread to begin the next step
+        arrived.append(step)
+
+    heartbeat = Heartbeat(send, every_s=0.01)
+    heartbeat.enter("training", 1)
+    assert is_slow.wait(5)
+    for step in (2, 3):
+        heartbeat.enter("training", step)
+        assert arrived[-1] == step
+    heartbeat.end()
+    for thread in [each for each in threading.enumerate() if each.name == "heartbeat"]:
+        thread.join(5)
+    assert arrived == sorted(arrived)
