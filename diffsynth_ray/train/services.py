@@ -147,7 +147,10 @@ class _Swanlab:
                 config=resolved.job.model_dump(mode="json"), reinit=True,
             )  # fmt: skip
         except (RuntimeError, ValueError, OSError) as error:
-            hint = "set SWANLAB_API_KEY in the environment of the cluster's nodes, or SWANLAB_MODE=local"
+            hint = (
+                "set SWANLAB_API_KEY in the environment of the cluster's nodes; or SWANLAB_MODE=offline, which keeps the run "
+                f"in {run_dir.path / 'swanlab'}, from where `swanlab sync` sends it later"
+            )
             raise DsrayError(f"logging.swanlab_project: SwanLab: {error}", hint=hint) from error
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -124,13 +125,17 @@ def test_figures_go_to_one_run_of_the_tracker(run_of, monkeypatch, name):
     assert end == ("finish",)
 
 
-def test_a_tracker_that_refuses_is_an_error_with_its_cure(run_of, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", Wandb("wandb"))
+@pytest.mark.parametrize(("name", "error"), [("wandb", Wandb.errors.Error), ("swanlab", RuntimeError)])
+def test_a_tracker_that_refuses_is_an_error_with_its_cure(run_of, monkeypatch, name, error):
+    package = Wandb(name)
+    monkeypatch.setattr(package, "errors", SimpleNamespace(Error=error))
+    monkeypatch.setitem(sys.modules, name, package)
     monkeypatch.setenv("NO_KEY", "1")
-    run_dir, resolved = run_of('wandb_project = "animals"')
+    run_dir, resolved = run_of(f'{name}_project = "animals"')
     with pytest.raises(DsrayError, match="no API key") as failure:
         write_three_steps(run_dir, resolved)
-    assert "WANDB_API_KEY" in failure.value.hint
+    assert f"{name.upper()}_API_KEY" in failure.value.hint
+    assert f"{name.upper()}_MODE=offline" in failure.value.hint, "which needs no other package"
 
 
 def test_a_run_that_goes_on_does_so_without_a_tracker_that_refuses(run_of, monkeypatch):
@@ -411,10 +416,17 @@ def test_with_the_real_wandb(run_of, monkeypatch):
     assert (files / shown[1]["path"]).read_bytes() == run_dir.sample_path(2, 1, is_clip=True).read_bytes()
 
 
-def test_with_the_real_swanlab(run_of, monkeypatch):
+def test_with_the_real_swanlab(run_of, tmp_path, monkeypatch):
+    """Without a key it refuses, and what our message then names is all that it needs."""
     pytest.importorskip("swanlab")
-    monkeypatch.setenv("SWANLAB_MODE", "offline")
-    run_dir, _ = run_of('swanlab_project = "animals"')
+    monkeypatch.setenv("HOME", str(tmp_path))  # of somebody who has never logged in
+    for name in [name for name in os.environ if name.startswith("SWANLAB_")]:
+        monkeypatch.delenv(name)
+    run_dir, resolved = run_of('swanlab_project = "animals"')
+    with pytest.raises(DsrayError, match="SwanLab: ") as refused:
+        write_three_steps(run_dir, resolved)
+    monkeypatch.setenv("SWANLAB_MODE", re.search(r"SWANLAB_MODE=(\w+)", refused.value.hint)[1])
+    assert f"keeps the run in {run_dir.path / 'swanlab'}" in refused.value.hint
     pixels = write_samples(run_dir, step=2)
     [folder] = run_dir.path.glob("swanlab/run-*")
     [picture] = folder.rglob("*.png")
