@@ -50,7 +50,7 @@ def test_stopped_and_continued_is_bit_equal(reference, tmp_path, photos):
     run = Run(tmp_path, photos)
 
     def stop_after_step_3():
-        run.wait_for("step 3/10")
+        run.wait_for_step(3)
         run.dir.request_stop(reason="the test asks for it")
 
     thread = threading.Thread(target=stop_after_step_3)
@@ -71,7 +71,7 @@ def test_a_killed_worker_comes_back_and_changes_nothing(reference, tmp_path, pho
     run = Run(tmp_path, photos)
 
     def kill_after_step_5():
-        run.wait_for("step 5/10")
+        run.wait_for_step(5)
         workers = [
             process
             for process in psutil.process_iter(["cmdline"])

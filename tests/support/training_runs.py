@@ -78,7 +78,7 @@ class Run:
         pairs = list(zip(self.heard, self.said, strict=True))
         starts = [number for number, line in enumerate(self.said) if line.startswith("lost rank")]
         killed = self.killed if len(self.killed) == len(starts) else [self.heard[number] for number in starts]
-        ends = [*starts[1:], len(pairs)]
+        ends = [*starts, len(pairs)][1:]
         return [recovery(pairs[:end], start=start, killed=at) for start, end, at in zip(starts, ends, killed, strict=True)]
 
     def begin(self, *overrides):
@@ -111,6 +111,15 @@ class Run:
     def wait_for(self, text, seconds=120, *, count=1):
         """Until a line with `text` was said `count` times."""
         wait_until(lambda: sum(text in line for line in list(self.said)) >= count, seconds, lambda: self.said)
+
+    def wait_for_step(self, step, seconds=120):
+        """Until rank 0 has written that the step is done: the next few take less time than its line takes to be heard."""
+
+        def is_done():
+            progress = self.dir.progress()
+            return progress is not None and progress.step >= step
+
+        wait_until(is_done, seconds, lambda: self.said, every_s=0.002)
 
 
 PARTS = {
@@ -169,11 +178,11 @@ def describe_measurement():
     }
 
 
-def wait_until(condition, seconds=120, explain=lambda: ""):
+def wait_until(condition, seconds=120, explain=lambda: "", *, every_s=0.02):
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, explain()
-        time.sleep(0.02)
+        time.sleep(every_s)
     return found
 
 
