@@ -12,18 +12,18 @@ from torch.utils._pytree import tree_map_only
 
 
 class PeakBytes(TorchDispatchMode):
-    """Counts the storages that operators make inside of it, until they are dropped."""
+    """Counts the storages that operators make inside of it, until they are dropped: `alive` now, `peak` at most."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = self._alive = 0
+        self.peak = self.alive = 0
         self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         known = {each.untyped_storage()._cdata for each in args if isinstance(each, Tensor)}
         tree_map_only(Tensor, lambda tensor: self._note(tensor, known), result)
-        self.peak = max(self.peak, self._alive)
+        self.peak = max(self.peak, self.alive)
         return result
 
     def _note(self, tensor: Tensor, known: set[int]) -> None:
@@ -32,11 +32,11 @@ class PeakBytes(TorchDispatchMode):
             return
         size = storage.nbytes()
         self._seen[storage] = size
-        self._alive += size
+        self.alive += size
         weakref.finalize(storage, self._drop, size)
 
     def _drop(self, size: int) -> None:
-        self._alive -= size
+        self.alive -= size
 
 
 def peak_bytes(call: Callable[[], object]) -> int:

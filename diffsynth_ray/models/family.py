@@ -221,7 +221,8 @@ class ModelFamily(ABC):
     option_names: ClassVar[tuple[str, ...]] = ()
     """Keys of `[model] options`."""
     depth_keys: ClassVar[dict[str, dict[str, str]]] = {}
-    """By component of a prediction: a list of like blocks -> the key of its configuration that has their number."""
+    """By component of a prediction: a list of blocks -> the key of its configuration that has their number. But for the first
+    one they are alike."""
 
     def __init__(self, components: dict[str, nn.Module], *, dtype: torch.dtype, device: torch.device | str) -> None:
         self.components = components

@@ -170,6 +170,11 @@ class LibraryFamily(ModelFamily):
         return dict(config)
 
     @classmethod
+    def shallow_config(cls, component: str, config: Mapping[str, Any], depth: int) -> dict[str, Any]:
+        """A component's configuration with this many blocks in every list of `depth_keys`."""
+        return {**config, **dict.fromkeys(cls.depth_keys.get(component, {}).values(), depth)}
+
+    @classmethod
     def infer_config(cls, component: str, shapes: Shapes) -> dict[str, Any]:
         """See `ModelFamily.infer_config`."""
         inner = {

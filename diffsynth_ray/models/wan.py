@@ -74,7 +74,6 @@ class Wan(LibraryFamily):
     padded_text_tokens = TEXT_TOKENS
     depth_keys: ClassVar[dict[str, dict[str, str]]] = {
         "dit": {"blocks": "num_layers"},
-        # The first of them has a layer more, and stands for all in an estimate: 1 % of the weights too many.
         "vace": {"vace_blocks": "num_vace_blocks"},
     }
     names: ClassVar[dict[str, LayerNames]] = NAMES
@@ -136,6 +135,11 @@ class Wan(LibraryFamily):
         names = inspect.signature(Vace).parameters
         counted = {"num_vace_blocks": len(config["vace_layers"])} if config.get("vace_layers") else {}
         return {name: value for name, value in {**counted, **config}.items() if name in names}
+
+    @classmethod
+    def shallow_config(cls, component: str, config: Mapping[str, Any], depth: int) -> dict[str, Any]:
+        """See `LibraryFamily.shallow_config`. VACE's places are those of the whole DiT."""
+        return super().shallow_config(component, config, depth) | ({"vace_layers": None} if component == "vace" else {})
 
     @classmethod
     def load_tokenizer(cls, key: str, path: Path | None) -> Any:

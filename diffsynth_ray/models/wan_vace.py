@@ -38,13 +38,12 @@ class Vace(nn.Module):
         qk_norm: str = "rms_norm_across_heads",
         eps: float = 1e-6,
     ) -> None:
-        """`vace_layers`: the DiT's blocks whose results are added to, the first `num_vace_blocks` of them; None = evenly
-        over all, as in every release."""
+        """`vace_layers`: the DiT's blocks whose results are added to; None = evenly over all, as in every release."""
         from diffusers.models.transformers.transformer_wan_vace import WanVACETransformerBlock
 
         super().__init__()
         inner = num_attention_heads * attention_head_dim
-        self.vace_layers = None if vace_layers is None else vace_layers[:num_vace_blocks]
+        self.vace_layers = vace_layers
         self.vace_patch_embedding = nn.Conv3d(vace_in_channels, inner, kernel_size=(1, 2, 2), stride=(1, 2, 2))
         self.vace_blocks = nn.ModuleList(
             WanVACETransformerBlock(

@@ -16,9 +16,9 @@ from diffsynth_ray.memory.graph_cost import GraphCost
 from diffsynth_ray.memory.offload import RING_UNITS
 from diffsynth_ray.memory.placement import READ_AHEAD
 from diffsynth_ray.memory.selective import MARGIN
-from diffsynth_ray.train.model_cost import BlockKind, ModelCost
+from diffsynth_ray.train.model_cost import BlockKind, ModelCost, Weights
 from diffsynth_ray.train.optim import COLLECTED_BYTES, state_bytes
-from diffsynth_ray.train.residency import selects_blocks
+from diffsynth_ray.train.residency import partitioned_components, selects_blocks
 
 GIB = 2**30
 RESERVED_BYTES = int(1.2 * GIB)
@@ -122,7 +122,7 @@ class _Bytes:
     """Gradients while the weights are updated."""
 
 
-def estimate(job: Job, cost: ModelCost, device: Device | None, *, spread: Spread, is_compiled: bool) -> Estimate:
+def estimate(job: Job, cost: ModelCost, device: Device | None, *, spread: Spread) -> Estimate:
     """Add up; `device` None = the memory only."""
     memory, moment = _device_memory(job, cost, spread)
     times, step_s, moved = _times(job, cost, device, spread)
@@ -141,8 +141,8 @@ def estimate(job: Job, cost: ModelCost, device: Device | None, *, spread: Spread
         notes.append("DeepSpeed's own buffers are reckoned from its settings, not compared with a run")
     if spread.num_workers > 1:
         notes.append("the network between workers is not in the time")
-    if not is_compiled:
-        notes.append("blocks are not compiled")
+    if plain := {kind.component for kind in cost.blocks if not kind.is_compiled}:
+        notes.append(f"blocks of {' and '.join(sorted(plain))} are not compiled")
     return Estimate(
         device=device.name if device else "any device",
         device_bytes=device.memory_bytes if device else 0,
@@ -161,21 +161,44 @@ def recomputes(job: Job) -> bool:
     return job.gradient.checkpointing is not False
 
 
-def activation_bytes(job: Job, cost: ModelCost) -> tuple[int, int]:
-    """(what all blocks and what is around them keep for backward, most that one block takes while it computes)."""
+@dataclass(frozen=True)
+class BackwardMoment:
+    """The backward pass when it comes to a kind of blocks."""
+
+    name: str
+    kept: int
+    """Bytes of what blocks and what is around them still keep, and of gradients that wait for a block."""
+    working: int
+    """Most that one of the kind's blocks takes while it computes."""
+    trained_after: int
+    """Bytes of the trained weights of later blocks: they have their gradients."""
+
+
+def activation_bytes(job: Job, cost: ModelCost) -> int:
+    """Most that activations take at once."""
+    return max((moment.kept + moment.working for moment in backward_moments(job, cost)), default=cost.around_kept_bytes)
+
+
+def backward_moments(job: Job, cost: ModelCost) -> list[BackwardMoment]:
+    """By kind of blocks, in the order of the forward pass."""
+    found: list[BackwardMoment] = []
     kept = cost.around_kept_bytes
-    working = 0
-    for kind in cost.blocks:
-        kept += kind.shared_bytes
+    waiting = 0
+    trained_after = sum(kind.weights.trained_bytes * kind.count for kind in cost.blocks)
+    for number, kind in enumerate(cost.blocks, start=1):
         one = _kept_of(kind, recompute=recomputes(job))
-        if job.gradient.checkpointing_offload:
-            kept += min(kind.count, STILL_LEAVING + 1) * one
-        else:
-            kept += kind.count * one
+        kept += kind.shared_bytes
+        kept += one * (min(kind.count, STILL_LEAVING + 1) if job.gradient.checkpointing_offload else kind.count)
+        waiting += kind.handed_bytes * kind.count
+        trained_after -= kind.weights.trained_bytes * kind.count
         # The block that runs has its own activations among those that its backward holds.
-        own = 0 if recomputes(job) else kind.cost.kept_bytes + (kind.input_bytes if kind.keeps_input else 0)
-        working = max(working, max(kind.cost.backward.peak_bytes - own, kind.cost.forward.peak_bytes - own, 0))
-    return kept, working
+        own = 0 if recomputes(job) else one
+        working = max(kind.cost.backward.peak_bytes - own, kind.cost.forward.peak_bytes - own, 0)
+        # What is handed on goes to the last blocks: their gradients are there when those are done.
+        is_last = number == len(cost.blocks)
+        name = "the beginning of the backward" if is_last else f"the backward of {kind.component}'s blocks"
+        found.append(BackwardMoment(name, kept + (0 if is_last else waiting), working, trained_after))
+    return found
 
 
 def _kept_of(kind: BlockKind, *, recompute: bool) -> int:
@@ -187,34 +210,37 @@ def _kept_of(kind: BlockKind, *, recompute: bool) -> int:
 def _device_memory(job: Job, cost: ModelCost, spread: Spread) -> tuple[dict[str, int], str]:
     """The categories at the moment of the peak, and that moment."""
     held = _held(job, cost, spread)
-    kept, working = activation_bytes(job, cost)
-    first = min((kind.input_bytes for kind in cost.blocks), default=0)
+    first = next((kind.input_bytes for kind in cost.blocks if kind.has_backward), 0)
     gathered = _gathered(job, cost, spread)
     encode = max((other.encode_bytes for other in cost.others.values()), default=0)
-    moments = {
-        "encoding": {"gradients": held.summed, "encoding": encode},
-        "the beginning of the backward": {
-            "gradients": held.summed,
-            "activations kept": kept,
-            "the block that computes": working,
-            "gathered parameters": gathered,
-        },
-        "the end of the backward": {
-            "gradients": held.summed + held.arriving,
-            "activations kept": cost.around_kept_bytes + first,
-            "the block that computes": working,
-            "gathered parameters": gathered,
-        },
-        "the update": {"gradients": held.updating},
-    }
-    moment = max(moments, key=lambda name: sum(moments[name].values()))
-    found = {**held.static, **moments[moment]}
-    return {name: size for name, size in found.items() if size}, moment
+    steps = backward_moments(job, cost)
+    end = BackwardMoment(
+        name="the end of the backward",
+        kept=cost.around_kept_bytes + first,
+        working=max((step.working for step in steps), default=0),
+        trained_after=held.arriving,
+    )
+    moments = [("encoding", {"gradients": held.summed, "encoding": encode}), ("the update", {"gradients": held.updating})]
+    moments += [
+        (
+            step.name,
+            {
+                "gradients": held.summed + min(held.arriving, step.trained_after),
+                "activations kept": step.kept,
+                "the block that computes": step.working,
+                "gathered parameters": gathered,
+            },
+        )
+        for step in (*steps, end)
+    ]
+    moment, taken = max(moments, key=lambda each: sum(each[1].values()))
+    return {name: size for name, size in {**held.static, **taken}.items() if size}, moment
 
 
 def _held(job: Job, cost: ModelCost, spread: Spread) -> _Bytes:
     """Weights, masters, optimizer state and gradients, by strategy."""
     encoders = sum(other.weights.frozen_bytes for other in cost.others.values())
+    shared = _partitioned(job, cost)
     trained, elements = cost.weights.trained_bytes, cost.weights.num_trained
     state = int(elements * state_bytes(job.training))
     has_masters = job.training.precision == "bf16" and job.training.master_weights
@@ -225,7 +251,8 @@ def _held(job: Job, cost: ModelCost, spread: Spread) -> _Bytes:
     if job.offload.optimize_on_cpu:
         return _Bytes(static, 0, 0, 0)  # a block's gradients are among what its backward leaves, and go at once
     if job.distributed.strategy == "deepspeed":
-        return _zero(job, static, trained, elements, spread, whole=encoders)
+        whole = static["frozen weights"] - shared.frozen_bytes
+        return _zero(job, static, trained, elements, spread, whole=whole)
     static |= {"float32 masters": wide if has_masters else 0, "optimizer state": state}
     static["moving averages"] = wide if job.training.ema_decay is not None else 0
     if spread.num_workers > 1:
@@ -240,7 +267,7 @@ def _held(job: Job, cost: ModelCost, spread: Spread) -> _Bytes:
 def _zero(job: Job, static: dict[str, int], trained: int, elements: int, spread: Spread, *, whole: int) -> _Bytes:
     """DeepSpeed: float32 masters, two moments and gradients in equal parts; see `train.memory_report`.
 
-    `whole`: bytes of the frozen weights that every worker has whole at stage 3 too, those of components without trained ones.
+    `whole`: bytes of the frozen weights that every worker has whole at stage 3 too.
     """
     distributed, workers = job.distributed, spread.num_workers
     share = -(-4 * elements // workers)
@@ -260,9 +287,15 @@ def _zero(job: Job, static: dict[str, int], trained: int, elements: int, spread:
 
 def _gathered(job: Job, cost: ModelCost, spread: Spread) -> int:
     """Parameters that ZeRO-3 has whole while they compute: a block and the next."""
-    if job.distributed.strategy != "deepspeed" or job.distributed.zero_stage != 3 or spread.num_workers == 1:
+    if spread.num_workers == 1:
         return 0
-    return 2 * max((kind.weights.frozen_bytes + kind.weights.trained_bytes for kind in cost.blocks), default=0)
+    shared = [kind.weights for kind in cost.blocks if kind.component in partitioned_components(job)]
+    return 2 * max((each.frozen_bytes + each.trained_bytes for each in shared), default=0)
+
+
+def _partitioned(job: Job, cost: ModelCost) -> Weights:
+    """Of the components that ZeRO-3 shares out: those that hold trained weights. A frozen one beside them is not."""
+    return sum(map(cost.weights_of, partitioned_components(job)), Weights())
 
 
 def _units(job: Job, cost: ModelCost) -> tuple[int, int, int]:
@@ -271,7 +304,7 @@ def _units(job: Job, cost: ModelCost) -> tuple[int, int, int]:
     units = [kind.weights.frozen_bytes + (kind.weights.trained_bytes if with_trained else 0) for kind in cost.blocks]
     total = sum(size * kind.count for size, kind in zip(units, cost.blocks, strict=True))
     largest = max(units, default=0)
-    parts = [cost.around, *cost.others.values()]
+    parts = [*cost.around.values(), *cost.others.values()]
     loose = 0
     for part in parts:
         whole = part.weights.frozen_bytes + (part.weights.trained_bytes if with_trained else 0)
@@ -312,8 +345,8 @@ def _host_memory(job: Job, cost: ModelCost, spread: Spread) -> dict[str, int]:
         if job.distributed.offload_optimizer_device == "cpu":
             found["masters, optimizer state and gradients"] = (8 * elements + state) * workers // share
         if job.distributed.offload_param_device == "cpu":
-            whole = cost.weights.frozen_bytes + cost.weights.trained_bytes
-            found["pinned parameters"] = whole * workers // share
+            weights = _partitioned(job, cost)
+            found["pinned parameters"] = (weights.frozen_bytes + weights.trained_bytes) * workers // share
     if job.gradient.checkpointing_offload:
         found["pinned activations"] = workers * sum(kind.count * kind.input_bytes for kind in cost.blocks)
     largest = max((kind.weights.frozen_bytes + kind.weights.trained_bytes for kind in cost.blocks), default=0)
@@ -336,7 +369,11 @@ def _times(job: Job, cost: ModelCost, device: Device | None, spread: Spread) -> 
         return {"not known without a device": 0.0}, 0.0, 0
     forward = sum(kind.count * kernels_s(kind.cost.forward, device, backward=False) for kind in cost.blocks)
     backward = sum(kind.count * kernels_s(kind.cost.backward, device, backward=True) for kind in cost.blocks)
-    again = forward if recomputes(job) else 0.0
+    again = sum(
+        kind.count * kernels_s(kind.cost.forward, device, backward=False)
+        for kind in cost.blocks
+        if kind.has_backward and recomputes(job)
+    )
     micro = spread.micro_steps
     times = {"forward": micro * forward, "backward": micro * backward, "recomputation": micro * again}
     compute_s = sum(times.values())

@@ -12,7 +12,7 @@ from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.data.metadata import PROMPT_COLUMN, read_metadata
 from diffsynth_ray.errors import DataError, JobFileError, Problem
-from diffsynth_ray.memory.devices import FP8_INSTRUCTIONS, Device
+from diffsynth_ray.memory.devices import Device
 from diffsynth_ray.models.family import BatchShape, ModelFamily, get_family
 from diffsynth_ray.train.estimate import GIB, RESERVED_BYTES, Estimate, Spread, activation_bytes, estimate
 from diffsynth_ray.train.model_cost import ModelCost, find_configs, measure_model
@@ -34,21 +34,13 @@ def estimate_job(resolved: ResolvedJob, *, device: Device | None, is_remote: boo
     if job.task == DIRECT_DISTILL:
         message = "estimates cover single timesteps; direct distillation computes through every step of inference"
         raise JobFileError(f"job {job.name}", [Problem("task", message)])
-    is_compiled = compiles(job, device)
     family = get_family(find_configs(job)[0])
-    cost = measure_model(job, largest_shape(job, family), is_compiled=is_compiled, say=say)
+    capability = None if device is None else device.capability
+    cost = measure_model(job, largest_shape(job, family), capability=capability, say=say)
     on_node = min(resolved.num_workers, _MOST_ON_A_NODE) if is_remote else resolved.num_workers
     spread = Spread(resolved.num_workers, on_node, resolved.micro_steps)
-    found = estimate(job, cost, device, spread=spread, is_compiled=is_compiled)
+    found = estimate(job, cost, device, spread=spread)
     return replace(found, advice=tuple(advise(job, cost, device, spread, found)))
-
-
-def compiles(job: Job, device: Device | None) -> bool:
-    """Whether the blocks will be compiled; see `residency`."""
-    if partitioned_components(job) or job.training.compile is False:
-        return False
-    is_new = device is None or device.capability >= FP8_INSTRUCTIONS
-    return is_new or not set(job.model.fp8_models) & {job.lora.base_model, *job.training.trainable_models}
 
 
 def largest_shape(job: Job, family: type[ModelFamily]) -> BatchShape:
@@ -84,17 +76,17 @@ def advise(job: Job, cost: ModelCost, device: Device | None, spread: Spread, fou
     saved = []
     for changes, setting in _variants(job, spread):
         changed = job.model_copy(update={name: getattr(job, name).model_copy(update=keys) for name, keys in changes.items()})
-        other = estimate(changed, cost, device, spread=spread, is_compiled=True)
+        other = estimate(changed, cost, device, spread=spread)
         saved.append((found.peak_bytes - other.peak_bytes, setting))
-    kept, working = activation_bytes(job, cost)
+    activations = activation_bytes(job, cost)
     if job.dataset.batch_size > 1:
         half = -(-job.dataset.batch_size // 2)
         share = 1 - half / job.dataset.batch_size
         setting = f"dataset.batch_size = {half}, with global_batch_size as it is (a new run)"
-        saved.append((int((kept + working) * share), setting))
+        saved.append((int(activations * share), setting))
     if job.dataset.height is None:
         setting = f"dataset.max_pixels = {job.dataset.max_pixels // 2} (smaller pictures, a new run)"
-        saved.append(((kept + working) // 2, setting))
+        saved.append((activations // 2, setting))
     if not job.model.fp8_models:
         named = [name for name, other in cost.others.items() if other.weights.frozen_linear_bytes]
         named += [name for name in cost.traced if name not in job.training.trainable_models]

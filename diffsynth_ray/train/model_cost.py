@@ -1,7 +1,7 @@
 """What a job's model is made of, in bytes and operations: built on meta, a block of each kind traced on fake tensors.
 
-Of every list of like blocks one is built and counted as often as the configuration says, so that the largest model takes
-seconds and no memory.
+Of every list of blocks two are built, so that the largest model takes seconds and no memory. The second one stands for all
+others, and for the first one too where that has the same layers and as much part in the backward pass.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from diffsynth_ray.models.full_size import released_components
 from diffsynth_ray.models.library_family import LibraryFamily
 from diffsynth_ray.models.weights import load_components
 from diffsynth_ray.schedule import trained_components
+from diffsynth_ray.train.residency import compiles
 from diffsynth_ray.train.trainer import select_trained
 
 Say = Callable[[str], object]
@@ -57,15 +58,22 @@ class Weights:
 class BlockKind:
     """Like blocks: `count` of them."""
 
+    component: str
     count: int
     weights: Weights
+    """Of one block."""
     input_bytes: int
-    """Of what a block gets from the one before."""
+    """Of what a block gets from the one before, and keeps for backward; 0 where it has none."""
     shared_bytes: int
-    """Of inputs that all blocks share."""
+    """Of inputs that blocks share, without those that an earlier kind shares too."""
+    handed_bytes: int
+    """Of a block's results that others than the next one get: their gradients wait for this block's backward."""
     cost: BlockCost
     keeps_input: bool
     """Whether backward needs the block's own inputs without recomputation too."""
+    has_backward: bool
+    """Whether the block, or something before it, is trained."""
+    is_compiled: bool
 
 
 @dataclass(frozen=True)
@@ -86,10 +94,9 @@ class ModelCost:
 
     family: str
     shape: BatchShape
-    traced: tuple[str, ...]
-    """The components of a prediction; the trained one is among them."""
     blocks: tuple[BlockKind, ...]
-    around: Component
+    """In the order of the forward pass."""
+    around: dict[str, Component]
     """The traced components without their blocks."""
     around_kept_bytes: int
     """Kept for backward by what is around the blocks."""
@@ -97,9 +104,19 @@ class ModelCost:
     notes: tuple[str, ...] = ()
 
     @property
+    def traced(self) -> tuple[str, ...]:
+        """The components of a prediction; the trained one is among them."""
+        return tuple(self.around)
+
+    @property
     def weights(self) -> Weights:
         """Of the traced components."""
-        return sum((kind.weights * kind.count for kind in self.blocks), self.around.weights)
+        return sum(map(self.weights_of, self.traced), Weights())
+
+    def weights_of(self, component: str) -> Weights:
+        """Of one traced component."""
+        blocks = (kind.weights * kind.count for kind in self.blocks if kind.component == component)
+        return sum(blocks, self.around[component].weights)
 
 
 def find_configs(job: Job) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
@@ -144,8 +161,10 @@ def _as_list(entry: str | list[str]) -> list[str]:
     return [entry] if isinstance(entry, str) else entry
 
 
-def measure_model(job: Job, shape: BatchShape, *, is_compiled: bool, say: Say) -> ModelCost:
+def measure_model(job: Job, shape: BatchShape, *, capability: tuple[int, int] | None, say: Say) -> ModelCost:
     """Build and trace a job's model; seconds, on the CPU, without its weights.
+
+    `capability`: of the GPU that it is for, see `residency.compiles`.
 
     Raises JobFileError or ModelError for what cannot be reckoned.
     """
@@ -164,13 +183,13 @@ def measure_model(job: Job, shape: BatchShape, *, is_compiled: bool, say: Say) -
     parts = {part: configs[part] for part in family.predict_components if part in configs}
     say(f"tracing a block of {name}'s {' and '.join(parts)} at {describe(shape)}")
     traced = _Traced(family, job, parts, dtype)
-    blocks, around_kept = traced.trace(shape, is_compiled=is_compiled)
+    blocks, around_kept = traced.trace(shape, capability)
     others = {
         component: _measure_other(family, job, component, config, shape, dtype)
         for component, config in configs.items()
         if component not in parts and not job.split.enabled
     }
-    return ModelCost(name, shape, tuple(parts), tuple(blocks), traced.around(), around_kept, others, tuple(notes))
+    return ModelCost(name, shape, tuple(blocks), traced.around(), around_kept, others, tuple(notes))
 
 
 def describe(shape: BatchShape) -> str:
@@ -179,24 +198,38 @@ def describe(shape: BatchShape) -> str:
     return f"{shape.num_samples} x {shape.height}x{shape.width}{frames}, {shape.text_tokens} text tokens"
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What a block was called with, and what it gave."""
+
+    args: Any
+    kwargs: Any
+    results: list[Tensor]
+    has_backward: bool
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return tensors_of((self.args, self.kwargs))
+
+
 class _Traced:
-    """The components of a prediction with one block of each list, on fake weights."""
+    """The components of a prediction with two blocks of each list, on fake weights."""
 
     def __init__(
         self, family: type[LibraryFamily], job: Job, configs: Mapping[str, Mapping[str, Any]], dtype: torch.dtype
     ) -> None:
         self.job = job
         modules: dict[str, nn.Module] = {}
-        self.counts: dict[nn.Module, int] = {}
+        self.depths: dict[tuple[nn.Module, ...], tuple[str, int]] = {}
+        """Blocks that were built of a list -> component, and how many the list has."""
         for name, given in configs.items():
             config = family.component_config(name, given, job.model.options)
-            keys = family.depth_keys.get(name, {})
-            module = family.build_component(name, {**config, **dict.fromkeys(keys.values(), 1)})
+            module = family.build_component(name, family.shallow_config(name, config, 2))
             nn.Module.to(module, dtype)  # diffusers' own warns of what it would do better itself
             defaults = inspect.signature(type(module).__init__).parameters
-            for list_name, key in keys.items():
+            for list_name, key in family.depth_keys.get(name, {}).items():
                 depth = int(config[key] if key in config else defaults[key].default)
-                self.counts |= dict.fromkeys(module.get_submodule(list_name).children(), depth)
+                self.depths[tuple(module.get_submodule(list_name).children())] = (name, depth)
             modules[name] = module
         self.family = family(modules, dtype=dtype, device="cpu", options=job.model.options)
         select_trained(self.family, job)
@@ -206,34 +239,69 @@ class _Traced:
         self.module = nn.ModuleDict(modules)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def trace(self, shape: BatchShape, *, is_compiled: bool) -> tuple[list[BlockKind], int]:
+    def trace(self, shape: BatchShape, capability: tuple[int, int] | None) -> tuple[list[BlockKind], int]:
         """The kinds of blocks in the order of the forward pass, and what is kept around them."""
         fake_weights(self.module, self.mode)
-        calls: dict[nn.Module, tuple[Any, Any, Any]] = {}
-        for block in self._blocks():
-            block.forward = _Recording(block, calls)
+        calls: dict[nn.Module, _Call] = {}
+        for blocks in self.depths:
+            for block in blocks:
+                block.forward = _Recording(block, calls)
         around_kept = self._run(shape)
-        kinds = []
-        for block, (args, kwargs, results) in calls.items():
-            del block.__dict__["forward"]
-            passed_on = {(tensor.shape, tensor.dtype) for tensor in results}
-            own = [tensor for tensor in tensors_of((args, kwargs)) if (tensor.shape, tensor.dtype) in passed_on]
-            shared = [tensor for tensor in tensors_of((args, kwargs)) if (tensor.shape, tensor.dtype) not in passed_on]
-            for tensor in own:
-                tensor.requires_grad_(True)
-            cost = block_cost(block, args, kwargs, mode=self.mode, is_compiled=is_compiled)
-            own_numbers = {n for n, tensor in enumerate(tensors_of((args, kwargs))) if any(tensor is each for each in own)}
-            kinds.append(
-                BlockKind(
-                    count=self.counts[block],
-                    weights=weights_of([block]),
-                    input_bytes=nbytes(own),
-                    shared_bytes=nbytes(shared),
-                    cost=cost,
-                    keeps_input=bool(own_numbers & cost.kept_inputs),
-                )
+        counted: dict[nn.Module, tuple[str, int]] = {}
+        for (first, second), (component, depth) in self.depths.items():
+            is_alike = (
+                depth > 1 and _layers(first) == _layers(second) and calls[first].has_backward == calls[second].has_backward
             )
+            alone = 0 if is_alike else min(depth, 1)
+            counted |= {first: (component, alone), second: (component, depth - alone)}
+        seen: set[int] = set()
+        kinds = []
+        for number, (block, call) in enumerate(calls.items()):
+            component, count = counted[block]
+            if count:
+                later = storages(tensor for each in list(calls.values())[number + 1 :] for tensor in each.tensors)
+                is_compiled = compiles(self.job, component, capability)
+                kinds.append(self._kind(block, call, component, count, later=later, seen=seen, is_compiled=is_compiled))
         return kinds, around_kept
+
+    def _kind(
+        self,
+        block: nn.Module,
+        call: _Call,
+        component: str,
+        count: int,
+        *,
+        later: Mapping[int, int],
+        seen: set[int],
+        is_compiled: bool,
+    ) -> BlockKind:
+        """`later`: storages that blocks after this one are called with; `seen`: shared ones that earlier kinds have counted."""
+        del block.__dict__["forward"]
+        passed_on = {(tensor.shape, tensor.dtype) for tensor in call.results}
+        own_numbers = {
+            number
+            for number, tensor in enumerate(call.tensors)
+            if (tensor.shape, tensor.dtype) in passed_on and not later.keys() & storages([tensor]).keys()
+        }
+        own = [tensor for number, tensor in enumerate(call.tensors) if number in own_numbers]
+        shared = storages(tensor for number, tensor in enumerate(call.tensors) if number not in own_numbers)
+        cost = block_cost(block, call.args, call.kwargs, mode=self.mode, is_compiled=is_compiled)
+        kept = call.has_backward
+        shared_bytes = sum(size for storage, size in shared.items() if storage not in seen) if kept else 0
+        if kept:
+            seen.update(shared)
+        return BlockKind(
+            component=component,
+            count=count,
+            weights=weights_of([block]),
+            input_bytes=nbytes(own) if kept else 0,
+            shared_bytes=shared_bytes,
+            handed_bytes=max(nbytes(call.results) - nbytes(own), 0) if kept else 0,
+            cost=cost,
+            keeps_input=bool(own_numbers & cost.kept_inputs),
+            has_backward=kept,
+            is_compiled=is_compiled,
+        )
 
     def _run(self, shape: BatchShape) -> int:
         """The forward pass around the blocks; returns what it keeps for backward."""
@@ -249,26 +317,34 @@ class _Traced:
         known = storages(self.module.parameters())
         return sum(size for storage, size in saved.items() if storage not in known)
 
-    def around(self) -> Component:
+    def around(self) -> dict[str, Component]:
         """The components without their blocks."""
-        return _component(self.module, self._blocks(), with_trained=self.job.offload.optimize_on_cpu)
+        with_trained = self.job.offload.optimize_on_cpu
+        return {
+            name: _component(module, self.family.repeated_blocks(name), with_trained=with_trained)
+            for name, module in self.family.components.items()
+        }
 
-    def _blocks(self) -> list[nn.Module]:
-        return [block for name in self.family.components for block in self.family.repeated_blocks(name)]
+
+def _layers(block: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
+    """What a block is made of: shape, and whether it is trained, by parameter."""
+    return {name: (param.shape, param.requires_grad) for name, param in block.named_parameters()}
 
 
 class _Recording:
     """A block's forward that notes its arguments and results, and keeps nothing for backward."""
 
-    def __init__(self, block: nn.Module, calls: dict[nn.Module, tuple[Any, Any, Any]]) -> None:
+    def __init__(self, block: nn.Module, calls: dict[nn.Module, _Call]) -> None:
         self.block, self.calls, self.inner = block, calls, block.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             results = self.inner(*args, **kwargs)
-        self.calls[self.block] = (args, kwargs, tensors_of(results))
-        for tensor in tensors_of(results):
-            tensor.requires_grad_(True)
+        given = [*tensors_of((args, kwargs)), *self.block.parameters()]
+        call = _Call(args, kwargs, tensors_of(results), any(tensor.requires_grad for tensor in given))
+        self.calls[self.block] = call
+        for tensor in call.results:
+            tensor.requires_grad_(call.has_backward)
         return results
 
 

@@ -182,12 +182,19 @@ def _install(
     return calls
 
 
+def compiles(job: Job, component: str, capability: tuple[int, int] | None) -> bool:
+    """Whether a component's blocks are compiled on a GPU with Triton, of this compute capability (None = a new one)."""
+    if job.training.compile is False or component in partitioned_components(job):
+        return False
+    is_new = capability is None or capability >= FP8_INSTRUCTIONS
+    return is_new or component not in job.model.fp8_models
+
+
 def _compiles(job: Job, family: ModelFamily, component: str) -> bool:
     asked = job.training.compile
     if family.device.type != "cuda":
         return asked is True
-    capability = torch.cuda.get_device_capability(family.device)
-    if component in job.model.fp8_models and capability < FP8_INSTRUCTIONS:
+    if not compiles(job, component, torch.cuda.get_device_capability(family.device)):
         return False
     if asked == "auto":
         from torch.utils._triton import has_triton

@@ -1,23 +1,30 @@
 """Predictions beside what was measured, and the fake pass beside a real one."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import JobFileError, ModelError
+from diffsynth_ray.memory.activations import ActivationStore
 from diffsynth_ray.memory.devices import DEVICES, H100, find_device
-from diffsynth_ray.memory.fake_pass import kept_by_autograd, tensors_of
-from diffsynth_ray.memory.graph_cost import storages
+from diffsynth_ray.memory.fake_pass import fake_weights, kept_by_autograd, tensors_of
+from diffsynth_ray.memory.graph_cost import nbytes, storages
+from diffsynth_ray.memory.peak import PeakBytes
+from diffsynth_ray.models import wan_configs
 from diffsynth_ray.models.family import BatchShape, get_family
-from diffsynth_ray.train import fit
-from diffsynth_ray.train.estimate import GIB, Spread, estimate
+from diffsynth_ray.train import fit, residency
+from diffsynth_ray.train.estimate import GIB, Spread, activation_bytes, backward_moments, estimate
 from diffsynth_ray.train.model_cost import Weights, find_configs, measure_model
-from diffsynth_ray.train.trainer import select_trained
+from diffsynth_ray.train.residency import settle
+from diffsynth_ray.train.trainer import load_family, select_trained
 
 torch.set_num_threads(1)
 
@@ -92,7 +99,7 @@ def traced(job, shape):
         job.offload.optimize_on_cpu,
     )
     if key not in _TRACED:
-        _TRACED[key] = measure_model(job, shape, is_compiled=True, say=silent)
+        _TRACED[key] = measure_model(job, shape, capability=None, say=silent)
     return _TRACED[key]
 
 
@@ -102,7 +109,7 @@ def test_predictions_agree_with_what_was_measured(row):
     job = build_job(origin, **sections)
     cost = traced(job, shape)
     cost = replace(cost, blocks=tuple(replace(kind, count=layers or kind.count) for kind in cost.blocks))
-    found = estimate(job, cost, DEVICES[row.partition(" ")[0]], spread=Spread(), is_compiled=True)
+    found = estimate(job, cost, DEVICES[row.partition(" ")[0]], spread=Spread())
     seconds = (fastest_s + slowest_s) / 2
     print(f"{row}: {found.peak_bytes / GIB:.2f} GiB of {peak_gib}, {found.step_s:.3f} s of {fastest_s}-{slowest_s}")
     assert found.peak_bytes / GIB == pytest.approx(peak_gib, rel=0.10)
@@ -138,16 +145,18 @@ def tiny_job(row):
             "name": "job",
             "model": model,
             "lora": {"base_model": "vace" if "vace" in row else "dit", "rank": 4},
-            "training": {"precision": "fp32"},
+            "training": {"precision": "fp32", "compile": False},
         }
     )
 
 
-def kept_bytes(block, args, kwargs):
-    """What a block's real call keeps, without its inputs and weights."""
+def kept_bytes(block, args, kwargs, *, stands_for_others):
+    """What a block's real call keeps, without its inputs and weights; for others: its input has a gradient as theirs have."""
     tensors = tensors_of((args, kwargs))
     passed_on = {(tensor.shape, tensor.dtype) for tensor in tensors_of(block.plain(*args, **kwargs))}
-    inputs = [t.detach().requires_grad_(t.requires_grad or (t.shape, t.dtype) in passed_on) for t in tensors]
+    inputs = [
+        t.detach().requires_grad_(t.requires_grad or (stands_for_others and (t.shape, t.dtype) in passed_on)) for t in tensors
+    ]
     given = iter(inputs)
     args, kwargs = tree_map_only(torch.Tensor, lambda tensor: next(given), (args, kwargs))
     known = storages([*inputs, *block.parameters()])
@@ -158,7 +167,7 @@ def kept_bytes(block, args, kwargs):
 @pytest.mark.parametrize("row", [pytest.param(row, marks=() if row == "qwen_image" else pytest.mark.slow) for row in TINY])
 def test_the_fake_pass_keeps_what_a_real_one_keeps(row):
     job, (extra, side, num_frames) = tiny_job(row), TINY[row]
-    cost = measure_model(job, BatchShape(2, side, side, num_frames, text_tokens=12), is_compiled=False, say=silent)
+    cost = measure_model(job, BatchShape(2, side, side, num_frames, text_tokens=12), capability=None, say=silent)
     family = get_family(job.model.family).build_tiny(0, components=cost.traced, extra_inputs=extra)
     assert cost.traced == (("dit", "vace") if "vace" in row else ("dit",))
     select_trained(family, job)
@@ -167,19 +176,17 @@ def test_the_fake_pass_keeps_what_a_real_one_keeps(row):
         block.plain = block.forward
         block.forward = partial(record, block, calls)
     batch = family.blank_batch(BatchShape(2, side, side, num_frames, text_tokens=12), extra_inputs=extra).with_reference()
-    with torch.no_grad():
-        family.predict(batch, batch.latents, torch.zeros(2))
+    family.predict(batch, batch.latents, torch.zeros(2))
     assert len(calls) == len(blocks) == sum(kind.count for kind in cost.blocks)
-    real = [kept_bytes(block, *call) for block, call in calls.items()]
-    counted = [kind.cost.kept_bytes for kind in cost.blocks for _ in range(kind.count)]
+    kinds = [kind for kind in cost.blocks for _ in range(kind.count)]
+    real = [
+        kept_bytes(block, *call, stands_for_others=kind.count > 1)
+        for kind, (block, call) in zip(kinds, calls.items(), strict=True)
+    ]
     parameters = [param for name in cost.traced for param in family.component(name).parameters()]
-    frozen_bytes = cost.weights.frozen_bytes
-    if "vace" in row:  # the second block of its two is counted as the first one, which has a layer more
-        assert 0 < counted[1] - real[1] < 0.02 * real[1]
-        del counted[1], real[1]
-        frozen_bytes -= 4 * sum(param.numel() for param in family.component("vace").vace_blocks[0].proj_in.parameters())
-    assert counted == real
-    assert frozen_bytes == sum(4 * param.numel() for param in parameters if not param.requires_grad)
+    assert [kind.cost.kept_bytes for kind in kinds] == real
+    assert all(kind.handed_bytes == 0 for kind in cost.blocks if kind.component == "dit")
+    assert cost.weights.frozen_bytes == sum(4 * param.numel() for param in parameters if not param.requires_grad)
     trained = [param for param in parameters if param.requires_grad]
     assert cost.weights.num_trained == sum(param.numel() for param in trained)
 
@@ -187,6 +194,128 @@ def test_the_fake_pass_keeps_what_a_real_one_keeps(row):
 def record(block, calls, *args, **kwargs):
     calls[block] = (args, kwargs)
     return block.plain(*args, **kwargs)
+
+
+VACE = "Wan-AI/Wan2.1-VACE-1.3B"
+VACE_PARAMETERS = {"dit": 1_418_996_800, "vace": 734_975_232}
+VACE_COLUMNS = ["vace_video", "vace_reference_image"]
+VACE_TRAINED = {
+    "vace lora": {"lora": {"base_model": "vace", "rank": 4}},
+    "dit lora": {"lora": {"base_model": "dit", "rank": 4}},
+    "vace": {"lora": {"base_model": None}, "training": {"trainable_models": ["vace"]}},
+    "both": {"lora": {"base_model": "dit", "rank": 4}, "training": {"trainable_models": ["vace"]}},
+}
+VACE_ON_EVERY_RUN = {("vace lora", True), ("both", False)}
+
+
+def allocated(family, job, shape, *, mode=nullcontext()):
+    """Bytes that a whole forward pass keeps for backward, and the most that both take at once."""
+    with mode, PeakBytes() as counter:
+
+        def forward():
+            batch = family.blank_batch(shape, extra_inputs=job.model.extra_inputs).with_reference()
+            return family.predict(batch, batch.latents, torch.zeros(shape.num_samples))
+
+        pred = forward()
+        kept = counter.alive - nbytes(pred)
+        pred.sum().backward()
+    return kept, counter.peak
+
+
+@pytest.mark.parametrize(
+    ("trained", "recompute"),
+    [
+        pytest.param(trained, recompute, marks=() if (trained, recompute) in VACE_ON_EVERY_RUN else pytest.mark.slow)
+        for trained in VACE_TRAINED
+        for recompute in (True, False)
+    ],
+)
+def test_vace_takes_what_a_training_allocates(trained, recompute):
+    sections, shape = VACE_TRAINED[trained], BatchShape(1, 256, 256, 17, text_tokens=12)
+    job = Job.model_validate(
+        {
+            "name": "job",
+            "model": {"family": "wan", "tiny": True, "extra_inputs": VACE_COLUMNS},
+            "lora": sections["lora"],
+            "training": {"precision": "fp32", "compile": False} | sections.get("training", {}),
+            "gradient": {"checkpointing": recompute},
+        }
+    )
+    cost = measure_model(job, shape, capability=None, say=silent)
+    family = load_family(job, device=torch.device("cpu"), components=cost.traced)
+    select_trained(family, job)
+    settle(family, job, say=silent)
+    kept, peak = allocated(family, job, shape)
+    moments = backward_moments(job, cost)
+    if recompute:  # the DiT's first input is VACE's too, and counted for both
+        assert moments[-1].kept == kept + (cost.blocks[-1].input_bytes if trained == "both" else 0)
+    else:  # what blocks share is counted, needed or not, and in float32 the result that a block keeps again as the next one's
+        assert kept <= moments[-1].kept <= 1.025 * kept
+    assert activation_bytes(job, cost) == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("goes", [False, True], ids=["kept on the device", "on the host"])
+@pytest.mark.parametrize("trained", VACE_TRAINED)
+def test_vace_at_its_real_size_takes_what_all_of_its_blocks_take(trained, goes):
+    job = build_job(
+        VACE, **VACE_TRAINED[trained], model={"extra_inputs": VACE_COLUMNS}, gradient={"checkpointing_offload": goes}
+    )
+    job = job.model_copy(update={"training": job.training.model_copy(update={"compile": False})})
+    _, configs, _ = find_configs(job)
+    wan, mode = get_family("wan"), FakeTensorMode(allow_non_fake_inputs=True)
+    modules = {name: nn.Module.to(wan.build_component(name, config), torch.bfloat16) for name, config in configs.items()}
+    family = wan(modules, dtype=torch.bfloat16, device="cpu")
+    select_trained(family, job)
+    fake_weights(nn.ModuleDict(modules), mode)
+    store = ActivationStore(family.device) if goes else None
+    residency._install(family, job, {name: family.repeated_blocks(name) for name in modules}, {}, None, store)
+    _, peak = allocated(family, job, WAN, mode=mode)
+    on_host = store.moved_bytes if goes else 0
+    cost = measure_model(job, WAN, capability=None, say=silent)
+    found = activation_bytes(job, cost)
+    print(f"{trained}: {found / GIB:.2f} GiB of {(peak - on_host) / GIB:.2f}")
+    assert found == pytest.approx(peak - on_host, rel=0.02)
+
+
+def test_a_frozen_dit_beside_a_trained_vace_is_whole_on_every_worker():
+    job = build_job(
+        VACE, **VACE_TRAINED["vace"], model={"extra_inputs": VACE_COLUMNS},
+        distributed={"strategy": "deepspeed", "zero_stage": 3, "offload_param_device": "cpu"},
+    )  # fmt: skip
+    cost = measure_model(job, BatchShape(1, 64, 64, 5, text_tokens=32), capability=None, say=silent)
+    found = estimate(job, cost, H100, spread=Spread(num_workers=8, workers_on_node=4))
+    bf16 = {name: 2 * count for name, count in VACE_PARAMETERS.items()}
+    assert found.memory["frozen weights"] == bf16["dit"]
+    assert found.host["pinned parameters"] == bf16["vace"] * 4 // 8
+    on_device = job.model_copy(update={"distributed": job.distributed.model_copy(update={"offload_param_device": "none"})})
+    found = estimate(on_device, cost, H100, spread=Spread(num_workers=8))
+    assert (found.memory["frozen weights"], found.memory["trained weights"]) == (bf16["dit"], bf16["vace"] // 8)
+    largest = max(sum(param.numel() for param in block.parameters()) for block in vace_blocks())
+    assert found.memory["gathered parameters"] == 2 * 2 * largest
+    assert {(kind.component, kind.is_compiled) for kind in cost.blocks} == {("dit", True), ("vace", False)}
+    assert "blocks of vace are not compiled" in found.notes
+    both = build_job(VACE, **VACE_TRAINED["both"], distributed={"strategy": "deepspeed", "zero_stage": 3})
+    shared = estimate(both, cost, H100, spread=Spread(num_workers=8)).memory
+    assert shared["frozen weights"] == bf16["dit"] // 8
+
+
+def vace_blocks():
+    """Of the real size, without memory."""
+    job = build_job(VACE)
+    return get_family("wan").build_component("vace", find_configs(job)[1]["vace"]).vace_blocks
+
+
+@pytest.mark.slow
+def test_places_of_vace_s_blocks_change_no_estimate():
+    """diffusers' configuration names them; the two blocks that are traced have others."""
+    placed = wan_configs.TINY_VACE | {"vace_layers": [0, 3]}
+    job = tiny_job("wan with vace")
+    shape = BatchShape(1, 64, 64, 5, text_tokens=12)
+    plain = measure_model(job, shape, capability=None, say=silent)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(wan_configs, "TINY_VACE", placed)
+        assert measure_model(job, shape, capability=None, say=silent) == plain
 
 
 def test_configurations_follow_from_the_ids_alone():
@@ -209,7 +338,7 @@ def test_configurations_follow_from_the_ids_alone():
     [
         ("Qwen/Qwen-Image-Edit-2509:transformer/*", 20.43, [60], []),
         ("Wan-AI/Wan2.1-T2V-1.3B:diffusion_pytorch_model*", 1.42, [30], []),
-        ("Wan-AI/Wan2.1-VACE-1.3B:diffusion_pytorch_model*", 2.187, [15, 30], ["vace_video"]),
+        ("Wan-AI/Wan2.1-VACE-1.3B:diffusion_pytorch_model*", 2.154, [1, 14, 30], ["vace_video"]),
         ("black-forest-labs/FLUX.1-dev:flux1-dev.safetensors", 11.9, [19, 38], []),
         ("Tongyi-MAI/Z-Image-Turbo:transformer/*", 6.15, [2, 2, 30], []),
         ("black-forest-labs/FLUX.2-klein-4B:transformer/*", 3.88, [5, 20], []),
@@ -218,8 +347,12 @@ def test_configurations_follow_from_the_ids_alone():
 )
 def test_every_family_has_its_real_size(origin, billions, counts, extra):
     job = build_job(model={"id_with_origin_paths": [origin], "extra_inputs": extra})
-    cost = measure_model(job, BatchShape(1, 256, 256, text_tokens=32), is_compiled=False, say=silent)
-    assert cost.weights.frozen_bytes / 2e9 == pytest.approx(billions, rel=0.01)
+    cost = measure_model(job, BatchShape(1, 256, 256, text_tokens=32), capability=None, say=silent)
+    name, configs, _ = find_configs(job)
+    whole = [get_family(name).build_component(part, config) for part, config in configs.items() if part in cost.traced]
+    num_parameters = sum(param.numel() for module in whole for param in module.parameters())
+    assert cost.weights.frozen_bytes == 2 * num_parameters
+    assert num_parameters / 1e9 == pytest.approx(billions, rel=0.01)
     assert [kind.count for kind in cost.blocks] == counts
 
 
@@ -229,16 +362,16 @@ def test_what_cannot_be_reckoned_is_said():
     assert "dsray download" in unknown.value.hint
     job = build_job(training={"trainable_models": ["text_encoder"]})
     with pytest.raises(JobFileError, match=r"training\.trainable_models: estimates cover training of dit; text_encoder"):
-        measure_model(job, SQUARE, is_compiled=True, say=silent)
+        measure_model(job, SQUARE, capability=None, say=silent)
     vae = build_job(model={"id_with_origin_paths": ["Qwen/Qwen-Image:vae/x.safetensors"]})
     with pytest.raises(ModelError, match="has no dit, which is to be trained"):
-        measure_model(vae, SQUARE, is_compiled=True, say=silent)
+        measure_model(vae, SQUARE, capability=None, say=silent)
 
 
 def test_what_does_not_fit_is_told_with_the_keys_that_help():
     job = build_job(gradient={"checkpointing": False})
     cost, device = traced(build_job(), SQUARE), DEVICES["4090"]
-    found = estimate(job, cost, device, spread=Spread(), is_compiled=True)
+    found = estimate(job, cost, device, spread=Spread())
     assert found.fits is False
     assert fit.cannot_fit(found)
     advice = fit.advise(job, cost, device, Spread(), found)
@@ -250,17 +383,17 @@ def test_what_does_not_fit_is_told_with_the_keys_that_help():
     text = fit.warning(replace(found, advice=tuple(advice)))
     assert "does not fit: 68.3 GiB and 1.2 beside of 23.5 GiB on 4090" in text
     assert "GiB less with offload.cpu_offload = true" in text
-    on_h100 = estimate(job, cost, H100, spread=Spread(), is_compiled=True)
+    on_h100 = estimate(job, cost, H100, spread=Spread())
     assert on_h100.fits
     assert fit.warning(on_h100) is None
-    assert estimate(job, cost, None, spread=Spread(), is_compiled=True).fits is None
+    assert estimate(job, cost, None, spread=Spread()).fits is None
 
 
 def test_auto_keeps_what_fits_the_device():
     cost = traced(build_job(), SQUARE)
     auto = build_job(gradient={"checkpointing": "auto"})
     found = {
-        name: estimate(job, cost, device, spread=Spread(), is_compiled=True)
+        name: estimate(job, cost, device, spread=Spread())
         for name, job, device in (
             ("all", build_job(), H100), ("none", build_job(gradient={"checkpointing": False}), H100),
             ("h100", auto, H100), ("h200", auto, DEVICES["h200"]), ("a100-40", auto, DEVICES["a100-40"]),
@@ -278,28 +411,26 @@ def test_strategies_share_out_what_they_share_out():
     sizes = {}
     for stage in (1, 2, 3):
         job = build_job(distributed={"strategy": "deepspeed", "zero_stage": stage})
-        sizes[stage] = estimate(job, cost, H100, spread=Spread(num_workers=8), is_compiled=stage < 3).memory
-    ddp = estimate(build_job(), cost, H100, spread=Spread(num_workers=8), is_compiled=True).memory
+        sizes[stage] = estimate(job, cost, H100, spread=Spread(num_workers=8)).memory
+    ddp = estimate(build_job(), cost, H100, spread=Spread(num_workers=8)).memory
     assert sizes[1]["float32 masters"] == ddp["float32 masters"] // 8
     assert sizes[2]["optimizer state"] == pytest.approx(ddp["optimizer state"] / 8, rel=0.01)
     assert sizes[2]["gradients"] < sizes[1]["gradients"]
     assert sizes[3]["frozen weights"] == pytest.approx(ddp["frozen weights"] / 8, rel=0.01)
     # An encoder is not partitioned: every worker has it whole.
-    encoder = replace(cost.around, weights=Weights(frozen_bytes=16 * GIB))
+    encoder = replace(cost.around["dit"], weights=Weights(frozen_bytes=16 * GIB))
     third = build_job(distributed={"strategy": "deepspeed", "zero_stage": 3})
-    beside = estimate(
-        third, replace(cost, others={"text_encoder": encoder}), H100, spread=Spread(num_workers=8), is_compiled=False
-    )
+    beside = estimate(third, replace(cost, others={"text_encoder": encoder}), H100, spread=Spread(num_workers=8))
     assert beside.memory["frozen weights"] == sizes[3]["frozen weights"] + 16 * GIB
     away = build_job(distributed={"strategy": "deepspeed", "offload_optimizer_device": "cpu"})
-    found = estimate(away, cost, H100, spread=Spread(num_workers=8, workers_on_node=8), is_compiled=True)
+    found = estimate(away, cost, H100, spread=Spread(num_workers=8, workers_on_node=8))
     assert "optimizer state" not in found.memory
     assert found.host["masters, optimizer state and gradients"] == 16 * cost.weights.num_trained
 
 
 def test_host_memory_is_refused_with_the_cure():
     job = build_job(offload={"cpu_offload": True})
-    found = estimate(job, traced(build_job(), SQUARE), H100, spread=Spread(), is_compiled=True)
+    found = estimate(job, traced(build_job(), SQUARE), H100, spread=Spread())
     assert found.host["pinned weights, once a node"] / GIB == pytest.approx(38.1, abs=0.1)
     fit.check_host(job, found, host_bytes=64 * GIB)
     with pytest.raises(JobFileError, match=r"offload\.cpu_offload: a node needs 4.*has 24\.0.*model\.fp8_models halves"):
@@ -326,8 +457,10 @@ def test_devices_are_known_by_the_names_that_drivers_and_ray_give_them():
     assert find_device("TPU-V4") is None
     assert not DEVICES["a100"].is_measured
     fp8 = build_job(model={"fp8_models": ["dit"]})
-    assert not fit.compiles(fp8, DEVICES["a100"])  # as residency decides it
-    assert fit.compiles(fp8, H100)
+    assert not residency.compiles(fp8, "dit", DEVICES["a100"].capability)
+    assert residency.compiles(fp8, "dit", H100.capability)
+    assert residency.compiles(fp8, "dit", None)
+    assert residency.compiles(fp8, "vace", DEVICES["a100"].capability)
 
 
 @pytest.mark.slow  # tests/unit/cli/test_estimating.py makes one too
