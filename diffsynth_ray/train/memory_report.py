@@ -117,12 +117,13 @@ def savings(job: Job, use: MemoryUse, world_size: int) -> list[tuple[int, str]]:
     if job.dataset.height is None:
         change = f"= {job.dataset.max_pixels // 2} (smaller pictures, a new run)"
         found.append((use.activations / 2, "dataset.max_pixels", change))
-    if job.distributed.strategy == "ddp" and world_size > 1:
+    # Layer offload and DeepSpeed exclude each other.
+    if job.distributed.strategy == "ddp" and world_size > 1 and not job.offload.cpu_offload:
         saved = (state + use.gradients) * (1 - 1 / world_size)
         found.append((saved, "distributed.strategy", '= "deepspeed" (shares masters, optimizer and gradients)'))
     if job.distributed.strategy == "deepspeed" and job.distributed.offload_optimizer_device == "none":
         found.append((state, "distributed.offload_optimizer_device", '= "cpu" (slower steps)'))
-    if not job.offload.cpu_offload:
+    if job.distributed.strategy == "ddp" and not job.offload.cpu_offload:
         found.append((use.frozen * 0.9, "offload.cpu_offload", "= true (slower steps)"))
     if not job.model.fp8_models:
         found.append((use.frozen / 2, "model.fp8_models", "= the frozen components"))

@@ -49,6 +49,13 @@ def test_only_what_helps_is_named():
     )
 
 
+def test_layer_offload_and_deepspeed_are_not_advised_together():
+    """A job with both is refused."""
+    for sections in ({"distributed": {"strategy": "deepspeed"}}, {"offload": {"cpu_offload": True}}):
+        keys = {text.split()[0] for _, text in savings(build_job(**sections), USE, 2)}
+        assert not keys & {"offload.cpu_offload", "distributed.strategy"}
+
+
 def test_nothing_helps():
     tiny = MemoryUse(total=GIB, peak=0, frozen=0, trained=0, masters=0, optimizer=0, gradients=0)
     error = out_of_memory(build_job(), tiny, rank=0, world_size=1, computed="x", cause="")
