@@ -291,19 +291,24 @@ def test_a_frozen_dit_beside_a_trained_vace_is_whole_on_every_worker():
     on_device = job.model_copy(update={"distributed": job.distributed.model_copy(update={"offload_param_device": "none"})})
     found = estimate(on_device, cost, H100, spread=Spread(num_workers=8))
     assert (found.memory["frozen weights"], found.memory["trained weights"]) == (bf16["dit"], bf16["vace"] // 8)
-    largest = max(sum(param.numel() for param in block.parameters()) for block in vace_blocks())
-    assert found.memory["gathered parameters"] == 2 * 2 * largest
+    assert found.memory["gathered parameters"] == 2 * largest_block_bytes("vace")
     assert {(kind.component, kind.is_compiled) for kind in cost.blocks} == {("dit", True), ("vace", False)}
     assert "blocks of vace are not compiled" in found.notes
     both = build_job(VACE, **VACE_TRAINED["both"], distributed={"strategy": "deepspeed", "zero_stage": 3})
     shared = estimate(both, cost, H100, spread=Spread(num_workers=8)).memory
     assert shared["frozen weights"] == bf16["dit"] // 8
+    dit = build_job(VACE, **VACE_TRAINED["dit lora"], distributed={"strategy": "deepspeed", "zero_stage": 3})
+    shared = estimate(dit, cost, H100, spread=Spread(num_workers=8)).memory
+    assert shared["gathered parameters"] == 2 * largest_block_bytes("dit") < 2 * largest_block_bytes("vace")
 
 
-def vace_blocks():
-    """Of the real size, without memory."""
-    job = build_job(VACE)
-    return get_family("wan").build_component("vace", find_configs(job)[1]["vace"]).vace_blocks
+def largest_block_bytes(component):
+    """Of VACE at its real size, in bf16."""
+    config = find_configs(build_job(VACE))[1][component]
+    with torch.device("meta"):
+        module = get_family("wan").build_component(component, config)
+    blocks = module.blocks if component == "dit" else module.vace_blocks
+    return max(sum(2 * param.numel() for param in block.parameters()) for block in blocks)
 
 
 @pytest.mark.slow
