@@ -95,6 +95,8 @@ class DeepSpeedStrategy:
         components = partitioned_components(job)
         blocks = [block for name in components for block in family.repeated_blocks(name)]
         config = _engine_config(job, graph, blocks, family.device)
+        for block in blocks:
+            _make_leaf(block)
         self._partition_components(family, components, config, say=say)
         self._trained = trained_parameters(graph)
         self._shapes = {name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in self._trained.items()}
@@ -137,11 +139,8 @@ class DeepSpeedStrategy:
             module = family.component(component)
             source = cast(WeightSource, cast(Any, module).weight_source)
             spots = {id(spot.meta): spot for spot in find_spots(module)}
-            blocks = family.repeated_blocks(component)
-            for block in blocks:
-                _make_leaf(block)
             # The blocks first; what is left of the component comes last.
-            units = [*blocks, module]
+            units = [*family.repeated_blocks(component), module]
             last_said = time.monotonic()
             for number, unit in enumerate(units, start=1):
                 for param in list(unit.parameters()):
@@ -164,7 +163,7 @@ class DeepSpeedStrategy:
         for block in blocks:
             cast(Any, block.forward).after_backward = partial(zero.parameter_offload.post_sub_module_backward_function, block)
             for param in block.parameters():
-                del param.ds_z3_leaf_module
+                delattr(param, "ds_z3_leaf_module")
         for hook in (*zero._leaf_module_hooks, *zero._grad_acc_hooks):
             hook.remove()
         zero._leaf_module_hooks.clear()
