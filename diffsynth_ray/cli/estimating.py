@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,21 +10,42 @@ from diffsynth_ray.cli import render
 from diffsynth_ray.errors import DsrayError
 
 if TYPE_CHECKING:
-    from diffsynth_ray.config.resolve import ResolvedJob
+    from diffsynth_ray.config.resolve import ResolvedJob, Resources
     from diffsynth_ray.memory.devices import Device
     from diffsynth_ray.train.estimate import Estimate
 
 
+_CPUS_PER_GPU = 8.0
+"""Of a machine that is only imagined."""
+
+
 def device_of(name: str | None) -> Device | None:
-    """The GPU of a name, or this machine's; None where there is none. Raises DsrayError for a name that is not known."""
+    """The GPU of a name ("h100", "8xh100"), or this machine's; None where there is none. Raises DsrayError for others."""
     from diffsynth_ray.memory.devices import DEVICES, find_device, local_device
 
     if name is None:
         return local_device()
-    found = find_device(name)
-    if found is None:
-        raise DsrayError(f"--gpu: got {name!r}; known are {', '.join(DEVICES)}")
+    count, kind = _split(name)
+    found = find_device(kind)
+    if found is None or count == 0:
+        raise DsrayError(
+            f"--gpu: got {name!r}; known are {', '.join(DEVICES)}", hint="several of one machine are written 8xh100"
+        )
     return found
+
+
+def resources_of(name: str | None) -> Resources:
+    """What a job is planned for: a machine with as many GPUs as the name says ("8xh100"), or this one."""
+    from diffsynth_ray.config.resolve import Resources, local_resources
+
+    count = _split(name)[0] if name is not None else None
+    return local_resources() if count is None else Resources(cpus=_CPUS_PER_GPU * count, gpus=count)
+
+
+def _split(name: str) -> tuple[int | None, str]:
+    """(number, name) of "8xh100"."""
+    found = re.fullmatch(r"(\d+)\s*[xX*]\s*(.+)", name)
+    return (int(found[1]), found[2]) if found else (None, name)
 
 
 def estimate(resolved: ResolvedJob, device: Device | None, *, is_remote: bool = False) -> Estimate:

@@ -1,6 +1,7 @@
 """`plan --estimate`, and what submit says of a job that cannot fit."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from diffsynth_ray.errors import DsrayError, ExitCode, ModelError
 from diffsynth_ray.memory.devices import DEVICES
 from diffsynth_ray.train.estimate import GIB, Estimate
 
+ROOT = Path(__file__).parents[3]
 JOB = """
 [dataset]
 base_path = "{folder}"
@@ -42,9 +44,20 @@ def test_plan_estimates_for_a_named_gpu(job_file, capsys):
     assert found["step_s"] > 0
 
 
+@pytest.mark.parametrize(("recipe", "gpus", "workers"), [("qwen_lora", "h100", None), ("qwen_full", "8xH100", 8)])
+def test_the_big_recipes_fit_what_they_say(recipe, gpus, workers, capsys):
+    photos = ROOT / "jobs/data/photos"
+    data = ["--set", f"dataset.base_path={photos}", "--set", f"dataset.metadata_path={photos}/metadata.csv"]
+    assert main(["plan", recipe, "--gpu", gpus, "--json", *data]) == ExitCode.DONE
+    found = json.loads(capsys.readouterr().out)
+    assert found["estimate"]["fits"]
+    assert workers is None or found["num_workers"] == workers
+
+
 def test_an_unknown_gpu_is_told_with_those_that_are_known(job_file, capsys):
-    assert main(["plan", job_file, "--gpu", "4091"]) == ExitCode.USAGE
-    assert "--gpu: got '4091'; known are h100, " in capsys.readouterr().err
+    for name in ("4091", "8x4091", "0xh100"):
+        assert main(["plan", job_file, "--gpu", name]) == ExitCode.USAGE
+        assert f"--gpu: got '{name}'; known are h100, " in capsys.readouterr().err
 
 
 def build_estimate(**memory):
