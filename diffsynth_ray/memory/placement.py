@@ -24,6 +24,8 @@ from diffsynth_ray.memory.offload import ALIGNMENT, Unit, build_unit
 READ_THREADS = 4
 READ_AHEAD = 8
 """Tensors that are read but not yet placed."""
+LARGEST_PINNED_BYTES = 128 << 20
+"""Larger tensors are few, and go to the device from ordinary memory: pinned memory is taken in powers of two."""
 PROGRESS_S = 5.0
 LARGEST_LOOSE_BYTES = 256 << 20
 """Largest unit outside of the repeated blocks, where no threshold is given."""
@@ -35,8 +37,11 @@ Say = Callable[[str], object]
 class WeightSource(Protocol):
     """Where a component's weights come from. Reads from several threads at once."""
 
-    def read(self, name: str) -> Tensor:
-        """The parameter of this name, as the module was built (without adapters), in the dtype it computes in."""
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
+        """The parameter of this name, as the module was built (without adapters), in the dtype it computes in.
+
+        It may lie in `into`, memory on the CPU of its shape and dtype.
+        """
         ...
 
 
@@ -163,6 +168,7 @@ def place(
             if spot.current.is_meta:
                 spot.put(torch.empty_like(spot.meta, device=device))
         _fill(name, found, sources[name], homes, device=device, fills_shared=segment.is_first, say=say)
+    release_pinned_memory(device)
     if group is not None:
         group.barrier()  # nobody reads what is not yet written
     return built
@@ -234,27 +240,58 @@ def _fill(
     wanted = [spot for spot in spots if spot.holders[0][1] != _SCALE and (fills_shared or id(spot.current) not in homes)]
     started = told = time.monotonic()
     num_bytes = 0
-    for spot, value in _read_ahead(wanted, source):
+
+    def memory_for(spot: Spot) -> Tensor | None:
+        home = homes.get(id(spot.current), spot.current.data)
+        return home if home.device.type == "cpu" and not _is_narrowed(spot) else pinned_memory(spot, device)
+
+    for spot, value in read_ahead(wanted, source, memory_for):
         module, leaf = spot.holders[0]
         num_bytes += value.numel() * value.element_size()
         values = {leaf: value}
-        if isinstance(module, Fp8Linear) and leaf == "weight":
-            values[leaf], values[_SCALE] = quantize(value.to(device))
+        if _is_narrowed(spot):
+            values[leaf], values[_SCALE] = quantize(value.to(device, non_blocking=True))
         for name, converted in values.items():
             target = getattr(module, name)
-            homes.get(id(target), target.data).copy_(converted)
+            home = homes.get(id(target), target.data)
+            if home.data_ptr() != converted.data_ptr():
+                home.copy_(converted, non_blocking=home.is_cuda)
         if time.monotonic() - told > PROGRESS_S:
             told = time.monotonic()
             speed = num_bytes / (told - started) / 2**30
             say(f"loading {component}: {num_bytes / 2**30:.1f} GiB read, {speed:.2f} GiB/s")
 
 
-def _read_ahead(spots: Sequence[Spot], source: WeightSource) -> Iterator[tuple[Spot, Tensor]]:
-    """The spots' values in order, the next few already on their way."""
+def _is_narrowed(spot: Spot) -> bool:
+    """Whether the value is turned into FP8 on its way."""
+    module, leaf = spot.holders[0]
+    return isinstance(module, Fp8Linear) and leaf == "weight"
+
+
+def pinned_memory(spot: Spot, device: torch.device) -> Tensor | None:
+    """Memory that a device copies a spot's value from without waiting; None where that is no GPU, or the value is large."""
+    module, _ = spot.holders[0]
+    dtype = module.weight_scale.dtype if isinstance(module, Fp8Linear) and _is_narrowed(spot) else spot.meta.dtype
+    if device.type != "cuda" or spot.meta.numel() * dtype.itemsize > LARGEST_PINNED_BYTES:
+        return None
+    return torch.empty(spot.meta.shape, dtype=dtype, pin_memory=True)
+
+
+def release_pinned_memory(device: torch.device) -> None:
+    """Give back what loading has pinned: torch keeps it, in every worker, until the process ends."""
+    if device.type == "cuda" and hasattr(torch._C, "_host_emptyCache"):
+        torch.cuda.synchronize(device)
+        torch._C._host_emptyCache()
+
+
+def read_ahead(
+    spots: Sequence[Spot], source: WeightSource, memory_for: Callable[[Spot], Tensor | None]
+) -> Iterator[tuple[Spot, Tensor]]:
+    """The spots' values in order, the next few already on their way to the memory that there is for them."""
     with ThreadPoolExecutor(max_workers=READ_THREADS, thread_name_prefix="weights") as pool:
         waiting: deque[tuple[Spot, Future[Tensor]]] = deque()
         for spot in spots:
-            waiting.append((spot, pool.submit(source.read, spot.source_name)))
+            waiting.append((spot, pool.submit(source.read, spot.source_name, memory_for(spot))))
             if len(waiting) == READ_AHEAD:
                 first, value = waiting.popleft()
                 yield first, value.result()

@@ -268,9 +268,9 @@ class MergedWeights:
         """`updates`: layer -> (A [rank, in], B [out, rank])."""
         self._source, self._updates = source, updates
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
         """See WeightSource."""
-        weight = self._source.read(name)
+        weight = self._source.read(name, into)
         if name.removesuffix(".weight") not in self._updates:
             return weight
         down, up = self._updates[name.removesuffix(".weight")]

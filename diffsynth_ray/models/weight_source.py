@@ -1,7 +1,8 @@
 """Weights that are read one tensor at a time, when and where they are needed.
 
-A safetensors file is read with plain reads into fresh memory, not mapped: a mapped file counts as the process's memory until
-it is closed, so that a 40 GB model would seem to take 80. Reading is safe from several threads.
+A safetensors file is read with plain reads, not mapped: a mapped file counts as the process's memory until it is closed, so
+that a 40 GB model would seem to take 80. A tensor can be read straight to where it is wanted: memory that is new to the process
+costs as much as what is read into it. Reading is safe from several threads.
 """
 
 from __future__ import annotations
@@ -48,8 +49,11 @@ MemoryTensors = Callable[[str, Tensor], Mapping[str, Tensor]]
 class WeightSource(Protocol):
     """Where the weights of one component come from."""
 
-    def read(self, name: str) -> Tensor:
-        """The parameter of this in-memory name, in memory of its own and the dtype it computes in."""
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
+        """The parameter of this in-memory name, in the dtype it computes in.
+
+        It has memory of its own, or is `into`: memory on the CPU of the result's shape and dtype, which may be written over.
+        """
         ...
 
 
@@ -62,18 +66,22 @@ class SafetensorsFile:
         self._begin = 8 + length
         self._header = json.loads(os.pread(self._fd, length, 8))
 
-    def read(self, key: str) -> Tensor:
-        """The tensor in memory of its own."""
+    def read(self, key: str, into: Tensor | None = None) -> Tensor:
+        """The tensor, in `into` where that has its dtype and size, else in memory of its own."""
         entry = self._header[key]
         start, stop = entry["data_offsets"]
-        raw = torch.empty(stop - start, dtype=torch.uint8)
+        dtype = SAFETENSORS_DTYPES[entry["dtype"]]
+        if into is not None and into.dtype == dtype and into.nbytes == stop - start and into.is_contiguous():
+            raw = into.detach().view(-1).view(torch.uint8)
+        else:
+            raw = torch.empty(stop - start, dtype=torch.uint8)
         view, done = memoryview(raw.numpy().data), 0
         while done < stop - start:
             count = os.preadv(self._fd, [view[done:]], self._begin + start + done)
             if count <= 0:
                 raise OSError(f"the file ends inside {key!r}")
             done += count
-        return raw.view(SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        return raw.view(dtype).reshape(entry["shape"])
 
     def __del__(self) -> None:
         os.close(self._fd)
@@ -102,21 +110,22 @@ class FileWeights:
         """A mapped torch file, which the reader of safetensors cannot read."""
         self._files[path] = state
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
         """See WeightSource."""
         place = self._keys[name]
         if place not in self._fused:
-            return self._read_parts(name)[name]
+            found = self._read_parts(name, into)[name]
+            return found if into is None or not _overlaps(found, into) else found.clone()
         with self._fused[place]:
             if name not in self._waiting:
                 # Copies, so that what one part is used for does not keep the others in memory.
                 self._waiting |= {part: tensor.clone() for part, tensor in self._read_parts(name).items()}
             return self._waiting.pop(name)
 
-    def _read_parts(self, name: str) -> Mapping[str, Tensor]:
+    def _read_parts(self, name: str, into: Tensor | None = None) -> Mapping[str, Tensor]:
         """The file's tensor that a name is in, as the parameters in memory."""
         path, key = self._keys[name]
-        tensor = self._read(path, key)
+        tensor = self._read(path, key, into)
         if tensor.dtype in _FP8 and name in self._scales:
             scale = self._read(*self._scales[name]).float()
             tensor = tensor.float() * scale.reshape(-1, *[1] * (tensor.ndim - 1))
@@ -124,13 +133,19 @@ class FileWeights:
             tensor = tensor.to(self._dtype)
         return self._memory_tensors(key, tensor)
 
-    def _read(self, path: Path, key: str) -> Tensor:
+    def _read(self, path: Path, key: str, into: Tensor | None = None) -> Tensor:
         file = self._files.get(path)
         if file is None:
             file = self._files.setdefault(path, SafetensorsFile(path))
         if isinstance(file, SafetensorsFile):
-            return file.read(key)
+            return file.read(key, into)
         return file[key].clone()  # a parameter must not live in a file's pages
+
+
+def _overlaps(found: Tensor, into: Tensor) -> bool:
+    """Whether a tensor lies in memory of `into`, but not as `into` does (the layout in memory is another than the file's)."""
+    same = found.data_ptr() == into.data_ptr() and found.shape == into.shape and found.stride() == into.stride()
+    return not same and found.untyped_storage().data_ptr() == into.untyped_storage().data_ptr()
 
 
 class RandomWeights:
@@ -142,7 +157,7 @@ class RandomWeights:
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], *, seed: int, component: str, dtype: torch.dtype) -> None:
         self._shapes, self._seed, self._component, self._dtype = shapes, seed, component, dtype
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
         """See WeightSource."""
         shape = self._shapes[name]
         if name.endswith("gamma") or (len(shape) == 1 and name.endswith("weight")):
@@ -158,9 +173,9 @@ class GivenWeights:
     def __init__(self, values: Mapping[str, Tensor], rest: WeightSource, *, dtype: torch.dtype) -> None:
         self._values, self._rest, self._dtype = values, rest, dtype
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
         """See WeightSource."""
-        return self._values[name].to(self._dtype, copy=True) if name in self._values else self._rest.read(name)
+        return self._values[name].to(self._dtype, copy=True) if name in self._values else self._rest.read(name, into)
 
 
 def seeded_generator(seed: int, name: str) -> torch.Generator:

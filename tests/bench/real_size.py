@@ -16,7 +16,7 @@ class RandomWeights:
         self.shapes = {name: param.shape for name, param in component.named_parameters()}
         self.device = device
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
         """See placement.WeightSource."""
         return torch.empty(self.shapes[name], dtype=torch.bfloat16, device=self.device).normal_(0, 0.02)
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from diffsynth_ray.config.schema import Job, TrainingSection
 from diffsynth_ray.config.zero import read_zero_config
-from diffsynth_ray.memory.placement import WeightSource, find_spots
+from diffsynth_ray.memory.placement import WeightSource, find_spots, pinned_memory, read_ahead, release_pinned_memory
 from diffsynth_ray.models.family import ModelFamily
 from diffsynth_ray.train.optim import build_optimizer
 from diffsynth_ray.train.residency import partitioned_components
@@ -143,16 +143,18 @@ class DeepSpeedStrategy:
             units = [*family.repeated_blocks(component), module]
             last_said = time.monotonic()
             for number, unit in enumerate(units, start=1):
-                for param in list(unit.parameters()):
-                    spot = spots.get(id(param))
-                    if spot is not None and self.rank == 0:
-                        spot.put(source.read(spot.source_name).to(family.device))
-                    elif spot is not None:
-                        spot.put(torch.empty_like(param, device=family.device))
+                wanted = [spots[id(param)] for param in unit.parameters() if id(param) in spots]
+                if self.rank == 0:
+                    for spot, value in read_ahead(wanted, source, partial(pinned_memory, device=family.device)):
+                        spot.put(value.to(family.device, non_blocking=True))
+                else:
+                    for spot in wanted:
+                        spot.put(torch.empty_like(spot.meta, device=family.device))
                 self._deepspeed.zero.Init(module=unit, config_dict_or_path=copy.deepcopy(config))
                 if time.monotonic() - last_said > _SAY_EVERY_S:
                     say(f"sharing out {component}: {number} of {len(units)} parts")
                     last_said = time.monotonic()
+        release_pinned_memory(family.device)
 
     def _gather_by_block(self, blocks: Sequence[nn.Module]) -> None:
         """Blocks are gathered whole and let go after their backward; their gradients are shared out parameter by parameter.

@@ -24,9 +24,17 @@ class Source:
     def __init__(self, state):
         self.state, self.read_names = state, []
 
-    def read(self, name):
+    def read(self, name, into=None):
         self.read_names.append(name)
         return self.state[name].clone()
+
+
+class IntoSource(Source):
+    """Reads straight to where a value is wanted."""
+
+    def read(self, name, into=None):
+        value = super().read(name)
+        return value if into is None else into.copy_(value)
 
 
 class Model(nn.Module):
@@ -43,14 +51,14 @@ class Model(nn.Module):
         return x
 
 
-def build(num_blocks=6, *, budget_bytes=None, trained=(), group=None):
+def build(num_blocks=6, *, budget_bytes=None, trained=(), group=None, source_type=Source):
     torch.manual_seed(0)
     real = Model(num_blocks).requires_grad_(False)
     model = Model(num_blocks).requires_grad_(False).to("meta")
     for number in trained:
         real.blocks[number].requires_grad_(True)
         model.blocks[number].requires_grad_(True)
-    source = Source(real.state_dict())
+    source = source_type(real.state_dict())
     units = {"model": split_units(model, list(model.blocks), max_bytes=None)}
     built = place({"model": model}, {"model": source}, device=CPU, units=units, group=group, say=print)
     offload = LayerOffload(list(built.values()), device=CPU, budget_bytes=budget_bytes)
@@ -64,6 +72,17 @@ def step(model, x):
     result = model(x)
     result.square().sum().backward()
     return result.detach(), x.grad
+
+
+def test_values_are_read_straight_to_their_places():
+    real, model, offload, source = build(trained=(2,), source_type=IntoSource)
+    assert len(source.read_names) == len(real.state_dict())
+    x = torch.randn(3, 64)
+    offload.begin()
+    result, gradient = step(model, x)
+    expected, expected_gradient = step(real, x)
+    assert torch.equal(result, expected)
+    assert torch.equal(gradient, expected_gradient)
 
 
 @pytest.mark.parametrize("trained", [(), (2, 5)])
