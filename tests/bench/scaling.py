@@ -12,6 +12,9 @@ the cache that it has filled. Prints a JSON line a run and writes all of them to
   gpu_gib              most memory that rank 0's GPU gave out
   host_gib             most memory of the run's processes, what they share counted once
   encoded_per_s        (split) samples a second of stage one, once all encoders run
+  start_s              from the command to the end of the first step
+
+Beside --output lie the runs' logs, each line with its second.
 
 usage: python tests/bench/scaling.py --folder FOLDER --output results.json [--gpus 1 2] [--only NAME ...] [--full-layers N]
        [--samples N] [--steps N] [--tiny]
@@ -19,6 +22,7 @@ usage: python tests/bench/scaling.py --folder FOLDER --output results.json [--gp
 
 import argparse
 import csv
+import io
 import json
 import re
 import shutil
@@ -44,6 +48,7 @@ from diffsynth_ray.models.qwen_image_configs import TINY
 from diffsynth_ray.train.split import tensor_bytes
 
 TOKENS, SAMPLES = 256, 64
+DSRAY = [sys.executable, "-m", "diffsynth_ray.cli.app"]
 MEASURED = 10
 """Last steps of a run whose waits are averaged; its step time is that of the last 19."""
 LORA = ["lora.base_model=dit"]
@@ -71,7 +76,7 @@ enabled = true
 cache_path = "{cache}"
 [training]
 precision = "{precision}"
-max_steps = {steps}
+max_steps = 1000
 max_grad_norm = 0
 [output]
 path = "{output}"
@@ -158,37 +163,73 @@ class HostMemory:
                 continue
 
 
-def run(job: Path, output: Path, overrides: list[str], *, timeout_s: float) -> dict[str, Any]:
-    """Figures of one run, or what went wrong."""
-    sets = [part for override in overrides for part in ("--set", override)]
-    command = [sys.executable, "-m", "diffsynth_ray.cli.app", "run", str(job), "--new", *sets]
-    log = output.with_suffix(".log")
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-        memory = HostMemory(process.pid)
+class Run:
+    """`dsray run`, followed until a step is done, then ended: an export and a checkpoint of a whole model are not measured."""
+
+    def __init__(self, job: Path, output: Path, overrides: list[str], *, log: Path) -> None:
+        sets = [part for override in overrides for part in ("--set", override)]
+        self.output, self.lines, self.started = output, list[str](), time.monotonic()
+        shutil.rmtree(output, ignore_errors=True)
+        command = [*DSRAY, "run", str(job), "--new", *sets]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.memory = HostMemory(self.process.pid)
+        self.reader = threading.Thread(target=self.read, args=(log,), daemon=True)
+        self.reader.start()
+
+    def read(self, log: Path) -> None:
+        """The run's lines with the seconds since its start, here and in a file."""
+        assert self.process.stdout is not None
+        with log.open("w") as file:
+            for line in self.process.stdout:
+                self.lines.append(f"{time.monotonic() - self.started:6.1f} {line.rstrip()}")
+                print(self.lines[-1], file=file, flush=True)
+
+    def values(self) -> dict[str, list[float]]:
+        """What loss.csv holds so far, by key."""
+        path = self.output / "loss.csv"
+        if not path.exists():
+            return {}
+        found: dict[str, list[float]] = {}
+        for row in csv.DictReader(io.StringIO(path.read_text().rpartition("\n")[0])):
+            found.setdefault(row["key"], []).append(float(row["value"]))
+        return found
+
+    def figures(self, steps: int, *, timeout_s: float) -> dict[str, Any]:
+        """Those after so many steps, or what went wrong."""
+        while self.process.poll() is None and len(self.values().get("gpu_memory_gib", self.values().get("loss", []))) < steps:
+            if time.monotonic() - self.started > timeout_s:
+                break
+            time.sleep(0.5)
+        values = self.values()
+        self.memory.has_ended.set()
+        self.end()
+        if len(values.get("loss", [])) < steps:
+            return {"error": f"{len(values.get('loss', []))} of {steps} steps", "log": self.lines[-12:]}
+        encoded = self.output / "encode.json"
+        return {
+            # A window of steps that no longer knows the first ones, which compile.
+            "step_s": values["step_s"][-1],
+            "samples_per_s": values["samples_per_s"][-1],
+            "communication_share": mean(values.get("communication_s", [0.0])[-MEASURED:]) / values["step_s"][-1],
+            "gpu_gib": values.get("gpu_memory_gib", [0.0])[-1],
+            "host_gib": self.memory.peak / 2**30,
+            "last_loss": values["loss"][-1],
+            "start_s": next((float(line.split()[0]) for line in self.lines if " step 1/" in line), None),
+            # A text and a picture count one each.
+            **({"encoded_per_s": json.loads(encoded.read_text())["per_s"] / 2} if encoded.exists() else {}),
+        }
+
+    def end(self) -> None:
+        """Its workers are gone afterwards, and their GPUs free."""
+        if self.process.poll() is None:
+            subprocess.run([*DSRAY, "stop", "--now", str(self.output)], check=False, capture_output=True, timeout=120)
         try:
-            code = process.wait(timeout_s)
+            self.process.wait(60)
         except subprocess.TimeoutExpired:
-            process.kill()
-            code = -1
-        memory.has_ended.set()
-    if code != 0:
-        return {"error": f"exit code {code}", "log": log.read_text()[-1500:]}
-    with (output / "loss.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    values = {key: [float(row["value"]) for row in rows if row["key"] == key] for key in {row["key"] for row in rows}}
-    encoded = output / "encode.json"
-    return {
-        # A window of steps that no longer knows the first ones, which compile.
-        "step_s": values["step_s"][-1],
-        "samples_per_s": values["samples_per_s"][-1],
-        "gpu_gib": values.get("gpu_memory_gib", [0.0])[-1],
-        "host_gib": memory.peak / 2**30,
-        "last_loss": values["loss"][-1],
-        "communication_share": mean(values.get("communication_s", [0.0])[-MEASURED:]) / values["step_s"][-1],
-        # A text and a picture count one each.
-        **({"encoded_per_s": json.loads(encoded.read_text())["per_s"] / 2} if encoded.exists() else {}),
-    }
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                process.kill()
+            self.process.kill()
+        self.reader.join(10)
 
 
 def compare(found: dict[int, dict[str, Any]]) -> None:
@@ -210,8 +251,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=METHODS)
     parser.add_argument("--full-layers", type=int, default=60)
     parser.add_argument("--samples", type=int, default=192, help="pictures to encode for each GPU")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--timeout-s", type=float, default=900)
+    parser.add_argument("--steps", type=int, default=26)
+    parser.add_argument("--timeout-s", type=float, default=900, help="of one run")
     parser.add_argument("--tiny", action="store_true", help="the tiny size on CPUs: to try this program out")
     options = parser.parse_args()
     folder = options.folder.absolute()
@@ -248,11 +289,13 @@ def main() -> None:
                 JOB.format(
                     paths=json.dumps([[str(path) for path in shards] for shards in paths]),
                     tokenizer=f'tokenizer_path = "{QwenImage.tiny_tokenizers["tokenizer_path"]}"' if name == SPLIT else "",
-                    data=data, cache=cache, output=output, steps=options.steps,
+                    data=data, cache=cache, output=output,
                     precision="fp32" if options.tiny else "bf16",
                 )
             )  # fmt: skip
-            found[gpus] = run(job, output, overrides, timeout_s=options.timeout_s)
+            log = options.output.with_name(f"{options.output.stem}-{re.sub(r'[^a-z0-9]+', '-', name)}-{gpus}.log")
+            started = Run(job, output, overrides, log=log)
+            found[gpus] = started.figures(options.steps, timeout_s=options.timeout_s)
             compare(found)
             print(json.dumps({"method": name, "gpus": gpus, **found[gpus]}), flush=True)
             options.output.write_text(json.dumps(record, indent=1) + "\n")
