@@ -70,6 +70,9 @@ MEASURED = {
     "h200 fp8": (QWEN_IMAGE, FP8, SQUARE, 60, (0.521, 0.528), 25.2),
     "h200 fp8, activations on the host": (QWEN_IMAGE, FP8 | ACTIVATIONS_ON_HOST, SQUARE, 60, (0.558, 0.581), 23.75),
     "h200 fp8 offload": (QWEN_IMAGE, FP8 | OFFLOAD, SQUARE, 60, (0.74, 0.765), 6.91),
+    "h200 FLUX.1-dev": ("black-forest-labs/FLUX.1-dev", {}, SQUARE, None, (0.511, 0.525), 26.91),
+    "h200 FLUX.2-klein-base-4B": ("black-forest-labs/FLUX.2-klein-base-4B", {}, SQUARE, None, (0.243, 0.248), 9.6),
+    "h200 FLUX.2-klein-base-9B": ("black-forest-labs/FLUX.2-klein-base-9B", {}, SQUARE, None, (0.468, 0.479), 20.64),
     "h200 Wan2.1-1.3B": ("Wan-AI/Wan2.1-T2V-1.3B", {}, WAN, 30, (2.272, 2.284), 9.61),
 }  # fmt: skip
 # Each needs another trace, which takes seconds.
