@@ -1,7 +1,8 @@
 """A launch script's text -> its commands, read as bash would, without running anything.
 
 Understood: line continuations, quotes, comments, several commands a line, assignments and `export`, `$NAME` and
-`${NAME:-default}`, arrays, redirections, here-documents. What is not followed (loops, command substitution) is noted.
+`${NAME:-default}`, arrays, redirections, here-documents. What is not followed (loops, command substitution, other
+expansions) is noted.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from dataclasses import dataclass, field
 from diffsynth_ray.errors import JobFileError, Problem
 
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=")
-_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*|\d+|[@*])(\[[@*]\])?(?::?-([^}]*))?\}|(\d|[@*]))")
+_VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\d|[@*])")
+_BRACED = re.compile(r"([A-Za-z_]\w*|\d+|[@*])(\[[@*]\])?(?:(:?)-(.*))?", re.DOTALL)
+_DECLARING = ("export", "declare", "local", "readonly")
 _LOOPS = {"for", "while", "until", "if", "elif", "case", "select", "function"}
 _KEYWORDS = {"then", "do", "else", "{", "!", "time"}
 _CLOSINGS = {"fi", "done", "esac", "}"}
@@ -175,35 +178,74 @@ class _Reader:
         self._move(end)
 
     def _variable(self, *, splits: bool) -> None:
+        """Read what begins with `$`; `splits`: it is not in double quotes."""
         if self.text.startswith("$(", self.position):
             self._substitution(self._closing_parenthesis(self.position + 1))
-            return
-        found = _VARIABLE.match(self.text, self.position)
-        if found is None:
+        elif self.text.startswith("${", self.position):
+            self._braced(self._closing_brace(quoted=not splits), splits=splits)
+        elif splits and self.text.startswith("$'", self.position):
+            self._escaped_quote()
+        elif (found := _VARIABLE.match(self.text, self.position)) is not None:
+            self._add_value(self._value_of(found[1], found[0], default=None), splits=splits)
+            self._move(found.end())
+        else:
             self._add("$", plain=False)
             self._move(self.position + 1)
-            return
-        name = found[1] or found[2] or found[5]
-        if found[3]:
-            self._add_words(self.arrays.get(name, []))
-        else:
-            value = self._value_of(name, found[0], default=found[4])
-            if splits and len(parts := value.split()) != 1:
-                self._add_words(parts)
-            else:
-                self._add(value, plain=False)
-        self._move(found.end())
 
-    def _value_of(self, name: str, written: str, *, default: str | None) -> str:
+    def _braced(self, end: int, *, splits: bool) -> None:
+        written = self.text[self.position : end]
+        found = _BRACED.fullmatch(written[2:-1])
+        if found is None:
+            self._note(f"{written} is an expansion that is not followed; write its value into the job file")
+            self._add(written, plain=False)
+        elif found[2] and (splits or found[2] == "[@]") and not self._is_assigning():
+            self._add_words(self.arrays.get(found[1], []))
+        elif found[2]:
+            self._add(" ".join(self.arrays.get(found[1], [])), plain=False)
+        else:
+            self._add_value(self._value_of(found[1], written, default=found[4], also_empty=found[3] == ":"), splits=splits)
+        self._move(end)
+
+    def _add_value(self, value: str, *, splits: bool) -> None:
+        if splits and not self._is_assigning() and len(parts := value.split()) != 1:
+            self._add_words(parts)
+        else:
+            self._add(value, plain=False)
+
+    def _is_assigning(self) -> bool:
+        """Whether the word is the value of a variable, in which blanks separate nothing."""
+        may_assign = not self.words or self.words[0] in _DECLARING
+        return may_assign and self.word is not None and _ASSIGNMENT.match(self.word) is not None
+
+    def _escaped_quote(self) -> None:
+        """`$'...'`, in which a backslash stands for a character that cannot be typed."""
+        end = self.position + 2
+        while self.text[end : end + 1] not in ("'", ""):
+            end += 2 if self.text[end] == "\\" else 1
+        end = self._find("'", end)
+        escaped = self.text[self.position + 2 : end].encode("latin-1", "backslashreplace")
+        self._add(escaped.decode("unicode_escape", "replace"), plain=False)
+        self._move(end + 1)
+
+    def _value_of(self, name: str, written: str, *, default: str | None, also_empty: bool = False) -> str:
+        """A variable's value; `default` where it has none, or (`also_empty`) an empty one."""
         value = self.variables.get(name, self.outside.get(name))
         if value is None and name in self.arrays:
             value = (self.arrays[name] or [""])[0]
-        if value is None:
-            value = default
+        if default is not None and (value is None or (also_empty and value == "")):
+            return " ".join(self._words_of(f"default {default}")[1:])
         if value is None:
             self._note(f"{written} has no value here; set it in the environment of `dsray import`, or in the job file")
             return written
         return value
+
+    def _words_of(self, text: str) -> list[str]:
+        """The words of a part of the script, read with the same variables."""
+        inner = _Reader(text, source=self.source, environment=self.outside)
+        inner.line, inner.variables, inner.arrays = self.line, self.variables, self.arrays
+        inner.read()
+        self.script.notes += inner.script.notes
+        return [word for command in inner.script.commands for word in command.words]
 
     def _add_words(self, parts: list[str]) -> None:
         for index, part in enumerate(parts):
@@ -219,6 +261,24 @@ class _Reader:
                 return index + 1
         raise JobFileError(self.source, [Problem(f"line {self.line}", "the parenthesis of $( is not closed")])
 
+    def _closing_brace(self, *, quoted: bool) -> int:
+        """Behind the brace that closes the `${` at the position; `quoted`: in double quotes, where ' is a character."""
+        depth, index = 0, self.position
+        while index < len(self.text):
+            char = self.text[index]
+            if char == "\\":
+                index += 1
+            elif char == '"' or (char == "'" and not quoted):
+                index = self._find(char, index + 1)
+            elif self.text.startswith("${", index):
+                depth, index = depth + 1, index + 1
+            elif char == "}":
+                depth -= 1
+                if depth == 0:
+                    return index + 1
+            index += 1
+        raise JobFileError(self.source, [Problem(f"line {self.line}", "the brace of ${ is not closed")])
+
     def _substitution(self, end: int) -> None:
         written = self.text[self.position : end]
         self._note(f"{written} is not run; write its result into the job file")
@@ -229,11 +289,7 @@ class _Reader:
         assert self.word is not None  # an assignment
         name, plus = _ASSIGNMENT.fullmatch(self.word).groups()  # type: ignore[union-attr]
         end = self._closing_parenthesis(self.position)
-        inner = _Reader(self.text[self.position + 1 : end - 1], source=self.source, environment=self.outside)
-        inner.line, inner.variables, inner.arrays = self.line, self.variables, self.arrays
-        inner.read()
-        self.script.notes += inner.script.notes
-        values = [word for command in inner.script.commands for word in command.words]
+        values = self._words_of(self.text[self.position + 1 : end - 1])
         self.arrays[name] = [*(self.arrays.get(name, []) if plus else []), *values]
         self.word, self.is_plain = None, True
         self._move(end)
@@ -276,7 +332,9 @@ class _Reader:
             return
         assignment = _ASSIGNMENT.match(word)
         if not self.words and assignment:
-            self.assigned[assignment[1]] = word[assignment.end() :]
+            name, plus = assignment.groups()
+            before = self.assigned.get(name, self.variables.get(name, self.outside.get(name, ""))) if plus else ""
+            self.assigned[name] = before + word[assignment.end() :]
         elif not self.words and plain and word in _LOOPS:
             self._note(f"`{word}` is not followed: what stands inside is taken once")
             self.words.append(word)
@@ -290,9 +348,16 @@ class _Reader:
         if not words:
             self.variables.update(assigned)
             return
-        if words[0] in ("export", "declare", "local", "readonly"):
+        if words[0] == "unset":
+            for name in words[1:]:
+                for known in (self.variables, self.arrays, self.exported):
+                    known.pop(name, None)
+            return
+        if words[0] in _DECLARING:
             for word in words[1:]:
                 name, equals, value = word.partition("=")
+                if not name.isidentifier():
+                    continue  # an option
                 self.variables[name] = value if equals else self.variables.get(name, "")
                 self.exported[name] = self.variables[name]
             return

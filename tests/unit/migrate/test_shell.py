@@ -33,6 +33,13 @@ AS_BASH = [
     "show $ a$",
     "show {a} }",
     "time show a",
+    'ARGS="--a 1"; ARGS+=" --b 2"; show $ARGS',
+    'X="a b"; Y=$X; export Z=$X; show "$Y" "$Z"',
+    'A=(a "b c"); Y="${A[*]}"; show "$Y" "${A[*]}"',
+    'X=; show "${X:-two}" "${X-two}"; unset X; show "${X-three}"',
+    'Z=/d; show ${Y:-${Z}/e} "${Y:-"f g"}" "${Y:-{\\"a\\":1\\}}"',
+    "show $'a\\tb\\'c' $'d'",
+    "declare -a B=(c d); show a",
 ]
 
 
@@ -51,6 +58,13 @@ def test_words_are_those_that_bash_hands_over(text: str, tmp_path) -> None:
 
 def read(text: str, **environment: str):
     return read_script(text, source="train.sh", environment=environment)
+
+
+@pytest.mark.parametrize("text", ["${X%.csv}", "${X/a/b}", "${A[1]}", "${#X}", "${X:=a}", "${X:?}"])
+def test_expansions_that_are_not_followed_are_noted(text: str) -> None:
+    script = read(f"X=a.csv\nshow --x {text}")
+    assert script.commands[0].words == ("show", "--x", text)
+    assert script.notes == [f"line 2: {text} is an expansion that is not followed; write its value into the job file"]
 
 
 def test_lines_and_environment_belong_to_the_command() -> None:
