@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -16,6 +15,7 @@ from diffsynth_ray.config.flags import FAMILY_OPTIONS, KEY_OF_FLAG, WITHOUT_COUN
 from diffsynth_ray.errors import Problem
 from diffsynth_ray.migrate.accelerate import Setup
 from diffsynth_ray.migrate.launch import TrainingCommand
+from diffsynth_ray.migrate.secrets import hide_secrets, is_secret
 
 FAMILY_OF_FOLDER = {"qwen_image": "qwen_image", "wanvideo": "wan", "flux": "flux", "flux2": "flux2", "z_image": "z_image"}
 """DiffSynth-Studio's folder of a model series -> dsray's family; other folders keep their name."""
@@ -31,7 +31,6 @@ _ENVIRONMENT_KEYS = {
     "DIFFSYNTH_SKIP_DOWNLOAD": "model.skip_download",
     "DIFFSYNTH_DOWNLOAD_SOURCE": "model.source",
 }
-_SECRET = re.compile(r"(^|_)(API)?(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
 _FAMILY_SWITCHES = {"zero_cond_t", "first_frame_as_condition", "framewise_decoding"}
 
 
@@ -96,14 +95,14 @@ def _read_flag(name: str, values: tuple[str, ...], draft: Draft, switches: dict[
         if len(longer) != 1:
             near = difflib.get_close_matches(name, known, n=1)
             advice = f"; did you mean --{near[0]}?" if near else ""
-            draft.without_counterpart.append(f"--{' '.join([name, *values])}: no flag of DiffSynth-Studio's parsers{advice}")
+            draft.without_counterpart.append(f"{_shown(name, values)}: no flag of DiffSynth-Studio's parsers{advice}")
             return
         name = longer[0]
     if name in _MERGED_SWITCHES:
         switches[_MERGED_SWITCHES[name]] = _LOGGER_PROJECT
         return
     if name in WITHOUT_COUNTERPART:
-        draft.without_counterpart.append(f"--{' '.join([name, *values])}: {WITHOUT_COUNTERPART[name]}")
+        draft.without_counterpart.append(f"{_shown(name, values)}: {WITHOUT_COUNTERPART[name]}")
         return
     key = KEY_OF_FLAG[name]
     try:
@@ -113,6 +112,10 @@ def _read_flag(name: str, values: tuple[str, ...], draft: Draft, switches: dict[
             draft.values[key] = convert(key, values)
     except ValueError as error:
         draft.problems.append(Problem(where, str(error)))
+
+
+def _shown(name: str, values: tuple[str, ...]) -> str:
+    return " ".join(hide_secrets([f"--{name}", *values]))
 
 
 def convert(key: str, values: tuple[str, ...]) -> Any:
@@ -267,11 +270,12 @@ def _read_environment(command: TrainingCommand, draft: Draft) -> None:
                 draft.values["distributed.num_workers"] = count
                 draft.remarks["distributed.num_workers"] = f"CUDA_VISIBLE_DEVICES={value}"
             draft.notes.append(f"CUDA_VISIBLE_DEVICES={value}: Ray hands GPUs out; which ones, its nodes' environment decides")
-        elif _SECRET.search(name):
+        elif is_secret(name):
             draft.notes.append(f"{name} is not copied: it must be in the environment of the cluster's nodes")
         else:
+            shown = hide_secrets([f"{name}={value}"])[0]
             draft.without_counterpart.append(
-                f"environment variable {name}={value}: set it where Ray is started, if it is still needed"
+                f"environment variable {shown}: set it where Ray is started, if it is still needed"
             )
 
 

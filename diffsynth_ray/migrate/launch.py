@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from diffsynth_ray.config.flags import KEY_OF_FLAG, WITHOUT_COUNTERPART
+from diffsynth_ray.migrate.secrets import hide_secrets
 from diffsynth_ray.migrate.shell import Command
 
+_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _PYTHON = re.compile(r"(.*/)?python[\d.]*")
 _MODULES = {
     "accelerate.commands.launch": "accelerate",
@@ -64,15 +66,27 @@ def as_training(command: Command) -> TrainingCommand | None:
         flags = split_flags(words[1:])
         if not any(name in KEY_OF_FLAG or name in WITHOUT_COUNTERPART for name, _ in flags):
             return None
+        assigned, prefix = _split_prefix(command.words[:index])
         return TrainingCommand(
             line=command.line,
             launcher=launcher,
             script=words[0],
             flags=tuple(flags),
-            environment=command.environment,
-            prefix=" ".join(command.words[:index]),
+            environment={**command.environment, **assigned},
+            prefix=" ".join(hide_secrets(prefix)),
         )
     return None
+
+
+def _split_prefix(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """What stands in front of the program: the variables that `env` sets, and the other words."""
+    assigned, others = {}, []
+    for word in words:
+        if (found := _ASSIGNMENT.fullmatch(word)) is not None:
+            assigned[found[1]] = found[2]
+        else:
+            others.append(word)
+    return assigned, [] if others == ["env"] else others
 
 
 def split_flags(words: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:

@@ -13,6 +13,7 @@ from diffsynth_ray.errors import DsrayError, JobFileError, Problem
 from diffsynth_ray.migrate.accelerate import read_setup
 from diffsynth_ray.migrate.draft import Draft, build_draft
 from diffsynth_ray.migrate.launch import TrainingCommand, as_training
+from diffsynth_ray.migrate.secrets import hide_secrets
 from diffsynth_ray.migrate.shell import Command, read_script
 from diffsynth_ray.migrate.split import join_stages
 
@@ -117,7 +118,9 @@ def _note_other(command: Command, migration: Migration) -> None:
     program = command.words[0].rpartition("/")[2]
     shown = command.shown()
     if command.words[1:2] == ("download",) or program in ("wget", "curl", "git"):
-        migration.downloads.append(shlex.join(command.words))
+        migration.downloads.append(
+            " ".join(word if "***" in word else shlex.quote(word) for word in hide_secrets(command.words))
+        )
     elif command.words[0].startswith("--"):
         migration.notes.append(f"line {command.line}: {shown} belongs to no command and is left out")
     elif program == "cd":

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from diffsynth_ray.errors import JobFileError, Problem
+from diffsynth_ray.migrate.secrets import hide_secrets
 
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=")
 _VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\d|[@*])")
@@ -34,8 +35,8 @@ class Command:
     """What is exported before it or assigned in front of it."""
 
     def shown(self) -> str:
-        """The command in one short line, for messages."""
-        text = " ".join(self.words)
+        """The command in one short line, for messages; without secrets."""
+        text = " ".join(hide_secrets(self.words))
         return text if len(text) <= 90 else f"{text[:87]}..."
 
 
@@ -172,7 +173,8 @@ class _Reader:
         end = len(self.text) if end < 0 else end
         comment = self.text[self.position : end]
         if _COMMENTED_LAUNCH.match(comment):
-            self._note(f"a command behind a '#' is left out: {comment.lstrip('# ').rstrip(chr(92)).strip()[:80]}")
+            words = comment.lstrip("# ").rstrip("\\").split()
+            self._note(f"a command behind a '#' is left out: {' '.join(hide_secrets(words))[:80]}")
         if self.words and self.text[end - 1 : end] == "\\":
             self._note("a backslash at the end of a comment continues nothing: the command ends here, as in bash")
         self._move(end)
