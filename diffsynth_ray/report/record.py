@@ -139,7 +139,7 @@ def _read_attempts(run_dir: RunDir) -> list[AttemptRecord]:
             one |= {"started": entry["time"], "num_workers": entry["num_workers"], "device": entry["device"]}
         elif entry["event"] == "ended":
             one |= {"ended": entry["time"], "state": entry["state"], "step": entry["step"], "cause": entry.get("cause")}
-        else:
+        elif entry["event"] == "workers lost":
             one["losses"].append(entry)
     newest = max(found, default=0)
     records = []

@@ -63,6 +63,18 @@ def test_waits_for_other_workers_are_shown_where_there_are_any(run_dir: RunDir, 
     assert ("Waiting for other workers" in build_page(read_record(run_dir))) == is_shown
 
 
+def test_waiting_in_the_queue_is_no_loss(run_dir: RunDir) -> None:
+    resolved = run_dir.owner()
+    assert resolved is not None
+    before = read_record(run_dir).attempts
+    attempt = run_dir.begin_attempt(resolved, "run-a3")
+    run_dir.note_attempt(attempt, "waiting", reason="0 of 1 GPU free")
+    run_dir.note_attempt(attempt, "admitted", reason=None)
+    record = read_record(run_dir)
+    assert [each.num_recoveries for each in record.attempts] == [*(each.num_recoveries for each in before), 0]
+    assert "lost and replaced: None" not in build_page(record)
+
+
 def test_a_run_that_failed_and_recovered(run_dir: RunDir) -> None:
     page = build_page(read_record(run_dir))
     check(page)
