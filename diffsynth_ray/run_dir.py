@@ -159,6 +159,11 @@ class RunDir:
             text = self.job_path.read_text()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise OutputError(
+                f"output.path: {self.job_path} cannot be read: {error}",
+                hint="use another output.path, or mend the permissions of that folder",
+            ) from error
         try:
             return ResolvedJob.model_validate_json(text)
         except ValidationError as error:

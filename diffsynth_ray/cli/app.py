@@ -126,7 +126,7 @@ def _unexpected(problem: Exception) -> DsrayError:
 
         path: Path = state_dir() / f"error-{time.strftime('%Y%m%d-%H%M%S')}.txt"
         path.write_text(f"dsray {' '.join(sys.argv[1:])}\n{text}")
-    except OSError:
+    except (OSError, DsrayError):
         return _UnexpectedError(f"{summary}\n{text}")
     return _UnexpectedError(summary, hint=f"this is a bug of dsray; the traceback is in {path}")
 

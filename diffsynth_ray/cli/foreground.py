@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 def run(job_file: JobFile, overrides: Overrides = None, new: New = False, as_json: Json = False) -> int:
     """Train in the foreground, without a job server.
 
-    Ctrl-C stops after the running step, with a checkpoint; a second Ctrl-C ends at once.
+    Ctrl-C stops after the running step, with a checkpoint, as do SIGTERM and the end of the terminal; a Ctrl-C after that
+    ends at once.
     """
     from diffsynth_ray.config.resolve import local_resources, resolve
     from diffsynth_ray.launch import client, registry, runs
@@ -44,19 +46,13 @@ def run(job_file: JobFile, overrides: Overrides = None, new: New = False, as_jso
         address=None,
         submission_id="",
         pid=os.getpid(),
+        host=socket.gethostname(),
     )
     registry.note(submission)
     from diffsynth_ray.launch.driver import run_locally
 
     with render.LogView() as log, _two_interrupts(RunDir(resolved.output_path)) as asked:
-
-        def on_line(line: str) -> None:
-            log.line(line)
-            if asked and line.startswith(f"run {resolved.run}, attempt"):
-                # The attempt has just begun, and beginning takes an earlier request back.
-                RunDir(resolved.output_path).request_stop(reason=asked[0])
-
-        code = run_locally(resolved, say=on_line)
+        code = run_locally(resolved, say=log.line, asked=asked)
     outcome = starting.outcome_of(runs.view(submission))
     starting.report([outcome], as_json=as_json)
     return code
@@ -64,7 +60,7 @@ def run(job_file: JobFile, overrides: Overrides = None, new: New = False, as_jso
 
 @contextmanager
 def _two_interrupts(run_dir: RunDir) -> Iterator[list[str]]:
-    """The first Ctrl-C asks the run to stop, the second interrupts; yields the list that holds the first's reason."""
+    """Ctrl-C asks the run to stop, and interrupts where that was asked already; yields the list that holds the reason."""
     asked: list[str] = []
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from diffsynth_ray.cli import estimating, render
 from diffsynth_ray.cli.options import JobFile, Json, Overrides, Run
-from diffsynth_ray.errors import ClusterError, ExitCode, RunNotFoundError
+from diffsynth_ray.errors import ClusterError, ExitCode, OutputError, RunNotFoundError
 
 if TYPE_CHECKING:
     from diffsynth_ray.launch.registry import Submission
@@ -73,7 +73,10 @@ def list_runs(as_json: Json = False) -> int:
     views = []
     for submission in registry.newest_by_output():
         is_local = submission.address is None and submission.pid is None
-        views.append(runs.view(submission, cluster=local if is_local else None))
+        try:
+            views.append(runs.view(submission, cluster=local if is_local else None))
+        except OutputError as error:  # one folder of another version must not hide the other runs
+            views.append(runs.RunView(submission.run, "UNKNOWN", submission.output, note=error.message))
     if as_json:
         render.result_json({"runs": [view.as_dict() for view in views]})
     elif views:

@@ -32,8 +32,9 @@ def result_json(content: object) -> None:
 
 
 def say(text: str) -> None:
-    """Progress or a hint."""
-    print(text, file=sys.stderr, flush=True)
+    """Progress or a hint. Where nobody reads it any more (a closed terminal, an ended `tee`), there is nothing to do."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def error(problem: DsrayError) -> None:
@@ -70,7 +71,8 @@ class LogView:
 
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):  # a closed terminal
+                self._bar.stop()
             self._bar = None
 
     def line(self, text: str) -> None:
@@ -80,7 +82,7 @@ class LogView:
         if self._is_terminal and self._advance(text):
             return
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
+            self._bar.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
         else:
             say(text)
 
@@ -209,7 +211,7 @@ def run_list(views: list[RunView]) -> None:
         cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)]
         result("  ".join([*cells, row[4]]).rstrip())
     for view in views:
-        if view.state == "PENDING" and view.note:
+        if view.state in ("PENDING", "UNKNOWN") and view.note:
             result(f"{view.run} {view.note}")
 
 

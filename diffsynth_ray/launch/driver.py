@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -42,10 +42,11 @@ _TELL_IDLE_S = 30.0
 Say = Callable[[str], None]
 
 
-def run_job(resolved: ResolvedJob, *, submission_id: str, say: Say, is_shared: bool = False) -> ExitCode:
+def run_job(resolved: ResolvedJob, *, submission_id: str, say: Say, asked: list[str], is_shared: bool = False) -> ExitCode:
     """Run one attempt on the Ray that this process is connected to; never raises for a failed run.
 
-    `is_shared`: other runs may be on the same Ray, so that this one takes its turn.
+    `asked` holds why this process was asked to stop, if it was; see `stopping_on`. `is_shared`: other runs may be on the same
+    Ray, so that this one takes its turn.
     """
     run_dir = RunDir(resolved.output_path)
     try:
@@ -53,6 +54,8 @@ def run_job(resolved: ResolvedJob, *, submission_id: str, say: Say, is_shared: b
     except DsrayError as error:
         say(f"error: {with_hint(error)}")
         return error.exit_code
+    if asked:  # before the attempt, whose begin takes earlier requests back
+        run_dir.request_stop(reason=asked[0])
     with (run_dir.path / "log.txt").open("a") as log:
         tell = _tee(say, log)
         tell(f"run {resolved.run}, attempt {attempt.number}, output {run_dir.path}")
@@ -64,6 +67,9 @@ def run_job(resolved: ResolvedJob, *, submission_id: str, say: Say, is_shared: b
         try:
             outcome = _run_stages(resolved, attempt, watcher, is_shared=is_shared)
             code = ExitCode.STOPPED if outcome["state"] == "STOPPED" else ExitCode.DONE
+        except KeyboardInterrupt:
+            _record_end(run_dir, attempt, code=ExitCode.STOPPED, outcome=outcome, error=None, tell=tell)
+            raise
         except Exception as raised:  # noqa: BLE001  the process boundary: however the run ends, it is recorded
             code, failed = ExitCode.RUN_FAILED, watcher.explain(raised)
         _record_end(run_dir, attempt, code=code, outcome=outcome, error=failed, tell=tell)
@@ -264,8 +270,10 @@ def _record_end(
 
 def _tee(say: Say, log: IO[str]) -> Say:
     def tell(line: str) -> None:
-        say(line)
-        with suppress(OSError):  # a full disk: the job server keeps the lines too
+        # A disk may be full, a terminal closed, the reader of a pipe gone: the other one still has the line.
+        with suppress(OSError):
+            say(line)
+        with suppress(OSError):
             log.write(f"{line}\n")
             log.flush()
 
@@ -273,15 +281,26 @@ def _tee(say: Say, log: IO[str]) -> Say:
 
 
 @contextmanager
-def _stop_on_sigterm(run_dir: RunDir) -> Iterator[None]:
-    def request(signum: int, frame: object) -> None:
-        run_dir.request_stop(reason="the driver got SIGTERM")
+def stopping_on(signals: Mapping[signal.Signals, str], run_dir: RunDir, asked: list[str]) -> Iterator[None]:
+    """Take the first of these signals as a request to stop, for the reason that is given; the reason is kept in `asked`.
 
-    before = signal.signal(signal.SIGTERM, request)
+    A signal that is ignored, as SIGHUP under nohup, stays so.
+    """
+
+    def request(number: int, frame: object) -> None:
+        asked.append(signals[signal.Signals(number)])
+        if run_dir.path.is_dir():
+            run_dir.request_stop(reason=asked[0])
+
+    before = {number: signal.getsignal(number) for number in signals}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, request)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -315,10 +334,13 @@ def join_cluster() -> None:
     ray.init(address="auto", log_to_driver=False, logging_level="ERROR", runtime_env=runtime_env)
 
 
-def run_locally(resolved: ResolvedJob, *, say: Say) -> ExitCode:
-    """`dsray run`: the same stages on a Ray of this process, without a job server."""
-    with local_ray(say):
-        return run_job(resolved, submission_id=f"{resolved.run}-local-{os.getpid()}", say=say)
+def run_locally(resolved: ResolvedJob, *, say: Say, asked: list[str] | None = None) -> ExitCode:
+    """`dsray run`: the same stages on a Ray of this process, without a job server; `asked` as in `run_job`."""
+    asked = [] if asked is None else asked
+    signals = {signal.SIGTERM: "this process got SIGTERM", signal.SIGHUP: "its terminal was closed (SIGHUP)"}
+    # Inside: Ray would put a handler of its own in place of ours.
+    with local_ray(say), stopping_on(signals, RunDir(resolved.output_path), asked):
+        return run_job(resolved, submission_id=f"{resolved.run}-local-{os.getpid()}", say=say, asked=asked)
 
 
 def main(arguments: list[str]) -> int:
@@ -329,8 +351,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     resolved = ResolvedJob.model_validate_json(options.job.read_text())
     join_cluster()
-    with _stop_on_sigterm(RunDir(resolved.output_path)):
-        return run_job(resolved, submission_id=options.submission_id, say=_say_stdout, is_shared=True)
+    asked: list[str] = []
+    with stopping_on({signal.SIGTERM: "the driver got SIGTERM"}, RunDir(resolved.output_path), asked):
+        return run_job(resolved, submission_id=options.submission_id, say=_say_stdout, asked=asked, is_shared=True)
 
 
 def _say_stdout(line: str) -> None:

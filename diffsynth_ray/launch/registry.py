@@ -5,30 +5,50 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import socket
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import psutil
+
+from diffsynth_ray.errors import OutputError
 from diffsynth_ray.run_dir import append_line
 
 _MAX_BYTES = 1 << 20
+_CLOCK_S = 5.0
+"""What the clock may be set by while a run goes on."""
 
 
 def state_dir() -> Path:
-    """Folder of local state, mode 0700; made where it is missing."""
+    """Folder of local state, mode 0700; made where it is missing. Raises OutputError where that cannot be."""
     named = os.environ.get("DSRAY_STATE_DIR")
     if named:
         path = Path(named)
     else:
         base = os.environ.get("XDG_STATE_HOME")
-        path = (Path(base) if base else Path.home() / ".local" / "state") / "dsray"
+        try:
+            path = (Path(base) if base else Path.home() / ".local" / "state") / "dsray"
+        except RuntimeError as error:  # a user without HOME and without an entry in passwd, as in containers
+            raise _no_state("this user has no home folder") from error
     path = path.absolute()
-    path.mkdir(parents=True, exist_ok=True)
-    path.chmod(0o700)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o700)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _no_state(f"{path} cannot be written: {error.strerror or error}") from error
     return path
+
+
+def _no_state(cause: str) -> OutputError:
+    message = f"no place for what dsray remembers of its runs: {cause}"
+    return OutputError(message, hint="set DSRAY_STATE_DIR to a folder of your own that can be written")
 
 
 @dataclass(frozen=True)
@@ -46,7 +66,26 @@ class Submission:
     """Empty for a run in the foreground (`dsray run`)."""
     pid: int | None = None
     """Process of a run in the foreground."""
+    host: str = ""
+    """Machine of that process: the state directory may be shared between several."""
     time: float = field(default_factory=time.time)
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether its process is one of another machine."""
+        return self.pid is not None and self.host not in ("", socket.gethostname())
+
+    def process(self) -> psutil.Process | None:
+        """The process of a run in the foreground, where it is one of this machine and still lives."""
+        if self.pid is None or self.is_elsewhere:
+            return None
+        try:
+            process = psutil.Process(self.pid)
+            # A process that has begun after the run was noted has got the number of one that is gone.
+            is_same = process.create_time() <= self.time + _CLOCK_S
+            return process if is_same and process.status() != psutil.STATUS_ZOMBIE else None
+        except psutil.NoSuchProcess:
+            return None
 
 
 def note(submission: Submission) -> None:

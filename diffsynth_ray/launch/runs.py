@@ -23,6 +23,7 @@ from diffsynth_ray.launch.registry import Submission
 from diffsynth_ray.run_dir import EncodeProgress, Progress, RunDir
 
 _EXIT_OF_STATE = {"SUCCEEDED": ExitCode.DONE, "FAILED": ExitCode.RUN_FAILED, "STOPPED": ExitCode.STOPPED}
+_KILL_S = 30.0
 _DIED = "its process ended without a word (killed, or the machine went down); submit the job again to continue it"
 
 
@@ -32,7 +33,7 @@ class RunView:
 
     run: str
     state: str
-    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED; in a list also UNKNOWN, where its folder cannot be read."""
     output: str
     attempt: int = 0
     submission_id: str = ""
@@ -187,7 +188,7 @@ def _from_files(submission: Submission, run_dir: RunDir, note: str | None) -> Ru
 
 def _from_cluster(submission: Submission, cluster: Cluster | None, job: dict[str, Any] | None, note: str | None) -> RunView:
     if job is None:
-        alive = submission.pid is not None and psutil.pid_exists(submission.pid)
+        alive = submission.process() is not None or submission.is_elsewhere
         unknown = "RUNNING" if alive or (note and not cluster) else "FAILED"
         return RunView(
             run=submission.run, state=unknown, output=submission.output, submission_id=submission.submission_id,
@@ -215,9 +216,10 @@ def _seconds(milliseconds: float | None) -> float | None:
 
 def _liveness(submission: Submission, seen: RunView, jobs: dict[int, dict[str, Any]], note: str | None) -> dict[str, Any]:
     """Whether an attempt without an end still runs."""
+    if submission.is_elsewhere:
+        return {"note": f"as its output path shows it; it was started on {submission.host}"}
     if submission.pid is not None:
-        alive = psutil.pid_exists(submission.pid)
-        return {} if alive else {"state": "FAILED", "cause": _DIED}
+        return {} if submission.process() is not None else {"state": "FAILED", "cause": _DIED}
     job = next((job for job in jobs.values() if job["submission_id"] == seen.submission_id), None)
     if job is not None:
         end = None if job["status"] in ACTIVE else client.ended(job)
@@ -253,6 +255,11 @@ def claim_output(resolved: ResolvedJob, cluster: Cluster | None, *, new: bool) -
     owner = run_dir.owner()
     if owner is None:
         return None
+    if (writer := _in_the_foreground(run_dir)) is not None:
+        raise OutputError(
+            f"{run_dir.path} is being written by process {writer.pid} (`dsray run`)",
+            hint=f"`dsray logs -f {writer.run}` follows it, `dsray stop {writer.run}` ends it",
+        )
     if not new:
         run_dir.check_owner(resolved)
         return None
@@ -262,6 +269,17 @@ def claim_output(resolved: ResolvedJob, cluster: Cluster | None, *, new: bool) -
             f"{run_dir.path} is being written by {active['submission_id']}", hint=f"first `dsray stop {owner.run}`"
         )
     return run_dir.move_aside()
+
+
+def _in_the_foreground(run_dir: RunDir) -> Submission | None:
+    """The `dsray run` on this machine that writes to this folder, or is about to."""
+    path = str(run_dir.path)
+    known = [each for each in registry.submissions() if each.output == path and each.process() is not None]
+    if not known:
+        return None
+    last = run_dir.attempts()[-1:]
+    has_ended = any(entry["event"] == "ended" and entry["time"] > known[-1].time for entry in last)
+    return None if has_ended else known[-1]
 
 
 def stop(submission: Submission, *, now: bool, say: Callable[[str], None]) -> Ended | None:
@@ -281,14 +299,35 @@ def stop(submission: Submission, *, now: bool, say: Callable[[str], None]) -> En
         run_dir.request_stop(reason="dsray stop")
         return None
     if submission.pid is not None:
-        for _ in range(2 if now else 1):
-            os.kill(submission.pid, signal.SIGINT)  # as Ctrl-C would
-            time.sleep(0.5)
-        return None
+        return _interrupt(submission, now=now, say=say)
     if cluster is None:
         raise ClusterError(note or f"the local Ray of {seen.run} does not run")
     client.request_end(cluster, seen.submission_id)
     return client.wait_until_ended(cluster, seen.submission_id, say=say) if now else None
+
+
+def _interrupt(submission: Submission, *, now: bool, say: Callable[[str], None]) -> Ended | None:
+    """Ctrl-C to a run in the foreground: once asks it to stop, twice (`now`) ends it at once, which is waited for."""
+    if submission.is_elsewhere:
+        raise DsrayError(f"{submission.run} runs on {submission.host}", hint="stop it there")
+    ended = Ended("STOPPED", ExitCode.STOPPED)
+    process = submission.process()
+    if process is None:
+        return ended
+    try:
+        for _ in range(2 if now else 1):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+        if not now:
+            return None
+        say(f"waiting for process {process.pid} to end ...")
+        process.wait(_KILL_S)
+    except psutil.NoSuchProcess:
+        pass
+    except psutil.TimeoutExpired:
+        say(f"it does not end in {_KILL_S:g} s and is killed")
+        process.kill()
+    return ended
 
 
 _WORDS = {"SUCCEEDED": "has finished", "FAILED": "has failed", "STOPPED": "was stopped"}

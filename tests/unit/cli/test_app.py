@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -300,3 +301,139 @@ def test_logs_follow_a_run_in_the_foreground_to_its_end(job_file, monkeypatch, c
 def test_state_dir_is_private(state_dir):
     assert registry.state_dir() == state_dir
     assert Path(state_dir).stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_that_cannot_be_read_hides_no_other_run_from_the_list(job_file, tmp_path, capsys):
+    resolved, _ = finish(job_file)
+    remember(resolved, job_file)
+    for name, content in (("other", "{}"), ("cut", '{"job"')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "job.json").write_text(content)
+        registry.note(
+            registry.Submission(run=f"{name}-1", output=str(tmp_path / name), job_file="", address=None, submission_id="")
+        )
+    (tmp_path / "folder" / "job.json").mkdir(parents=True)
+    registry.note(
+        registry.Submission(run="folder-1", output=str(tmp_path / "folder"), job_file="", address=None, submission_id="")
+    )
+    assert run("list") == 0
+    out = capsys.readouterr().out
+    assert f"{resolved.run}  SUCCEEDED" in out
+    assert out.count("UNKNOWN") == 3
+    assert "other-1 output.path" in out
+    assert "not a job of this version" in out
+    assert "cannot be read" in out
+
+
+def test_a_process_that_has_got_the_number_of_a_run_is_not_the_run(job_file, capsys):
+    resolved, _ = finish(job_file, state=None)
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        remember(resolved, job_file, pid=stranger.pid, time=time.time() - 3600)
+        assert run("status", job_file) == 100
+        assert "ended without a word" in capsys.readouterr().out
+        for option in ([], ["--now"]):
+            assert run("stop", job_file, *option) == 2
+        assert stranger.poll() is None, "it was interrupted"
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_a_run_on_another_machine_that_shares_the_home_folder_has_not_failed(job_file, capsys):
+    resolved, run_dir = finish(job_file, state=None)
+    remember(resolved, job_file, pid=2**22 - 1, host="another-host")
+    assert run("status", job_file) == 101
+    assert "it was started on another-host" in capsys.readouterr().out
+    assert run("stop", job_file, "--now") == 2
+    assert "stop it there" in capsys.readouterr().err
+    assert run("stop", job_file) == 0
+    assert run_dir.stop_reason() == "dsray stop"
+
+
+_FOREGROUND = """
+import signal, sys, time
+from contextlib import contextmanager
+from pathlib import Path
+asked = []
+def interrupted(*_):
+    Path(sys.argv[1]).write_text(str(len(asked) + 1))
+    if asked:
+        time.sleep(1)
+        sys.exit(130)
+    asked.append(1)
+signal.signal(signal.SIGINT, interrupted)
+Path(sys.argv[1]).write_text("0")
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def foreground(job_file, tmp_path):
+    """A process that ends by two interrupts, as `dsray run` does, known as the run in the foreground."""
+    resolved, _ = finish(job_file, state=None)
+    count = tmp_path / "interrupts"
+    process = subprocess.Popen([sys.executable, "-c", _FOREGROUND, str(count)])
+    while not count.exists():
+        time.sleep(0.05)
+    remember(resolved, job_file, pid=process.pid)
+    yield process, count
+    process.kill()
+    process.wait()
+
+
+def test_stop_now_ends_a_run_in_the_foreground_and_waits(job_file, foreground, capsys):
+    process, count = foreground
+    assert run("stop", job_file, "--now") == 0
+    assert capsys.readouterr().out.endswith(" STOPPED\n")
+    assert process.poll() is not None
+    assert count.read_text() == "2"
+
+
+@pytest.mark.parametrize("command", [["run"], ["run", "--new"], ["submit"], ["submit", "--new"]])
+def test_what_a_run_in_the_foreground_writes_is_left_alone(job_file, foreground, tmp_path, monkeypatch, capsys, command):
+    from diffsynth_ray.launch import client
+
+    @contextmanager
+    def nowhere(*_, **__):
+        yield client.Cluster(url="http://127.0.0.1:9", token=None)
+
+    monkeypatch.setattr(client, "open_cluster", nowhere)
+    monkeypatch.setattr(client, "next_attempt", lambda *_: 2)
+    monkeypatch.setattr(client, "active_job", lambda *_: None)
+    assert run(command[0], job_file, *command[1:]) == 2
+    assert f"is being written by process {foreground[0].pid}" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "previous").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "homeless"])
+def test_without_a_place_for_its_state_dsray_says_which_variable_names_one(place, job_file, tmp_path, monkeypatch, capsys):
+    if place == "file":
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("DSRAY_STATE_DIR", str(tmp_path / "file" / "state"))
+    else:
+        for name in ("DSRAY_STATE_DIR", "XDG_STATE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+
+        def nobody():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(Path, "home", nobody)
+    assert run("list") == 2
+    err = capsys.readouterr().err
+    assert "set DSRAY_STATE_DIR" in err
+    assert "Traceback" not in err
+
+
+def test_an_unexpected_error_without_a_place_for_its_traceback_is_shown(monkeypatch, job_file, tmp_path, capsys):
+    from diffsynth_ray.config import resolve as resolving
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DSRAY_STATE_DIR", str(tmp_path / "file" / "state"))
+
+    def broken(*_, **__):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(resolving, "resolve", broken)
+    assert run("plan", job_file) == 1
+    assert "Traceback" in capsys.readouterr().err

@@ -1,13 +1,15 @@
 """What the driver makes of the board's news: lines, attempts.jsonl and error.json."""
 
 import json
+import os
+import signal
 
 import pytest
 from ray.train import WorkerGroupError
 
 from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.config.schema import Job
-from diffsynth_ray.errors import ClusterError, RunError
+from diffsynth_ray.errors import ClusterError, ExitCode, RunError
 from diffsynth_ray.launch import driver, runs
 from diffsynth_ray.launch.board import Failure, Hung, Loss, News
 from diffsynth_ray.launch.driver import _Watcher
@@ -146,3 +148,63 @@ def test_a_ray_that_does_not_come_up_in_time_is_no_bug_of_ours(monkeypatch):
     ):
         pass
     assert "less busy" in caught.value.hint
+
+
+def run_job(watcher, monkeypatch, stages, *, say=lambda line: None, asked=()):
+    monkeypatch.setattr(driver, "_run_stages", stages)
+    return driver.run_job(watcher.resolved, submission_id="t-a2", say=say, asked=list(asked))
+
+
+def test_a_run_that_is_interrupted_was_stopped(watcher, monkeypatch):
+    def interrupted(*_, **__):
+        watcher.run_dir.write_progress(Progress(3, 9, 0.1, 1e-4, 1.0, 1.0, 1.0, 0.0, 0))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(watcher, monkeypatch, interrupted)
+    last = watcher.run_dir.attempts()[-1]
+    assert (last["event"], last["state"], last["step"], last["num_steps"]) == ("ended", "STOPPED", 3, 9)
+
+
+def test_nobody_who_reads_the_log_is_worth_the_run(watcher, monkeypatch):
+    def gone(line):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def stages(*_, **__):
+        return {"state": "SUCCEEDED", "step": 9, "num_steps": 9}
+
+    assert run_job(watcher, monkeypatch, stages, say=gone) == ExitCode.DONE
+    assert (watcher.run_dir.path / "log.txt").read_text().endswith("SUCCEEDED\n")
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_signal_asks_to_stop_also_before_the_attempt_begins(watcher, monkeypatch, is_early):
+    reasons = []
+
+    def stages(*_, **__):
+        if not is_early:
+            os.kill(os.getpid(), signal.SIGHUP)
+        reasons.append(watcher.run_dir.stop_reason())
+        return {"state": "STOPPED", "step": 1, "num_steps": 9}
+
+    monkeypatch.setattr(driver, "_run_stages", stages)
+    asked = []
+    with driver.stopping_on({signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}, watcher.run_dir, asked):
+        if is_early:
+            os.kill(os.getpid(), signal.SIGTERM)
+        code = driver.run_job(watcher.resolved, submission_id="t-a2", say=lambda line: None, asked=asked)
+    assert code == ExitCode.STOPPED
+    assert reasons == ["SIGTERM" if is_early else "SIGHUP"]
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+
+
+def test_a_signal_that_is_ignored_stays_so(watcher):
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    asked = []
+    try:
+        with driver.stopping_on({signal.SIGHUP: "SIGHUP"}, watcher.run_dir, asked):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert asked == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
