@@ -77,13 +77,24 @@ class Reporter:
         loss, grad_norm = torch.stack([loss_sum, result.grad_norm.to(loss_sum)]).tolist()
         loss /= fed.num_samples
         self._note_time(result, fed, started=started, data_wait_s=data_wait_s)
-        if not np.isfinite(loss):
-            rows = [row + 1 for row in fed.rows]
-            raise RunError(
-                f"the loss of step {step} is {loss}; rank {self.rank} trained on the metadata rows {rows}",
-                hint="lower training.learning_rate, or look at those rows; the last checkpoint and exports are from before",
-            )
+        self._ensure_finite("loss", loss, fed)
+        self._ensure_finite("gradient norm", grad_norm, fed)
         self._publish(step, loss=loss, lr=result.lr, grad_norm=grad_norm)
+
+    def before_checkpoint(self, result: StepResult, fed: FedStep) -> None:
+        """Called on all ranks before the state after this step is kept, whether or not the step was logged."""
+        # Once weights are no numbers, every later gradient is none either.
+        self._ensure_finite("gradient norm", float(result.grad_norm), fed)
+
+    def _ensure_finite(self, name: str, value: float, fed: FedStep) -> None:
+        """Raise RunError for a step whose weights nobody can use, before any of them are exported or kept."""
+        if np.isfinite(value):
+            return
+        rows = [row + 1 for row in fed.rows]
+        raise RunError(
+            f"the {name} of step {self.trainer.step} is {value}; rank {self.rank} trained on the metadata rows {rows}",
+            hint="lower training.learning_rate, or look at those rows; the last checkpoint and exports are from before",
+        )
 
     def _note_time(self, result: StepResult, fed: FedStep, *, started: float, data_wait_s: float) -> None:
         self.times.append(_StepTime(time.monotonic() - started, data_wait_s, fed.num_samples, result.num_tokens))

@@ -329,6 +329,7 @@ class _Worker:
                 self._export()
                 flags = self._flags()
                 if flags & _CHECKPOINT:
+                    reporter.before_checkpoint(result, fed)
                     self._checkpoint()
                 self.saver.check()
                 if flags & _STOP:

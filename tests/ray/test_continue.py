@@ -166,17 +166,18 @@ def test_stop_continue_with_more_epochs_and_workers_and_what_the_folder_belongs_
 
 
 def test_signals_under_run(cli):
+    cli.job.write_text(cli.job.read_text().replace("repeat = 8", "repeat = 60"))  # 75 steps, so that none comes after the end
     at = 0
     for number, reason in ((signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGHUP")):
         process = cli.start("run", cli.job, "--set", "output.checkpoint_minutes=1000")
-        at = cli.wait_for(r"step \d+/10", after=at)
+        at = cli.wait_for(r"step \d+/75", after=at)
         process.send_signal(number)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == ExitCode.STOPPED, output
         at = cli.wait_for(rf"stopping after step \d+: .*{reason}", after=at)
     process = cli.start("run", cli.job)
-    at = cli.wait_for(r"continuing after step \d+ of 10", after=at)
-    cli.wait_for(r"step \d+/10", after=at)
+    at = cli.wait_for(r"continuing after step \d+ of 75", after=at)
+    cli.wait_for(r"step \d+/75", after=at)
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)

@@ -7,6 +7,7 @@ import torch
 from tiny_trainer import build_job, build_trainer, micro
 
 from diffsynth_ray.config.schema import LoggingSection
+from diffsynth_ray.errors import RunError
 from diffsynth_ray.run_dir import RunDir
 from diffsynth_ray.train.feed import FedStep
 from diffsynth_ray.train.figures import FigureWriter
@@ -69,3 +70,38 @@ def test_offloaded_weights_are_counted_and_waited_for(tmp_path):
     blocks = [unit for unit in trainer.residency.offload.units if "transformer_blocks" in unit.name]
     assert blocks
     assert moved >= sum(unit.num_bytes for unit in blocks), "each is loaded at least once"
+
+
+def spoil_gradients(trainer):
+    """The backward passes of the next step overflow: finite losses, infinite gradients, and weights that are no numbers."""
+    for param in trainer.trained.values():
+        param.register_hook(lambda gradient: None if gradient is None else gradient * float("inf"))
+
+
+def test_a_step_without_usable_weights_ends_the_run_where_it_is_logged(tmp_path):
+    trainer = build_trainer(build_job())
+    spoil_gradients(trainer)
+    with pytest.raises(RunError, match="the gradient norm of step 1 is (nan|inf); rank 0 trained on the metadata rows"):
+        report(trainer, tmp_path)
+
+
+def test_a_step_without_usable_weights_ends_the_run_before_they_are_kept(tmp_path):
+    trainer = build_trainer(build_job(logging={"every_steps": 100}))
+    reporter = Reporter(
+        trainer=trainer, run_dir=RunDir(tmp_path), rank=1, gauges=Shown(), may_commit=lambda: True, say=print, figures=None
+    )  # fmt: skip
+
+    def step():
+        started, micro_inputs = time.monotonic(), [micro([0, 1])]
+        fed = FedStep(micro_inputs, 2, (0, 1), ())
+        result = trainer.train_step(micro_inputs, num_samples=2)
+        reporter.after_step(result, fed, started=started, data_wait_s=0.0)
+        return result, fed
+
+    reporter.before_checkpoint(*step())
+    spoil_gradients(trainer)
+    unseen = step()
+    with pytest.raises(RunError, match="the gradient norm of step 2 is"):
+        reporter.before_checkpoint(*unseen)
+    with pytest.raises(RunError, match="the gradient norm of step 3 is"):
+        reporter.before_checkpoint(*step())
