@@ -6,6 +6,8 @@ A file that cannot be read is a `DataError` that names the file and the cause.
 
 import io
 import math
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +35,14 @@ SIDE_MULTIPLE = 16
 """Heights and widths are multiples of this many pixels in most families: 8 of the VAE, 2 of the patches."""
 CLIP_STEP = 4
 """Clips have a multiple of this many frames and one more (1, 5, 9 ...) in most families: what the VAE packs into one."""
+
+_QUARTER_TURNS = frozenset({5, 6, 7, 8})
+"""EXIF orientations, of those that Pillow turns by (whatever else damaged or odd files have there, it ignores)."""
+_PILLOW_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, struct.error, zlib.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+"""What Pillow's readers raise on broken files."""
 
 # A clip is converted this many frames at a time: 81 frames of 4K would take 2 GB before they are made small.
 _FRAMES_PER_READ = 16
@@ -110,8 +120,8 @@ def read_info(source: Source) -> MediaInfo:
             return MediaInfo(int(width), int(height), len(reader), float(reader.get_avg_fps()))
     with _open_image(source) as image:
         width, height = image.size
-        # Orientations 5 to 8 are the ones turned by a quarter. Not the PNG reader's own getexif: it decodes the whole image.
-        if Image.Image.getexif(image).get(0x0112, 1) >= 5:
+        # Not the PNG reader's own getexif: it decodes the whole image.
+        if Image.Image.getexif(image).get(0x0112) in _QUARTER_TURNS:
             width, height = height, width
         num_frames = getattr(image, "n_frames", 1) if image.format == "GIF" else 1
         return MediaInfo(width, height, num_frames, None)
@@ -205,8 +215,7 @@ def _open_image(source: Source) -> Iterator[Image.Image]:
     try:
         with Image.open(_file_of(source)) as image:
             yield image
-    # SyntaxError, ValueError and EOFError are what Pillow's readers raise on broken PNG, WebP and GIF files.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except _PILLOW_ERRORS as error:
         raise DataError(f"{_name(source)}: {_reason(error, source)}") from error
 
 

@@ -2,10 +2,13 @@
 
 import http.server
 import io
+import random
 import struct
 import threading
+import warnings
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -327,3 +330,37 @@ def test_urls_are_fetched(server_url: str) -> None:
         read_size(f"{server_url}/images/9.png")
     with pytest.raises(DataError, match="cannot be downloaded"):
         fetch("http://[bad")
+
+
+def _with_exif(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF data of (tag, type, count, value) as a camera writes them."""
+    fields = [struct.pack("<HHI", tag, kind, count) + value.ljust(4, b"\0") for tag, kind, count, value in entries]
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(fields) + bytes(4)
+
+
+@pytest.mark.parametrize(
+    "orientation",
+    [(3, 1, b"\6\0"), (3, 1, b"\x09\0"), (3, 1, b"\0\0"), (2, 2, b"6\0"), (7, 1, b"\6"), (1, 1, b"\6"), (3, 2, b"\6\0\6\0")],
+)
+def test_the_header_is_turned_as_the_picture_is(tmp_path: Path, orientation: tuple[int, int, bytes]) -> None:
+    path = tmp_path / "turned.jpg"
+    Image.new("RGB", (64, 32)).save(path, exif=_with_exif((0x0112, *orientation)))
+    assert read_size(path)[:2] == read_image(path).size
+
+
+def test_damaged_files_are_told_as_such_whatever_pillow_makes_of_them(tmp_path: Path) -> None:
+    frames = [Image.new("P", (64, 48), number) for number in range(3)]
+    frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
+    Image.new("RGB", (64, 48)).save(tmp_path / "still.jpg", exif=_with_exif((0x0112, 3, 1, b"\6\0"), (0x010E, 2, 4, b"abc\0")))
+    drawn = random.Random(0)
+    for name in ("moves.gif", "still.jpg"):
+        content = (tmp_path / name).read_bytes()
+        damaged = tmp_path / f"damaged-{name}"
+        for _ in range(800):
+            spoiled = bytearray(content)
+            for _ in range(drawn.choice((1, 2, 8))):
+                spoiled[drawn.randrange(min(len(spoiled), 1000))] = drawn.randrange(256)
+            damaged.write_bytes(spoiled)
+            with suppress(DataError), warnings.catch_warnings(action="ignore"):
+                read_size(damaged)
+                decode(damaged, height=32, width=32, num_frames=3)
