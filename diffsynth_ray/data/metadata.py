@@ -107,6 +107,8 @@ def read_metadata(
     file_columns = tuple(key for key in data_file_keys if key in columns)
     _check_columns(table, columns, data_file_keys, required_columns)
     problems = _check_cells(table, rows, file_columns)
+    if PROMPT_COLUMN in columns and not table.has_text_cells:
+        problems += _check_prompts(table, rows)
     if check_files:
         problems += _check_files(table, rows, file_columns, base)
     if problems:
@@ -197,6 +199,25 @@ def _check_cells(table: RawTable, rows: Sequence[Row], file_columns: Sequence[st
             names = _quoted(main_columns)
             problems.append(f"{table.where(index)}: no file, {names} is empty; fill in or remove the row")
     return problems
+
+
+def _check_prompts(table: RawTable, rows: Sequence[Row]) -> Iterator[str]:
+    """Yield what is no caption: a list of them would be trained on with its brackets and quotes."""
+    for index, row in enumerate(rows):
+        value = row[PROMPT_COLUMN]
+        if isinstance(value, str):
+            if not value.isascii() and _has_half_characters(value):
+                yield f"{table.where(index)}: '{PROMPT_COLUMN}' has half a character (a lone surrogate): {ascii(value)[:80]}"
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            yield f"{table.where(index)}: '{PROMPT_COLUMN}' must be text, got {json.dumps(value, default=str)[:80]}"
+
+
+def _has_half_characters(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _file_problems(value: Value) -> Iterator[str]:

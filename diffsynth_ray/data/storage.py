@@ -157,7 +157,7 @@ def _request(url: str, method: str = "GET") -> urllib.request.Request:
 def _local_stamp(path: str) -> Stamp | None:
     try:
         found = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # a name with a NUL or half a character in it is that of no file
         return None
     return Stamp(found.st_size, str(found.st_mtime_ns)) if stat.S_ISREG(found.st_mode) else None
 
