@@ -28,6 +28,7 @@ READ_CPUS = 0.1
 MIN_DECODE_CPUS = 0.1
 """Fewest CPUs that a decoding task can be given."""
 
+_CGROUPS = Path("/sys/fs/cgroup")
 DEFAULT_BASE_PATH = "./models"
 """Where DiffSynth-Studio keeps what it downloads."""
 
@@ -98,7 +99,25 @@ def local_resources() -> Resources:
         gpus = len([entry for entry in Path("/dev").glob("nvidia[0-9]*") if entry.name[6:].isdigit()])
     else:
         gpus = len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])
-    return Resources(cpus=float(len(os.sched_getaffinity(0))), gpus=float(gpus))
+    return Resources(cpus=float(available_cpus()), gpus=float(gpus))
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use: of the machine's, those that its container and its affinity leave to it."""
+    return max(1, int(min(len(os.sched_getaffinity(0)), _container_cpus())))
+
+
+def _container_cpus() -> float:
+    """CPUs that the control group allows (`docker run --cpus`, Kubernetes' limits): version 2, else version 1."""
+    try:
+        quota, period = (_CGROUPS / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota, period = ((_CGROUPS / "cpu" / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        except OSError:
+            return math.inf
+    # "max" and -1 stand for no limit.
+    return float(quota) / float(period) if quota.isdigit() and period.isdigit() and int(period) else math.inf
 
 
 def resolve(job: Job, resources: Resources, *, source: str = "job", remote: bool = False) -> ResolvedJob:

@@ -21,7 +21,7 @@ from typing import IO, Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from diffsynth_ray.config.resolve import ResolvedJob
+from diffsynth_ray.config.resolve import ResolvedJob, available_cpus
 from diffsynth_ray.data.bad_samples import BadSample, BadSampleList
 from diffsynth_ray.errors import ClusterError, DataError, DsrayError, ExitCode
 from diffsynth_ray.launch.board import Board, Failure, Loss, News
@@ -306,10 +306,11 @@ def stopping_on(signals: Mapping[signal.Signals, str], run_dir: RunDir, asked: l
 @contextmanager
 def local_ray(say: Say) -> Iterator[None]:
     """A Ray of this process, without a dashboard, while it lasts. Raises ClusterError where it does not come up."""
-    say(f"starting Ray in this process ({os.cpu_count()} CPUs)")
+    cpus = available_cpus()
+    say(f"starting Ray in this process ({cpus} CPUs)")
     with inherited(WITHOUT_DASHBOARD_ENV):
         try:
-            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         except Exception as error:  # the boundary to the processes of Ray: a node that is late raises a bare Exception
             raise ClusterError(
                 f"Ray did not start in this process: {error}",

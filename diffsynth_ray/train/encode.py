@@ -11,7 +11,6 @@ once, at the end.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -25,7 +24,7 @@ import torch
 from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask, TaskPoolStrategy
 from ray.data.block import BlockMetadata
 
-from diffsynth_ray.config.resolve import READ_CPUS, EncodeResources, ResolvedJob
+from diffsynth_ray.config.resolve import READ_CPUS, EncodeResources, ResolvedJob, available_cpus
 from diffsynth_ray.config.schema import DatasetSection
 from diffsynth_ray.data.cache import Cache, Entry, Kind, pack_entry, unpack_entry
 from diffsynth_ray.data.samples import SampleRule
@@ -235,7 +234,7 @@ class _EncodeUnit:
         assert resolved.encode is not None
         device = torch.device(resolved.encode.device)
         if device.type == "cpu":
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // resolved.encode.num_workers))
+            torch.set_num_threads(max(1, available_cpus() // resolved.encode.num_workers))
         self.extra_inputs = resolved.job.model.extra_inputs
         try:
             self.encoder = SampleEncoder(*load_encoders(resolved.job, device=device, components=components))

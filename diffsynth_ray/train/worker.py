@@ -20,7 +20,7 @@ import torch
 from ray.util.metrics import Gauge
 
 from diffsynth_ray.config.distillation import DIRECT_DISTILL, condition_columns
-from diffsynth_ray.config.resolve import ResolvedJob, data_share
+from diffsynth_ray.config.resolve import ResolvedJob, available_cpus, data_share
 from diffsynth_ray.data.bad_samples import BadSample
 from diffsynth_ray.data.cached import CachedBatch, CachedRows, read_batches
 from diffsynth_ray.data.samples import SampleIndex
@@ -165,7 +165,7 @@ class _Worker:
         """Train from the newest checkpoint to the end, or to a stop."""
         if self.device.type == "cpu" or self.job.offload.optimize_on_cpu:
             # Ray allows one thread a CPU that was asked for; an update on the host needs what the node has.
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_world_size))
+            torch.set_num_threads(max(1, available_cpus() // self.local_world_size))
         # Flags from rank 0 travel on the CPU, so that they never wait for the GPU; checkpoints are written by a thread.
         self.control = Group(self.world_size)
         self.writers = Group(self.world_size)

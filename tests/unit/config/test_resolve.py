@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from diffsynth_ray.config import resolve as resolving
 from diffsynth_ray.config import schema
 from diffsynth_ray.config.resolve import ResolvedJob, Resources, resolve, resolve_model
 from diffsynth_ray.config.schema import Job
@@ -500,3 +501,24 @@ def test_moving_averages_need_whole_weights() -> None:
     assert resolve(build_job(training={"ema_decay": 0.999}), BOX).job.training.ema_decay == 0.999
     zero = {"distributed": {"strategy": "deepspeed"}}
     assert "ddp" in problems_of(build_job(training={"ema_decay": 0.999}, **zero))["training.ema_decay"]
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu.max": "250000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "6400000 100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+    ],
+)
+def test_the_cpus_of_a_container_are_those_that_it_may_use(tmp_path, monkeypatch, files, cpus):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{content}\n")
+    monkeypatch.setattr(resolving, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(resolving.os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert resolving.local_resources().cpus == cpus
