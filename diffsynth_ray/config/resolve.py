@@ -300,6 +300,7 @@ def _check_rules(job: Job) -> list[Problem]:
                 problems.append(Problem(f"{section}.resources_per_worker", f"{name} = {amount:g}; amounts are 0 or more"))
     problems += _check_offload(job)
     problems += _check_plain_values("training.optimizer_args", training.optimizer_args)
+    problems += _check_plain_values("model.options", job.model.options)
     asked = job.distributed.num_workers
     if isinstance(asked, int) and asked < 1:
         problems.append(Problem("distributed.num_workers", "must be at least 1"))
@@ -432,6 +433,19 @@ def _absolute_paths(job: Job, *, remote: bool) -> tuple[Job, list[Problem]]:
         sections.setdefault(section, {})[leaf] = _absolute(value)
     updates = {name: getattr(job, name).model_copy(update=values) for name, values in sections.items()}
     return job.model_copy(update=updates), problems
+
+
+def paths_below(job: Job, folder: Path) -> dict[str, str]:
+    """Dotted key -> local path of everything that a resolved job reads, or shares with other jobs, below a folder."""
+    found = {}
+    for dotted, field in schema.keys().items():
+        value = lookup(job, dotted)
+        if not schema.mark(field, "path") or dotted.startswith("output.") or not isinstance(value, str | list):
+            continue
+        for path in _flat(value):
+            if "://" not in path and Path(path).is_relative_to(folder) and Path(path).exists():
+                found[dotted] = path
+    return found
 
 
 def _is_absolute(path: str) -> bool:

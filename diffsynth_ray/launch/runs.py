@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from diffsynth_ray.config.load import load_job
-from diffsynth_ray.config.resolve import ResolvedJob
+from diffsynth_ray.config.resolve import ResolvedJob, paths_below
 from diffsynth_ray.errors import ClusterError, DsrayError, ExitCode, JobFileError, OutputError, RunNotFoundError
 from diffsynth_ray.launch import client, registry
 from diffsynth_ray.launch.client import ACTIVE, Cluster, Ended
@@ -268,7 +268,26 @@ def claim_output(resolved: ResolvedJob, cluster: Cluster | None, *, new: bool) -
         raise OutputError(
             f"{run_dir.path} is being written by {active['submission_id']}", hint=f"first `dsray stop {owner.run}`"
         )
+    _check_nothing_else_is_moved(resolved, run_dir)
     return run_dir.move_aside()
+
+
+def _check_nothing_else_is_moved(resolved: ResolvedJob, run_dir: RunDir) -> None:
+    """Raise OutputError where data, weights or other runs are in the folder whose content is to be moved aside."""
+    kept = run_dir.path / "previous"
+    found = [f"{key}: {path}" for key, path in paths_below(resolved.job, run_dir.path).items()]
+    found += [
+        f"another run: {path.parent}"
+        for pattern in ("*/job.json", "*/*/job.json")
+        for path in run_dir.path.glob(pattern)
+    ]  # fmt: skip
+    if Path.cwd().is_relative_to(run_dir.path):
+        found.append(f"the working directory: {Path.cwd()}")
+    if found := [each for each in found if not Path(each.partition(": ")[2]).is_relative_to(kept)]:
+        raise OutputError(
+            "\n".join([f"--new would move all of {run_dir.path} aside, and with it", *(f"  {each}" for each in found)]),
+            hint="give the job an output.path of its own, or move the old run's files yourself",
+        )
 
 
 def _in_the_foreground(run_dir: RunDir) -> Submission | None:

@@ -437,3 +437,53 @@ def test_an_unexpected_error_without_a_place_for_its_traceback_is_shown(monkeypa
     monkeypatch.setattr(resolving, "resolve", broken)
     assert run("plan", job_file) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("inside", "shown"),
+    [
+        ("dataset.base_path={out}/data", "dataset.base_path: {out}/data"),
+        ("split.cache_path={out}/data", "split.cache_path: {out}/data"),
+        ("lora.checkpoint={out}/step-4.safetensors", "lora.checkpoint: {out}/step-4.safetensors"),
+        ("", "another run: {out}/inner"),
+        ("", "the working directory: {out}/data"),
+    ],
+)
+def test_new_moves_nothing_aside_that_is_not_the_runs(job_file, tmp_path, monkeypatch, capsys, inside, shown):
+    from diffsynth_ray.config.resolve import local_resources
+    from diffsynth_ray.errors import OutputError
+    from diffsynth_ray.launch import runs
+
+    _, run_dir = finish(job_file)
+    (run_dir.path / "data").mkdir()
+    (run_dir.path / "previous" / "older").mkdir(parents=True)
+    (run_dir.path / "previous" / "older" / "job.json").write_text("{}")
+    if "another run" in shown:
+        (run_dir.path / "inner").mkdir()
+        (run_dir.path / "inner" / "job.json").write_text("{}")
+    if "working directory" in shown:
+        monkeypatch.chdir(run_dir.path / "data")
+    overrides = [inside.format(out=run_dir.path)] if inside else []
+    resolved = resolve(load_job(str(job_file), overrides), local_resources())
+    with pytest.raises(OutputError) as caught:
+        runs.claim_output(resolved, None, new=True)
+    assert caught.value.message.splitlines()[1:] == [f"  {shown.format(out=run_dir.path)}"]
+    assert (run_dir.path / "job.json").exists()
+    monkeypatch.chdir(tmp_path)
+    if not overrides and "another run" not in shown:
+        assert runs.claim_output(resolved, None, new=True) == run_dir.path / "previous" / resolved.run
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("output.path=", 'output.path: got ""; string should have at least 1 character'),
+        ("split.cache_path=", 'split.cache_path: got ""'),
+        ("output.checkpoint_path=", 'output.checkpoint_path: got ""'),
+        ("model.options={a = 2024-01-01}", "model.options: got {'a': datetime.date(2024, 1, 1)}; only numbers"),
+        ("model.options={a = inf}", "model.options: got {'a': inf}; only numbers"),
+    ],
+)
+def test_values_that_cannot_be_meant(job_file, capsys, override, expected):
+    assert run("plan", job_file, "--set", override) == 2
+    assert expected in capsys.readouterr().err
