@@ -54,7 +54,7 @@ def import_script(
     for draft, path, name in zip(migration.drafts, paths, migration.names(), strict=True):
         given = None if _can_be_name(path.stem) else name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(_text(migration, draft, script, name=given))
+        path.write_text(_text(migration, draft, script, name=given), encoding="utf-8")
         written.append(path)
     return _report(migration, written, as_json=as_json)
 
@@ -62,7 +62,9 @@ def import_script(
 def _can_be_name(stem: str) -> bool:
     import re
 
-    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", stem) is not None
+    from diffsynth_ray.config.schema import NAME
+
+    return re.fullmatch(NAME, stem) is not None
 
 
 def _text(migration: Migration, draft: Draft, script: Path, *, name: str | None) -> str:

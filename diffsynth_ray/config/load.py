@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,10 @@ def load_job(reference: str, overrides: list[str] | None = None) -> Job:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise JobFileError(str(path), [Problem("", f"not valid TOML: {error}")]) from error
     problems = [problem for text in overrides or [] if (problem := _apply_override(raw, text))]
+    if "name" not in raw and re.fullmatch(schema.NAME, path.stem) is None:
+        allowed = "at most 63 letters, digits, '_', '.', '-'"
+        problems.append(Problem("name", f"the file's name {path.stem!r} cannot be the job's; set name = ... of {allowed}"))
+        raw["name"] = "job"
     raw.setdefault("name", path.stem)
     if path.parent == recipes_dir() and not Path(reference).is_file():
         _anchor_shipped_data(raw)
@@ -138,7 +143,7 @@ def _suggestion(dotted: str, known: dict[str, Any]) -> str:
 
 def _short(value: object) -> str:
     try:
-        text = json.dumps(value)
+        text = json.dumps(value, ensure_ascii=False)
     except TypeError:
         text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -13,6 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
+"""What a job can be called: run names, submission ids and folders are made of it."""
+
 
 def _key(default: Any = None, *, identity: bool = False, path: bool = False, **rules: Any) -> Any:
     extra: dict[str, Any] = {"identity": identity, "path": path}
@@ -297,7 +300,7 @@ class ValidationSection(Section):
 class Job(Section):
     """A job file as the user gave it, checked."""
 
-    name: str = _key(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
+    name: str = _key(pattern=NAME)
     """Name of the job: letters, digits, '_', '.', '-'. Default: the file's name."""
     task: Literal["sft", "direct_distill"] = _key("sft", identity=True)
     """Training task: "sft" = supervised finetuning; "direct_distill" = the student draws each picture in its row's few

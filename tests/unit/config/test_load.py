@@ -156,3 +156,15 @@ def test_a_users_file_goes_before_a_recipe(tmp_path: Path, monkeypatch: pytest.M
 def test_a_missing_file_suggests_a_recipe() -> None:
     with pytest.raises(JobFileError, match=r"no such file.*did you mean the recipe quickstart\?"):
         load_job("quikstart")
+
+
+@pytest.mark.parametrize("name", ["my job", "训练", "-x", "a" * 64])
+def test_a_files_name_that_cannot_be_the_jobs_is_told_as_such(tmp_path: Path, name: str) -> None:
+    path = tmp_path / f"{name}.toml"
+    path.write_text('[dataset]\nrepeat = "训"\n')
+    with pytest.raises(JobFileError) as caught:
+        load_job(str(path))
+    assert f"name: the file's name {name!r} cannot be the job's; set name = ..." in caught.value.message
+    assert 'dataset.repeat: got "训"' in caught.value.message
+    path.write_text('name = "other"')
+    assert load_job(str(path)).name == "other"
