@@ -162,16 +162,16 @@ def _user_token() -> str | None:
 
 def _dashboard_url(address: str, token: str | None) -> str:
     """http(s) addresses as they are; a GCS address (host:6379, ray://) is asked for its dashboard."""
-    if address.startswith(("http://", "https://")):
-        return address.rstrip("/")
     if address != "auto":
-        parts = urlsplit(address if "://" in address else f"//{address}")
         try:
+            parts = urlsplit(address if "://" in address else f"//{address}")
             host, port = parts.hostname, parts.port
         except ValueError as error:
             raise ClusterError(f"{address!r} is not an address: {error}", hint=_ADDRESS_HINT) from error
         if host is None:
             raise ClusterError(f"{address!r} is not an address", hint=_ADDRESS_HINT)
+        if parts.scheme in ("http", "https"):
+            return address.rstrip("/")
         try:
             socket.create_connection((host, port or 8265), timeout=_TIMEOUT_S).close()
         except OSError as error:

@@ -292,3 +292,17 @@ def test_the_progress_of_stage_one_is_read_back(tmp_path: Path) -> None:
     assert run_dir.encode_progress() is None
     run_dir.write_encode_progress(progress)
     assert run_dir.encode_progress() == progress
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        write_whole(tmp_path / "folder", "x")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        write_whole(tmp_path / "progress.json", "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

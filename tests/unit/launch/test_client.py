@@ -194,3 +194,10 @@ def test_what_travels_is_listed_and_bounded(monkeypatch, tmp_path):
     monkeypatch.setattr(client, "_MAX_CODE_BYTES", 1000)
     with pytest.raises(ClusterError, match=r"weights\.bin is the largest"):
         client.travelling(remote, "{}")
+
+
+@pytest.mark.parametrize("address", ["http://[::1", "http://", "https://head:port", "head:99999"])
+def test_an_address_that_is_none_is_told_as_such(dashboard, monkeypatch, tmp_path, address):
+    monkeypatch.setenv("DSRAY_STATE_DIR", str(tmp_path))
+    with pytest.raises(ClusterError, match="is not an address"):
+        client.connect(address)

@@ -81,7 +81,7 @@ def spoil_gradients(trainer):
 def test_a_step_without_usable_weights_ends_the_run_where_it_is_logged(tmp_path):
     trainer = build_trainer(build_job())
     spoil_gradients(trainer)
-    with pytest.raises(RunError, match="the gradient norm of step 1 is (nan|inf); rank 0 trained on the metadata rows"):
+    with pytest.raises(RunError, match=r"the gradient norm of step 1 is (nan|inf); rank 0 trained on the metadata rows"):
         report(trainer, tmp_path)
 
 
