@@ -44,6 +44,9 @@ _PILLOW_ERRORS = (
 )  # fmt: skip
 """What Pillow's readers raise on broken files."""
 
+_ROUNDING = 1e-6
+"""Frames that a quotient of floats may be wrong by."""
+
 # A clip is converted this many frames at a time: 81 frames of 4K would take 2 GB before they are made small.
 _FRAMES_PER_READ = 16
 
@@ -140,7 +143,8 @@ def clip_length(info: MediaInfo, *, num_frames: int, frame_rate: float | None = 
     """
     available = info.num_frames
     if frame_rate is not None and info.fps:
-        available = math.floor(info.num_frames / info.fps * frame_rate)
+        # 57 frames at 25 a second are 57 / 25 * 25 = 56.99999 ones.
+        available = math.floor(info.num_frames / info.fps * frame_rate + _ROUNDING)
     if available >= num_frames:
         return num_frames
     # Not below one frame: a file shorter than one period of a low frame rate still has its first frame.

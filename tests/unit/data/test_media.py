@@ -364,3 +364,13 @@ def test_damaged_files_are_told_as_such_whatever_pillow_makes_of_them(tmp_path: 
             with suppress(DataError), warnings.catch_warnings(action="ignore"):
                 read_size(damaged)
                 decode(damaged, height=32, width=32, num_frames=3)
+
+
+@pytest.mark.parametrize("rate", [12.5, 23.976, 25.0, 29.97, 30000 / 1001])
+def test_a_clip_at_its_own_rate_has_all_its_frames(rate: float) -> None:
+    for num_frames in range(1, 1000, 4):
+        info = MediaInfo(64, 32, num_frames, rate)
+        assert clip_length(info, num_frames=9999, frame_rate=rate) == num_frames
+        assert clip_length(info, num_frames=9999, frame_rate=rate / 2) == clip_length(
+            MediaInfo(64, 32, num_frames // 2, rate), num_frames=9999
+        )
