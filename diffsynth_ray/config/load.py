@@ -131,7 +131,9 @@ def _suggestion(dotted: str, known: dict[str, Any]) -> str:
     section, _, leaf = dotted.rpartition(".")
     elsewhere = [name for name in known if name.split(".")[-1] == (leaf or dotted)]
     without_prefix = [name for name in known if name.replace(".", "_") == dotted.split(".")[-1]]
-    near = without_prefix or elsewhere or difflib.get_close_matches(dotted, known, n=1, cutoff=0.7)
+    # The name of the section alone makes no two keys alike.
+    alike = [name for name in difflib.get_close_matches(dotted, known, n=3, cutoff=0.7) if _are_alike(dotted, name)]
+    near = without_prefix or elsewhere or alike
     if not near and not section:
         near = difflib.get_close_matches(dotted, sections, n=1)
         return f" or section; did you mean [{near[0]}]?" if near else f"; sections are {', '.join(sorted(sections))}"
@@ -139,6 +141,11 @@ def _suggestion(dotted: str, known: dict[str, Any]) -> str:
         return f"; did you mean {near[0]}?"
     names = ", ".join(name.split(".")[1] for name in known if name.startswith(f"{section}."))
     return f"; [{section}] has {names}" if names else ""
+
+
+def _are_alike(dotted: str, known: str) -> bool:
+    leaves = (name.rpartition(".")[2] for name in (dotted, known))
+    return difflib.SequenceMatcher(None, *leaves).ratio() >= 0.5
 
 
 def _short(value: object) -> str:

@@ -168,3 +168,10 @@ def test_a_files_name_that_cannot_be_the_jobs_is_told_as_such(tmp_path: Path, na
     assert 'dataset.repeat: got "训"' in caught.value.message
     path.write_text('name = "other"')
     assert load_job(str(path)).name == "other"
+
+
+def test_a_key_that_is_like_no_other_lists_those_of_its_section(tmp_path: Path) -> None:
+    with pytest.raises(JobFileError) as caught:
+        load_job(write(tmp_path, GOOD + "[training]\nfoo = 1\nlerning_rate = 1\n"))
+    assert "training.foo: unknown key; [training] has learning_rate, num_epochs" in caught.value.message
+    assert "training.lerning_rate: unknown key; did you mean training.learning_rate?" in caught.value.message
