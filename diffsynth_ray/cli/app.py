@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 import traceback
@@ -74,6 +75,8 @@ app.command("report")(report.report)
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code. Every error of every command ends here."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets the others
     as_json = "--json" in arguments
     try:
         outcome = app(args=arguments, prog_name="dsray", standalone_mode=False)

@@ -144,8 +144,7 @@ def _suggestion(dotted: str, known: dict[str, Any]) -> str:
 
 
 def _are_alike(dotted: str, known: str) -> bool:
-    leaves = (name.rpartition(".")[2] for name in (dotted, known))
-    return difflib.SequenceMatcher(None, *leaves).ratio() >= 0.5
+    return difflib.SequenceMatcher(None, dotted.rpartition(".")[2], known.rpartition(".")[2]).ratio() >= 0.5
 
 
 def _short(value: object) -> str:

@@ -75,7 +75,8 @@ def run_job(resolved: ResolvedJob, *, submission_id: str, say: Say, asked: list[
         _record_end(run_dir, attempt, code=code, outcome=outcome, error=failed, tell=tell)
         if failed is not None:
             tell(f"error: {failed['cause']}")
-            tell(f"the whole error is in {run_dir.error_path}")
+            if run_dir.holds_token(attempt.token):
+                tell(f"the whole error is in {run_dir.error_path}")
         tell(f"run {resolved.run} {_STATE_OF_EXIT[code]}")
     return code
 

@@ -253,13 +253,13 @@ def claim_output(resolved: ResolvedJob, cluster: Cluster | None, *, new: bool) -
     """Check that the run may use its output path; with `new`, move older content aside and return its folder."""
     run_dir = RunDir(resolved.output_path)
     owner = run_dir.owner()
-    if owner is None:
-        return None
     if (writer := _in_the_foreground(run_dir)) is not None:
         raise OutputError(
             f"{run_dir.path} is being written by process {writer.pid} (`dsray run`)",
             hint=f"`dsray logs -f {writer.run}` follows it, `dsray stop {writer.run}` ends it",
         )
+    if owner is None:
+        return None
     if not new:
         run_dir.check_owner(resolved)
         return None

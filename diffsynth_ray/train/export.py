@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -61,11 +63,19 @@ def _with_prefix(state: dict[str, Tensor], job: Job, component: str, fmt: str) -
 
 
 def write_tensors(path: Path, state: dict[str, Tensor], *, metadata: dict[str, str] | None = None) -> Path:
-    """Write a safetensors file that appears under its name only when complete."""
+    """Write a safetensors file that appears under its name only when complete. Raises OSError where that cannot be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        save_file(state, temporary, metadata={"format": "pt"} | (metadata or {}))
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        try:
+            save_file(state, temporary, metadata={"format": "pt"} | (metadata or {}))
+        except SafetensorError as error:
+            if (number := re.search(r"os error (\d+)", str(error))) is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        temporary.chmod(mode)  # it lets nobody but the owner read
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -404,6 +404,8 @@ def test_what_a_run_in_the_foreground_writes_is_left_alone(job_file, foreground,
     assert run(command[0], job_file, *command[1:]) == 2
     assert f"is being written by process {foreground[0].pid}" in capsys.readouterr().err
     assert not (tmp_path / "out" / "previous").exists()
+    (tmp_path / "out" / "job.json").unlink()
+    assert run(command[0], job_file, *command[1:]) == 2, "it has not begun yet"
 
 
 @pytest.mark.parametrize("place", ["file", "homeless"])
@@ -487,3 +489,14 @@ def test_new_moves_nothing_aside_that_is_not_the_runs(job_file, tmp_path, monkey
 def test_values_that_cannot_be_meant(job_file, capsys, override, expected):
     assert run("plan", job_file, "--set", override) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_a_terminal_that_cannot_show_a_character_gets_the_others(job_file):
+    resolved, run_dir = finish(job_file)
+    run_dir.loss_path.write_text("step,key,value\n1,loss,1\n2,loss,2\n3,loss,1\n")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    code = f"from diffsynth_ray.cli import app; raise SystemExit(app.main(['status', {str(run_dir.path)!r}]))"
+    done = subprocess_run(code, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "loss      1 ?" in done.stdout
+    assert resolved.run in done.stdout
