@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -134,4 +135,10 @@ def _rows_up_to(path: Path, step: int) -> list[str]:
         lines = path.read_text().splitlines(keepends=True)[1:]
     except FileNotFoundError:
         return []
-    return [line for line in lines if line.endswith("\n") and int(line.partition(",")[0]) <= step]
+    return [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
+
+
+def _step_of(line: str) -> float:
+    """Of a row; infinite where it is none, as after an edit by hand."""
+    number = line.partition(",")[0]
+    return int(number) if number.isdigit() else math.inf

@@ -21,6 +21,13 @@ def test_a_resumed_run_writes_every_step_once(tmp_path):
     assert run_dir.loss_path.read_text() == "step,key,value\n1,loss,1\n2,loss,2\n3,loss,30\n"
 
 
+def test_a_file_that_was_edited_by_hand_does_not_keep_a_run_from_going_on(tmp_path):
+    run_dir = RunDir(tmp_path)
+    run_dir.loss_path.write_text("step,key,value\n1,loss,1\n\nmy remark\n2,loss,2\n3,loss,3\n")
+    FigureWriter(run_dir, CSV_ONLY, start_step=2).close()
+    assert run_dir.loss_path.read_text() == "step,key,value\n1,loss,1\n2,loss,2\n"
+
+
 def test_rows_wait_while_the_disk_is_full(tmp_path, monkeypatch):
     run_dir = RunDir(tmp_path)
     writer = FigureWriter(run_dir, CSV_ONLY, start_step=0)
