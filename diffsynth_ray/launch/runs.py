@@ -293,7 +293,8 @@ def _check_nothing_else_is_moved(resolved: ResolvedJob, run_dir: RunDir) -> None
 def _in_the_foreground(run_dir: RunDir) -> Submission | None:
     """The `dsray run` on this machine that writes to this folder, or is about to."""
     path = str(run_dir.path)
-    known = [each for each in registry.submissions() if each.output == path and each.process() is not None]
+    others = [each for each in registry.submissions() if each.output == path and each.pid != os.getpid()]
+    known = [each for each in others if each.process() is not None]
     if not known:
         return None
     last = run_dir.attempts()[-1:]

@@ -408,6 +408,15 @@ def test_what_a_run_in_the_foreground_writes_is_left_alone(job_file, foreground,
     assert run(command[0], job_file, *command[1:]) == 2, "it has not begun yet"
 
 
+def test_an_earlier_run_of_this_very_process_is_over(job_file):
+    """As in a notebook, where the one before did not get as far as its attempt."""
+    from diffsynth_ray.launch import runs
+
+    resolved, _ = finish(job_file, state=None)
+    remember(resolved, job_file, pid=os.getpid())
+    assert runs.claim_output(resolved, None, new=False) is None
+
+
 @pytest.mark.parametrize("place", ["file", "homeless"])
 def test_without_a_place_for_its_state_dsray_says_which_variable_names_one(place, job_file, tmp_path, monkeypatch, capsys):
     if place == "file":
