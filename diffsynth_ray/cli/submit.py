@@ -10,7 +10,7 @@ import typer
 from diffsynth_ray.cli import estimating, render, starting
 from diffsynth_ray.cli.options import Json, New, Overrides
 from diffsynth_ray.cli.starting import Outcome
-from diffsynth_ray.errors import ClusterError, DsrayError, ExitCode
+from diffsynth_ray.errors import ClusterError, DsrayError, ExitCode, JobFileError, Problem
 
 if TYPE_CHECKING:
     from diffsynth_ray.config.resolve import ResolvedJob, Resources
@@ -56,8 +56,7 @@ def submit(
     wishes = _Wishes(address=address, detach=detach, new=new, estimates=not no_estimate)
     if dry_run:
         return _dry_run(jobs, job_files, wishes, as_json=as_json)
-    for job, reference in zip(jobs, job_files, strict=True):
-        _resolve(job, reference, wishes)  # the arithmetic of all before the first starts
+    _check_apart([_resolve(job, reference, wishes)[0] for job, reference in zip(jobs, job_files, strict=True)], job_files)
     outcomes: list[Outcome] = []
     for job, reference in zip(jobs, job_files, strict=True):
         outcomes.append(_submit_one(job, reference, wishes))
@@ -65,6 +64,16 @@ def submit(
             break
     code = starting.report(outcomes, as_json=as_json)
     return ExitCode.DONE if detach and code == ExitCode.NOT_FINISHED else code
+
+
+def _check_apart(resolved: list[ResolvedJob], job_files: list[str]) -> None:
+    """Raise JobFileError, before the first of several starts, where a later one could not because of an earlier one."""
+    owners: dict[str, tuple[str, str]] = {}
+    for one, reference in zip(resolved, job_files, strict=True):
+        run, first = owners.setdefault(one.job.output.path, (one.run, reference))
+        if run != one.run:
+            message = f"{one.job.output.path} is that of {first} too; each run has one of its own"
+            raise JobFileError(reference, [Problem("output.path", message)])
 
 
 def _dry_run(jobs: list[Job], job_files: list[str], wishes: _Wishes, *, as_json: bool) -> int:

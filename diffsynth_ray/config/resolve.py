@@ -418,6 +418,10 @@ def _absolute_paths(job: Job, *, remote: bool) -> tuple[Job, list[Problem]]:
         if not schema.mark(field, "path") or value in (None, []) or isinstance(value, float):
             continue
         section, _, leaf = dotted.partition(".")
+        # Of the data "" is the working directory: a metadata file may have absolute paths.
+        if "" in _flat(value) and dotted != "dataset.base_path":
+            problems.append(Problem(dotted, "is empty; name a path, or remove the key"))
+            continue
         if section == "model" and leaf in tokenizer_ids(job.model):
             continue
         if dotted == "output.path":

@@ -149,7 +149,7 @@ class TrainingSection(Section):
 class OutputSection(Section):
     """What is written where."""
 
-    path: str = _key("./outputs/{name}", path=True, min_length=1)
+    path: str = _key("./outputs/{name}", path=True)
     """Folder of the run; {name} stands for the job's name. It belongs to one run."""
     remove_prefix_in_ckpt: str | None = _key()
     """Prefix taken off the exported key names. Default: the component's own ("pipe.dit.")."""
@@ -157,7 +157,7 @@ class OutputSection(Section):
     """Export weights every so many optimizer steps and at the end; unset = after every epoch."""
     formats: list[Literal["diffsynth", "diffusers", "comfyui", "kohya"]] = _key(["diffsynth"])
     """Key names of the exports; formats other than diffsynth go to {path}/{format}/."""
-    checkpoint_path: str | None = _key(path=True, min_length=1)
+    checkpoint_path: str | None = _key(path=True)
     """Folder or URL (s3://, gs://, hdfs://, any file system of pyarrow) of the checkpoints; default {path}/checkpoints."""
     checkpoint_minutes: float | None = _key(15.0, gt=0)
     """Minutes between two checkpoints (resume state)."""
@@ -241,7 +241,7 @@ class SplitSection(Section):
 
     enabled: bool = _key(False)
     """Encode every text and image once, into the cache, then train from there with only what is trained through loaded."""
-    cache_path: str = _key("./cache/dsray", path=True, min_length=1)
+    cache_path: str = _key("./cache/dsray", path=True)
     """Folder or URI (s3://...) of encoded samples, shared by jobs. With `enabled`, [dataset] base_path may be left out where it
     holds one data set."""
     num_workers: int | None = _key(ge=1)

@@ -109,7 +109,11 @@ def _read_flag(name: str, values: tuple[str, ...], draft: Draft, switches: dict[
         if key == FAMILY_OPTIONS:
             draft.values.setdefault(key, {})[name] = _family_option(name, values)
         else:
-            draft.values[key] = convert(key, values)
+            value = convert(key, values)
+            if value == "" and key != "dataset.base_path":
+                draft.notes.append(f"--{name} is empty and left out")
+                return
+            draft.values[key] = value
     except ValueError as error:
         draft.problems.append(Problem(where, str(error)))
 

@@ -488,9 +488,11 @@ def test_new_moves_nothing_aside_that_is_not_the_runs(job_file, tmp_path, monkey
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("output.path=", 'output.path: got ""; string should have at least 1 character'),
-        ("split.cache_path=", 'split.cache_path: got ""'),
-        ("output.checkpoint_path=", 'output.checkpoint_path: got ""'),
+        ("output.path=", "output.path: is empty; name a path, or remove the key"),
+        ("split.cache_path=", "split.cache_path: is empty"),
+        ("output.checkpoint_path=", "output.checkpoint_path: is empty"),
+        ("lora.checkpoint=", "lora.checkpoint: is empty"),
+        ("training.resume_from_checkpoint=['']", "training.resume_from_checkpoint: is empty"),
         ("model.options={a = 2024-01-01}", "model.options: got {'a': datetime.date(2024, 1, 1)}; only numbers"),
         ("model.options={a = inf}", "model.options: got {'a': inf}; only numbers"),
     ],
@@ -509,3 +511,12 @@ def test_a_terminal_that_cannot_show_a_character_gets_the_others(job_file):
     assert done.returncode == 0, done.stderr
     assert "loss      1 ?" in done.stdout
     assert resolved.run in done.stdout
+
+
+def test_two_runs_in_one_folder_are_refused_before_the_first_starts(job_file, tmp_path, capsys):
+    other = tmp_path / "other.toml"
+    other.write_text(job_file.read_text().replace("max_steps", "learning_rate = 1e-3\nmax_steps"))
+    assert run("submit", job_file, other) == 2
+    err = capsys.readouterr().err
+    assert f"output.path: {tmp_path}/out is that of {job_file} too" in err
+    assert not (tmp_path / "out").exists()

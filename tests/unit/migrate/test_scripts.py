@@ -303,3 +303,15 @@ def test_a_hostile_name_cannot_break_out_of_a_comment(tmp_path):
     (draft,) = read_migration(script).drafts
     written = tomllib.loads(write_job_file(draft, name=None, source="x\nseed = 3", downloads=["a\nseed = 4"]))
     assert (written.get("training"), written.get("seed")) == ({}, None)
+
+
+def test_an_empty_path_is_left_out(tmp_path):
+    script = tmp_path / "train.sh"
+    script.write_text(
+        "CKPT=\naccelerate launch examples/qwen_image/model_training/train.py --dataset_base_path '' --lora_base_model dit "
+        """--model_paths '["a.safetensors"]' --output_path out --lora_checkpoint "$CKPT"\n"""
+    )
+    (draft,) = read_migration(script, environment={}).drafts
+    assert "lora.checkpoint" not in draft.values
+    assert draft.values["dataset.base_path"] == ""
+    assert "--lora_checkpoint is empty and left out" in draft.notes
