@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ def run(job_file: JobFile, overrides: Overrides = None, new: New = False, as_jso
         render.say(f"moved the old content to {moved}")
     elif finished := starting.finished_outcome(resolved, plan):
         return starting.report([finished], as_json=as_json)
+    RunDir(resolved.output_path).check_writable()  # before Ray starts, which takes seconds
     submission = registry.Submission(
         run=resolved.run,
         output=str(resolved.output_path),
@@ -53,7 +55,10 @@ def run(job_file: JobFile, overrides: Overrides = None, new: New = False, as_jso
 
     with render.LogView() as log, _two_interrupts(RunDir(resolved.output_path)) as asked:
         code = run_locally(resolved, say=log.line, asked=asked)
-    outcome = starting.outcome_of(runs.view(submission))
+    view = runs.view(submission)
+    if view.exit_code != code:  # this process has not begun an attempt, or another has taken over
+        view = replace(view, state="FAILED")
+    outcome = starting.outcome_of(view)
     starting.report([outcome], as_json=as_json)
     return code
 

@@ -57,7 +57,7 @@ class CacheSummary:
     """Entries that no data set refers to."""
     unused_bytes: int
     num_damaged: int
-    """Entries that were found damaged, by a run or by verify."""
+    """Entries that were found damaged, by a run or by verify, and are not encoded anew yet."""
 
 
 def summarize(cache: Cache) -> CacheSummary:
@@ -96,7 +96,7 @@ def summarize(cache: Cache) -> CacheSummary:
         num_bytes=sum(shards.values()),
         num_unused=len(unused),
         unused_bytes=sum(sizes[key] for key in unused),
-        num_damaged=len(cache.damaged()),
+        num_damaged=len({key for key, _ in cache.damaged()} - sizes.keys()),
     )
 
 
@@ -129,12 +129,17 @@ def verify(cache: Cache, say: Say) -> tuple[int, list[Damage]]:
         except DataError as error:
             damages.append(Damage(f"{DATASETS}/{manifest_id}.parquet", error.message.partition(": ")[2]))
     said = time.monotonic()
+    whole: set[str] = set()
     for number, (shard, rows) in enumerate(by_shard.items()):
         if time.monotonic() - said > _SAY_S:
             said = time.monotonic()
             say(f"verified {number}/{len(by_shard)} shards")
-        if damage := _verify_shard(cache, shard, rows):
-            damages.append(damage)
+        damage = _verify_shard(cache, shard, rows)
+        damages += [damage] if damage else []
+        whole |= {row["key"] for row in rows} - set(damage.keys if damage else ())
+    for old in [damage for damage in damages if damage.keys and whole.issuperset(damage.keys)]:
+        say(f"{old.name}: {old.cause}, which are whole elsewhere; `dsray cache gc` deletes what nothing needs")
+        damages.remove(old)
     known = cache.damaged()
     lost = [(key, damage.name) for damage in damages for key in damage.keys if (key, damage.name) not in known]
     if lost:

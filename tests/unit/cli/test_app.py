@@ -520,3 +520,25 @@ def test_two_runs_in_one_folder_are_refused_before_the_first_starts(job_file, tm
     err = capsys.readouterr().err
     assert f"output.path: {tmp_path}/out is that of {job_file} too" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_run_looks_whether_it_can_write_before_ray_starts(job_file, tmp_path, monkeypatch, capsys):
+    from diffsynth_ray.launch import driver
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(driver, "run_locally", None)
+    assert run("run", job_file, "--set", f"output.path={tmp_path}/file/out") == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("state", [None, "SUCCEEDED"])
+def test_a_run_that_another_took_over_has_failed_itself(job_file, monkeypatch, capsys, state):
+    from diffsynth_ray.launch import driver
+
+    def taken_over(*_, **__):
+        finish(job_file, state=state)
+        return ExitCode.RUN_FAILED
+
+    monkeypatch.setattr(driver, "run_locally", taken_over)
+    assert run("run", job_file) == 100
+    assert ": FAILED" in capsys.readouterr().out

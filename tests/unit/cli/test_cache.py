@@ -54,6 +54,15 @@ def test_verify_tells_damage_by_its_exit_code(cache: Cache, capsys: pytest.Captu
     assert code == ExitCode.RUN_FAILED
     assert f"shards/{shard.name}: 1 of 1 entries damaged" in out
     assert "encoded anew" in hints
+    _, out, hints = dsray(capsys, "cache", "ls", cache.path)
+    assert "1 entries were found damaged" in hints
+    # The next submission: the same entry in another shard.
+    (key,) = [row["key"] for row in cache.index_table().to_pylist() if row["shard"] == f"shards/{shard.name}"]
+    cache.write("text", {key: {"prompt_embeds": TensorBytes("F32", (2,), b"12345678")}}, encoder="e")
+    code, out, hints = dsray(capsys, "cache", "verify", cache.path)
+    assert (code, out.strip()) == (ExitCode.DONE, "4 entries checked, 0 lost")
+    assert "whole elsewhere" in hints
+    assert "damaged" not in "".join(dsray(capsys, "cache", "ls", cache.path)[1:])
 
 
 def test_gc_asks_before_it_deletes(cache: Cache, capsys: pytest.CaptureFixture[str]) -> None:
