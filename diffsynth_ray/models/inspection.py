@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,7 @@ def inspect_model(job: Job) -> tuple[list[ModelFiles], list[Problem]]:
         known.append((key, name, files, shapes))
     read = [shapes for *_, shapes in known if shapes is not None]
     family = model.family or layouts.common_family(read, layouts.KEY_LAYOUTS)
+    problems += _name_problems(job, family)
     entries = []
     for key, name, files, shapes in known:
         held = None
@@ -74,6 +76,22 @@ def inspect_model(job: Job) -> tuple[list[ModelFiles], list[Problem]]:
         more, lacking = _tokenizers_of_a_hub(model, family, weights)
         entries, problems = entries + more, problems + lacking
     return entries, problems
+
+
+def _name_problems(job: Job, family: str | None) -> list[Problem]:
+    """Trained components that the family has not. Of other packages' families only the cluster can tell."""
+    if family not in layouts.KEY_LAYOUTS:
+        return []
+    known = list(layouts.KEY_LAYOUTS[family])
+    named = [("training.trainable_models", name) for name in job.training.trainable_models]
+    named += [("lora.base_model", job.lora.base_model)] if job.lora.base_model is not None else []
+    problems = []
+    for key, name in named:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            advice = f"; did you mean {near[0]!r}?" if near else ""
+            problems.append(Problem(key, f"the family {family} has no component {name!r}; it has {', '.join(known)}{advice}"))
+    return problems
 
 
 def _tokenizers_of_a_hub(

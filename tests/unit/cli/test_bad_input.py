@@ -53,6 +53,8 @@ def run(tmp_path, photos, monkeypatch, capsys):
         ('validation.inputs=["a.png"]', ["validation.inputs", "needs validation.prompts", "model.extra_inputs"]),
         ("distributed.num_workers=64", ["distributed.num_workers", "CPU", "at most"]),
         ("lora.base_model=", ["lora.base_model"]),
+        ("lora.base_model=dti", ["lora.base_model", "no component 'dti'; it has dit", "did you mean 'dit'?"]),
+        ('training.trainable_models=["unet"]', ["training.trainable_models", "no component 'unet'; it has dit"]),
         ('model.id_with_origin_paths=["Qwen/Qwen-Image"]', ["model.id_with_origin_paths", "a colon", "as in"]),
     ],
 )
