@@ -37,7 +37,7 @@ from diffsynth_ray.run_dir import write_whole
 _POLL_S = 1.0
 _MAX_OBJECT_STORE_BYTES = 2 << 30
 _MIN_OBJECT_STORE_BYTES = 80 << 20  # Ray refuses less than 75 MiB
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _PORTS = ("--port", "--dashboard-port", "--ray-client-server-port")
 _PORT_RANGE = range(20000, 32768)
 """Outside the range of outgoing connections, one of which could take the port before Ray does, and of Ray's workers."""
@@ -53,7 +53,9 @@ class _Supervisor:
         self.gpus = gpus
         self.idle_grace_s = idle_grace_s
         self.first_job_timeout_s = first_job_timeout_s
-        self.temp_dir = Path(f"/tmp/dsray-{os.getuid()}-{secrets.token_hex(4)}")  # short: it holds unix sockets
+        # Ray opens its folder, with its sockets, to everybody; nobody else gets through the one above. Short, for the sockets.
+        self.private_dir = Path(f"/tmp/dsray-{os.getuid()}-{secrets.token_hex(4)}")
+        self.temp_dir = self.private_dir / "r"
         self.token = secrets.token_hex(32)
         self.token_path = state_dir() / "token"
         numbers = _free_ports(len(_PORTS) + 2)
@@ -66,7 +68,7 @@ class _Supervisor:
 
     def run(self) -> int:
         """Start, watch, clean up. 0: idle or asked to end; 1: Ray died by itself."""
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -87,7 +89,7 @@ class _Supervisor:
         descriptor = os.open(self.token_path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(self.token)
-        self.temp_dir.mkdir(mode=0o700)
+        self.private_dir.mkdir(mode=0o700)
         self.head_pid = subprocess.Popen(
             head_command(
                 cpus=self.cpus, gpus=self.gpus, temp_dir=self.temp_dir, ports=self.ports,
@@ -98,6 +100,7 @@ class _Supervisor:
             | local_environment(self.dashboard_url),
             stdin=subprocess.DEVNULL,
             cwd="/",
+            preexec_fn=_end_with_parent,
         ).pid  # fmt: skip
 
     def _wait_until_ready(self) -> bool:
@@ -187,7 +190,16 @@ class _Supervisor:
             self._ended()
             time.sleep(0.05)
         self.token_path.unlink(missing_ok=True)
-        shutil.rmtree(self.temp_dir, ignore_errors=True)
+        shutil.rmtree(self.private_dir, ignore_errors=True)
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _end_with_parent() -> None:
+    """In the head: a supervisor that is killed takes it along, or nothing would ever end it."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _is_active(job: dict[str, Any]) -> bool:

@@ -149,6 +149,17 @@ def test_ends_with_its_head_and_takes_all_jobs_with_it(state_dir):
     assert embedded.find() is None
 
 
+def test_a_killed_supervisor_takes_its_head_along(state_dir):
+    local = start()
+    assert Path(local.temp_dir).parent.stat().st_mode & 0o777 == 0o700, "its sockets are for nobody else"
+    supervisor = psutil.Process(local.supervisor_pid)
+    tree = supervisor.children(recursive=True)
+    supervisor.kill()
+    _, left = psutil.wait_procs(tree, timeout=100)
+    assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
+    assert embedded.find() is None
+
+
 def test_no_job_ends_it(state_dir):
     local = start(first_job_timeout_s=2)
     with embedded.lock():
