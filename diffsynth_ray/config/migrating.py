@@ -39,6 +39,7 @@ terminal.
 | `DIFFSYNTH_MODEL_BASE_PATH`, `..._SKIP_DOWNLOAD`, `..._DOWNLOAD_SOURCE` | `[model] base_path`, `skip_download`, `source` |
 | `CUDA_VISIBLE_DEVICES` | the number of workers: which GPUs they get, Ray decides |
 | other environment variables | listed; secrets are not copied |
+| tokens, keys and passwords of other commands (`wandb login`, `--token`, URLs) | shown as `***` |
 """
 
 
