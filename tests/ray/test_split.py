@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from training_in_process import train_in_process
 from training_runs import wait_until
 
-from diffsynth_ray.config.resolve import Resources, resolve
+from diffsynth_ray.config.resolve import Resources, available_cpus, resolve
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.data.cache import Cache
 from diffsynth_ray.data.samples import SampleRule
@@ -94,7 +94,7 @@ class Run(training_runs.Run):
 
     def undisturbed_losses(self, steps=3):
         """Those of combined training in this process, with as many threads as the worker has, as loss.csv has them."""
-        torch.set_num_threads(os.cpu_count())
+        torch.set_num_threads(available_cpus())
         # Nine digits tell one float32 from every other.
         return {step: float(f"{loss:.9g}") for step, loss in train_in_process(self.dir.owner(), steps=steps)[0].items()}
 

@@ -15,7 +15,7 @@ class Stage:
 
     def __init__(self, tmp_path: Path, photos: Path, monkeypatch: Any) -> None:
         monkeypatch.setattr(caching, "encode_missing", encode_here)
-        monkeypatch.setattr(encode.os, "cpu_count", lambda: 1)  # one thread, as this process has elsewhere
+        monkeypatch.setattr(encode, "available_cpus", lambda: 1)  # one thread, as this process has elsewhere
         self.photos = tmp_path / "photos"
         shutil.copytree(photos, self.photos)
         self.cache_path = tmp_path / "cache"
