@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -42,7 +42,9 @@ _TELL_IDLE_S = 30.0
 Say = Callable[[str], None]
 
 
-def run_job(resolved: ResolvedJob, *, submission_id: str, say: Say, asked: list[str], is_shared: bool = False) -> ExitCode:
+def run_job(
+    resolved: ResolvedJob, *, submission_id: str, say: Say, asked: Sequence[str] = (), is_shared: bool = False
+) -> ExitCode:
     """Run one attempt on the Ray that this process is connected to; never raises for a failed run.
 
     `asked` holds why this process was asked to stop, if it was; see `stopping_on`. `is_shared`: other runs may be on the same
