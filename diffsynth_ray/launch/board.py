@@ -60,6 +60,8 @@ class News:
     hung: Hung | None
     idle_s: float
     """Seconds without a group of workers; 0 while there is one, and after one that was done."""
+    no_encoder_s: float
+    """Seconds that stage one has waited for its first encoder; 0 before, and once it is there."""
     waits_for: str | None
     """What the run's next stage waits for in the cluster's queue."""
     has_turn: bool
@@ -96,6 +98,7 @@ class Board:
         self._group: _Group | None = None
         self._is_finished = False
         self._idle_since = time.monotonic()
+        self._encoders_awaited: float | None = None
         self._waits_for: str | None = None
         self._has_turn = False
 
@@ -103,6 +106,14 @@ class Board:
         """A stage waits in the cluster's queue, and what for; None: it goes on."""
         self._waits_for, self._has_turn = reason, reason is None
         self._idle_since = time.monotonic()
+
+    def await_encoders(self) -> None:
+        """Stage one has asked Ray for encoders."""
+        self._encoders_awaited = time.monotonic()
+
+    def note_encoder(self) -> None:
+        """An encoder has a place, and loads its model."""
+        self._encoders_awaited = None
 
     def say(self, line: str) -> None:
         """Leave a line."""
@@ -164,7 +175,12 @@ class Board:
         bad, self._bad = self._bad, []
         is_idle = self._group is None and not self._is_finished
         idle_s = time.monotonic() - self._idle_since if is_idle else 0.0
-        return News(lines, self._failure, losses, bad, self._find_hung(timeout_s), idle_s, self._waits_for, self._has_turn)
+        awaited = self._encoders_awaited
+        return News(
+            lines, self._failure, losses, bad, self._find_hung(timeout_s), idle_s=idle_s,
+            no_encoder_s=0.0 if awaited is None else time.monotonic() - awaited,
+            waits_for=self._waits_for, has_turn=self._has_turn,
+        )  # fmt: skip
 
     def _place(self, rank: int) -> WorkerPlace:
         if self._group is not None and rank in self._group.workers:

@@ -142,6 +142,10 @@ def _cancel(stages: list[ray.ObjectRef]) -> None:
         ray.cancel(stage, recursive=True)
 
 
+def _amounts(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
+
+
 class _Watcher:
     """Tells what happens to the workers, keeps it in attempts.jsonl and remembers it for error.json."""
 
@@ -149,7 +153,7 @@ class _Watcher:
         self.resolved, self.attempt, self.tell = resolved, attempt, tell
         self.run_dir = RunDir(resolved.output_path)
         self.losses: list[Loss] = []
-        self.told_idle_s = self.encoding_s = 0.0
+        self.told_idle_s = self.encoding_s = self.told_no_encoder_s = 0.0
         self.waits_for: str | None = None
         self.failure: Failure | None = None
         self.bad = BadSampleList(self.run_dir.bad_samples_path, limit=resolved.job.dataset.bad_sample_limit)
@@ -169,9 +173,12 @@ class _Watcher:
         is_trained = progress is not None and progress.step >= progress.num_steps
         if news.idle_s - self.told_idle_s > _TELL_IDLE_S and not is_trained:
             self.told_idle_s = news.idle_s
-            needed = ", ".join(f"{amount:g} {name}" for name, amount in self.resolved.resources_per_worker.items())
-            idle_s = news.idle_s - self.encoding_s
-            self.tell(f"no training worker for {idle_s:.0f} s; needed: {self.resolved.min_workers} x ({needed})")
+            needed = f"{self.resolved.min_workers} x ({_amounts(self.resolved.resources_per_worker)})"
+            self.tell(f"no training worker for {news.idle_s - self.encoding_s:.0f} s; needed: {needed}")
+        if news.no_encoder_s - self.told_no_encoder_s > _TELL_IDLE_S and self.resolved.encode is not None:
+            self.told_no_encoder_s = news.no_encoder_s
+            needed = f"{self.resolved.encode.num_workers} x ({_amounts(self.resolved.encode.resources_per_worker)})"
+            self.tell(f"no encoder for {news.no_encoder_s:.0f} s; needed: {needed}")
         self.failure = news.failure or self._note_bad(news.bad) or self.failure
         if news.hung is not None:
             self.tell(f"ending what hangs: {news.hung.text}")

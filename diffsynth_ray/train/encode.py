@@ -64,6 +64,7 @@ def encode_missing(
     errors: list[Unreadable] = []
     done = 0
     progress = _Progress(total, report)
+    board.await_encoders.remote()
     dataset = _build_dataset(
         resolved,
         units_of(items),
@@ -230,6 +231,7 @@ class _EncodeUnit:
 
     def __init__(self, *, resolved_json: str, components: tuple[str, ...], board: Any) -> None:
         self.board = board
+        board.note_encoder.remote()
         resolved = ResolvedJob.model_validate_json(resolved_json)
         assert resolved.encode is not None
         device = torch.device(resolved.encode.device)

@@ -2,12 +2,20 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from diffsynth_ray.config.resolve import ResolvedJob, Resources, resolve
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.models.family import ComponentFiles, get_family
 from diffsynth_ray.train import caching, encode, units
+
+
+class _Nobody:
+    """A board that nobody reads."""
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=lambda *given: None)
 
 
 class Stage:
@@ -47,7 +55,7 @@ class Stage:
     ) -> str:
         self.said.clear()
         model = caching.FoundModel(get_family(str(resolved.job.model.family)), files or {}, tokenizers or {})
-        return caching.cache_dataset(resolved, model, board=None, say=self.said.append, report=lambda progress: None)
+        return caching.cache_dataset(resolved, model, board=_Nobody(), say=self.said.append, report=lambda progress: None)
 
     @property
     def counts(self) -> str:

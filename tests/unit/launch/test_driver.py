@@ -7,7 +7,7 @@ import signal
 import pytest
 from ray.train import WorkerGroupError
 
-from diffsynth_ray.config.resolve import Resources, resolve
+from diffsynth_ray.config.resolve import EncodeResources, Resources, resolve
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import ClusterError, ExitCode, RunError
 from diffsynth_ray.launch import driver, runs
@@ -22,7 +22,7 @@ PLACE = WorkerPlace(rank=1, node="10.0.0.2", pid=77, log="/logs/one.err")
 
 def news(**changes):
     calm = {"lines": [], "failure": None, "losses": [], "bad": [], "hung": None, "idle_s": 0.0, "waits_for": None}
-    return News(**(calm | {"has_turn": False} | changes))
+    return News(**(calm | {"has_turn": False, "no_encoder_s": 0.0} | changes))
 
 
 @pytest.fixture
@@ -125,6 +125,16 @@ def test_nobody_waits_for_training_workers_while_stage_one_encodes(watcher):
     for idle_s in (320.0, 331.0, 0.0, 31.0):
         watcher.tell_news(news(idle_s=idle_s))
     assert [line.split(";")[0] for line in watcher.said] == ["no training worker for 31 s", "no training worker for 31 s"]
+
+
+def test_encoders_that_find_no_place_are_told(watcher):
+    encode = EncodeResources(
+        num_workers=2, device="cuda", resources_per_worker={"GPU": 0.5, "CPU": 1.0}, decode_cpus=1.0, decode_tasks=1
+    )
+    watcher.resolved = watcher.resolved.model_copy(update={"encode": encode})
+    for no_encoder_s in (10.0, 31.0, 40.0, 62.0, 0.0):
+        watcher.tell_news(news(no_encoder_s=no_encoder_s), is_encoding=True)
+    assert watcher.said == [f"no encoder for {seconds} s; needed: 2 x (0.5 GPU, 1 CPU)" for seconds in (31, 62)]
 
 
 def test_a_full_disk_does_not_end_the_driver(watcher, monkeypatch):
