@@ -131,6 +131,7 @@ def main() -> None:
         "peak_gib": round(peak_gib, 2),
         "loading_peak_gib": round(loading_peak_gib, 2),
         "moved_gib_per_step": round(moved_gib(residency) / (options.steps + UNTIMED + 1), 2),
+        **link_figures(residency),
         "graphs": replay.num_graphs if replay is not None else 0,
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         "used_gib": round((torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]) / 2**30, 2),
@@ -144,6 +145,21 @@ def main() -> None:
 def moved_gib(residency: Residency) -> float:
     """Weights brought to the device since the start."""
     return residency.offload.moved_bytes / 2**30 if residency.offload else 0.0
+
+
+def link_figures(residency: Residency) -> dict[str, float]:
+    """With layer offload: GiB/s from its pinned memory to the device, nothing else running; no step is faster than its bytes."""
+    if residency.offload is None:
+        return {}
+    units = [unit for unit in residency.offload.units if unit.host is not None]
+    buffer = torch.empty(max(unit.num_bytes for unit in units), dtype=torch.uint8, device=residency.offload.device)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for unit in units:
+        assert unit.host is not None
+        buffer[: unit.num_bytes].copy_(unit.host, non_blocking=True)
+    torch.cuda.synchronize()
+    return {"link_gib_per_s": round(sum(unit.num_bytes for unit in units) / 2**30 / (time.perf_counter() - began), 1)}
 
 
 def print_profile(step: Callable[[], object]) -> None:
