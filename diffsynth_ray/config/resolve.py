@@ -125,7 +125,7 @@ def resolve(job: Job, resources: Resources, *, source: str = "job", remote: bool
 
     `remote`: the files are on a cluster, so that relative paths mean nothing there and are errors.
     """
-    problems = _check_rules(job)
+    problems = check_rules(job)
     min_workers, num_workers, device = _workers(job, resources)
     per_worker = job.distributed.resources_per_worker or ({"GPU": 1.0, "CPU": 1.0} if device == "cuda" else {"CPU": 0.5})
     # An elastic run starts with what fits now, and needs room for its fewest workers only.
@@ -260,7 +260,7 @@ def data_share(cpus: float, *, num_workers: int, worker_cpus: float, most_tasks:
     return decode_cpus, min(tasks, most_tasks or tasks)
 
 
-def _check_rules(job: Job) -> list[Problem]:
+def check_rules(job: Job) -> list[Problem]:
     """Rules between keys."""
     problems = []
     dataset, training = job.dataset, job.training

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from diffsynth_ray.config.distillation import DIRECT_DISTILL
-from diffsynth_ray.config.resolve import ResolvedJob
+from diffsynth_ray.config.resolve import ResolvedJob, check_rules
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.data.metadata import PROMPT_COLUMN, read_metadata
 from diffsynth_ray.errors import DataError, JobFileError, Problem
@@ -73,9 +73,11 @@ def _text_tokens(job: Job) -> int:
 
 def advise(job: Job, cost: ModelCost, device: Device | None, spread: Spread, found: Estimate) -> list[tuple[int, str]]:
     """(bytes, setting) of what would lower the peak, the largest first."""
-    saved = []
+    saved, known = [], check_rules(job)
     for changes, setting in _variants(job, spread):
         changed = job.model_copy(update={name: getattr(job, name).model_copy(update=keys) for name, keys in changes.items()})
+        if [problem for problem in check_rules(changed) if problem not in known]:
+            continue  # refused with something else that the job has
         other = estimate(changed, cost, device, spread=spread)
         saved.append((found.peak_bytes - other.peak_bytes, setting))
     activations = activation_bytes(job, cost)

@@ -117,8 +117,9 @@ def savings(job: Job, use: MemoryUse, world_size: int) -> list[tuple[int, str]]:
     if job.dataset.height is None:
         change = f"= {job.dataset.max_pixels // 2} (smaller pictures, a new run)"
         found.append((use.activations / 2, "dataset.max_pixels", change))
-    # Layer offload and DeepSpeed exclude each other.
-    if job.distributed.strategy == "ddp" and world_size > 1 and not job.offload.cpu_offload:
+    # Layer offload and DeepSpeed exclude each other, and so do moving averages and DeepSpeed.
+    has_averages = job.training.ema_decay is not None
+    if job.distributed.strategy == "ddp" and world_size > 1 and not job.offload.cpu_offload and not has_averages:
         saved = (state + use.gradients) * (1 - 1 / world_size)
         found.append((saved, "distributed.strategy", '= "deepspeed" (shares masters, optimizer and gradients)'))
     if job.distributed.strategy == "deepspeed" and job.distributed.offload_optimizer_device == "none":

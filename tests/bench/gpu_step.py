@@ -148,7 +148,7 @@ def moved_gib(residency: Residency) -> float:
 
 
 def link_figures(residency: Residency) -> dict[str, float]:
-    """With layer offload: GiB/s from its pinned memory to the device, nothing else running; no step is faster than its bytes."""
+    """With layer offload: GiB/s from its pinned memory to the device; no step is faster than its bytes."""
     if residency.offload is None:
         return {}
     units = [unit for unit in residency.offload.units if unit.host is not None]

@@ -376,6 +376,20 @@ def test_what_cannot_be_reckoned_is_said():
         measure_model(vae, SQUARE, capability=None, say=silent)
 
 
+def test_what_the_job_may_not_have_is_not_advised():
+    job = build_job(**FULL, distributed={"num_workers": 2})
+    cost = traced(job, SQUARE)
+
+    def advised(job):
+        found = estimate(job, cost, DEVICES["4090"], spread=Spread(2, 2, 1))
+        return {setting.split(" ")[0] for _, setting in fit.advise(job, cost, DEVICES["4090"], Spread(2, 2, 1), found)}
+
+    assert {"distributed.strategy", "offload.cpu_offload"} <= advised(job)
+    training = FULL["training"] | {"ema_decay": 0.999}
+    averaged = build_job(**(FULL | {"training": training}), distributed={"num_workers": 2})
+    assert "distributed.strategy" not in advised(averaged)
+
+
 def test_what_does_not_fit_is_told_with_the_keys_that_help():
     job = build_job(gradient={"checkpointing": False})
     cost, device = traced(build_job(), SQUARE), DEVICES["4090"]

@@ -54,6 +54,8 @@ def test_layer_offload_and_deepspeed_are_not_advised_together():
     for sections in ({"distributed": {"strategy": "deepspeed"}}, {"offload": {"cpu_offload": True}}):
         keys = {text.split()[0] for _, text in savings(build_job(**sections), USE, 2)}
         assert not keys & {"offload.cpu_offload", "distributed.strategy"}
+    keys = {text.split()[0] for _, text in savings(build_job(training={"ema_decay": 0.999}), USE, 2)}
+    assert "distributed.strategy" not in keys
 
 
 def test_nothing_helps():
