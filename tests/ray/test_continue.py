@@ -34,6 +34,7 @@ class Cli:
         return subprocess.Popen(
             [sys.executable, "-m", "diffsynth_ray.cli.app", *map(str, arguments)],
             env=self.environment, cwd=self.tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # whoever has started these tests with nohup
         )  # fmt: skip
 
     def run(self, *arguments, timeout_s=400):
