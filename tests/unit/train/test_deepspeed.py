@@ -102,6 +102,13 @@ def test_all_stages(tmp_path, world_size):
 
 
 @pytest.mark.slow
+def test_every_family_trains_at_stage_3_as_under_ddp(tmp_path):
+    found = run_ranks(tmp_path, world_size=2, cases=["families"])["families"]
+    assert len(found) == 10
+    assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.slow
 def test_the_cpu_kernel_updates_as_torch_does():
     """Compiles DeepSpeed's CPU Adam where that has not happened yet: a minute."""
     from diffsynth_ray.train.optim import build_optimizer

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from diffsynth_ray.config.schema import Job
-from diffsynth_ray.models.family import ComponentFiles, EncodedBatch
+from diffsynth_ray.models.family import BatchShape, ComponentFiles, EncodedBatch, get_family
 from diffsynth_ray.models.qwen_image import QwenImage
 from diffsynth_ray.models.qwen_image_configs import TINY
 from diffsynth_ray.schedule import build_schedule
@@ -217,6 +217,43 @@ def run_export(rank, folder):
     return paths
 
 
+def run_families():
+    """Losses and norms of two steps at stage 3 beside DDP's: blocks of one or several kinds, called by name or by place."""
+    found = {}
+    for name in ("flux", "flux2", "qwen_image", "wan", "z_image"):
+        for kind, keys in (("lora", LORA), ("full", FULL)):
+            expected = family_steps(get_family(name), build_job(keys))
+            steps = family_steps(get_family(name), build_job(keys, zero(3)))
+            found[f"{name} {kind}"] = max(abs(a - b) / abs(a) for a, b in zip(expected, steps, strict=True))
+    return found
+
+
+def family_steps(family_type, job):
+    family = family_type.build_tiny(0, components=["dit"], dtype=torch.float32, device="meta")
+    family.device = torch.device("cpu")
+    select_trained(family, job)
+    residency = settle(family, job, say=print)
+    trainer = Trainer(job, family, build_schedule(job, num_samples=24, global_batch_size=2), residency=residency)
+    blank = family.blank_batch(BatchShape(1, 64, 64, 5 if family.clip_step else 1, text_tokens=12))
+
+    def micro_of(index):
+        generator = torch.Generator().manual_seed(index)
+        conditions = {
+            name: torch.randn(value.shape, generator=generator) if value.is_floating_point() else value
+            for name, value in blank.conditions.items()
+        }
+        return MicroInput(EncodedBatch(torch.randn(blank.latents.shape, generator=generator), conditions), (index % 2,))
+
+    rank = dist.get_rank()
+    trainer.start(micro_of(rank), say=print)
+    figures = []
+    for step in range(2):
+        result = trainer.train_step([micro_of(2 * step + rank)], num_samples=2)
+        figures += [trainer.strategy.sum_over_workers(result.loss_sum.clone()).item(), float(result.grad_norm)]
+    close(trainer)
+    return figures
+
+
 class PeakMemory:
     """Peak of this process's anonymous memory over what it had at the start, in bytes; mapped files are not counted."""
 
@@ -303,6 +340,7 @@ def main():
         "memory": lambda: run_memory(rank, folder),
         "chain": lambda: run_chain(rank, world_size, folder),
         "export": lambda: run_export(rank, folder),
+        "families": run_families,
     }
     results, references = {}, {}
     for case in CASES[world_size] if options.cases == ["all"] else options.cases:
