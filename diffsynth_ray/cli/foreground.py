@@ -27,6 +27,7 @@ def run(job_file: JobFile, overrides: Overrides = None, new: New = False, as_jso
     """
     from diffsynth_ray.config.resolve import local_resources, resolve
     from diffsynth_ray.launch import client, registry, runs
+    from diffsynth_ray.models import page_cache
     from diffsynth_ray.run_dir import RunDir
 
     job = starting.load_jobs([job_file], overrides)[0]
@@ -51,6 +52,7 @@ def run(job_file: JobFile, overrides: Overrides = None, new: New = False, as_jso
         host=socket.gethostname(),
     )
     registry.note(submission)
+    page_cache.read_ahead(resolved.job.model)
     from diffsynth_ray.launch.driver import run_locally
 
     with render.LogView() as log, _two_interrupts(RunDir(resolved.output_path)) as asked:

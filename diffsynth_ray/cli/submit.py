@@ -103,6 +103,7 @@ def _resolve(job: Job, reference: str, wishes: _Wishes) -> tuple[ResolvedJob, Re
 def _submit_one(job: Job, reference: str, wishes: _Wishes) -> Outcome:
     from diffsynth_ray.launch import client, registry
     from diffsynth_ray.launch.runs import claim_output
+    from diffsynth_ray.models import page_cache
     from diffsynth_ray.run_dir import RunDir
 
     resolved, resources, remote = _resolve(job, reference, wishes)
@@ -113,6 +114,8 @@ def _submit_one(job: Job, reference: str, wishes: _Wishes) -> Outcome:
         claim_output(resolved, None, new=False)
         if finished := starting.finished_outcome(resolved, plan):
             return finished
+    if not remote:
+        page_cache.read_ahead(resolved.job.model)
     with client.open_cluster(wishes.address, resources, say=render.say) as cluster:
         if wishes.estimates and resolved.device == "cuda":
             estimating.warn_before_submit(resolved, client.accelerators(cluster), is_remote=remote)

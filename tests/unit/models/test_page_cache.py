@@ -1,0 +1,82 @@
+"""Files are asked for while Ray starts, where they are there and have room."""
+
+import ctypes
+import mmap
+import os
+import time
+
+import pytest
+
+from diffsynth_ray.config.schema import ModelSection
+from diffsynth_ray.models import page_cache
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """(file, first byte) of what the system was asked to read."""
+    found = []
+    monkeypatch.setattr(page_cache, "_PIECE_BYTES", 4096)
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda fd, start, length, advice: found.append((os.readlink(f"/proc/self/fd/{fd}"), start))
+    )
+    return found
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, size in (("a", 4096 * 2 + 1), ("b", 10)):
+        (tmp_path / f"{name}.safetensors").write_bytes(bytes(size))
+    return [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
+
+
+def test_all_of_all_files_is_asked_for(asked, files):
+    page_cache.read_ahead(ModelSection(paths=[files])).join()
+    assert asked == [(files[0], 0), (files[0], 4096), (files[0], 8192), (files[1], 0)]
+
+
+def test_what_would_not_stay_in_memory_is_left_alone(asked, files, monkeypatch):
+    monkeypatch.setattr(page_cache, "_available_bytes", lambda: 2 * (4096 * 2 + 11) - 1)
+    assert page_cache.read_ahead(ModelSection(paths=[files])) is None
+    assert not asked
+
+
+def resident_share(path):
+    """How much of a file is in the system's memory."""
+    size = path.stat().st_size
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+    with path.open("rb") as file:
+        address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+        assert libc.mincore(address, size, ctypes.addressof(pages)) == 0
+        libc.munmap(address, size)
+    return sum(page & 1 for page in pages) / len(pages)
+
+
+def test_a_large_file_comes_into_memory_whole(tmp_path):
+    path = tmp_path / "large.safetensors"
+    path.write_bytes(os.urandom(1 << 20) * 96)
+    os.sync()
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    page_cache.read_ahead(ModelSection(paths=[str(path)])).join()
+    deadline = time.monotonic() + 30
+    while (share := resident_share(path)) < 0.99 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert share >= 0.99
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ModelSection(paths=["/nowhere/a.safetensors"]),
+        ModelSection(id_with_origin_paths=["Qwen/Qwen-Image:vae/x.safetensors"], base_path="/nowhere"),
+        ModelSection(tiny=True, family="qwen_image"),
+    ],
+)
+def test_what_is_not_here_is_nobodys_error(asked, model):
+    assert page_cache.read_ahead(model) is None
+    assert not asked
