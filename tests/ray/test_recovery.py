@@ -215,7 +215,9 @@ def test_stopped_and_continued_on_other_workers(reference, tmp_path, photos, cha
         if not is_last:
             at = 2 * (number + 1)
             threading.Thread(target=lambda at=at: (run.wait_for_step(at), run.dir.request_stop(reason="test"))).start()
-        code = run.start(f"distributed.num_workers={num_workers}", *settings)
+        # A checkpoint after each step: without, all ten take no longer than a busy machine needs to ask for the stop.
+        slow = () if is_last else ("output.checkpoint_steps=1",)
+        code = run.start(f"distributed.num_workers={num_workers}", *settings, *slow)
         assert code == (ExitCode.DONE if is_last else ExitCode.STOPPED), run.said
     assert run.losses() == pytest.approx(reference.losses(), abs=1e-5)
     assert distance(reference.weights(), run.weights()) < 1e-3
