@@ -19,6 +19,12 @@ from diffsynth_ray.run_dir import RunDir
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
+def _as_in_a_terminal():
+    """nohup, or a script's background, have a process ignore these."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Cli:
     """The command line, with a state directory of its own."""
 
@@ -34,7 +40,7 @@ class Cli:
         return subprocess.Popen(
             [sys.executable, "-m", "diffsynth_ray.cli.app", *map(str, arguments)],
             env=self.environment, cwd=self.tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # whoever has started these tests with nohup
+            preexec_fn=_as_in_a_terminal,
         )  # fmt: skip
 
     def run(self, *arguments, timeout_s=400):
