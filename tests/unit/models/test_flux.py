@@ -1,5 +1,6 @@
 import pytest
 import torch
+from random_lora import with_random_lora
 from safetensors.torch import load_file, save_file
 
 from diffsynth_ray.errors import ModelError
@@ -8,7 +9,7 @@ from diffsynth_ray.models.family import detect_component
 from diffsynth_ray.models.flux import Flux
 from diffsynth_ray.models.flux_names import ORIGINAL
 from diffsynth_ray.models.layer_names import tensors_from_memory
-from diffsynth_ray.models.lora import add_lora, load_lora, lora_state_dict, merge_lora, resolve_lora_targets
+from diffsynth_ray.models.lora import load_lora, lora_state_dict, merge_lora, resolve_lora_targets
 from diffsynth_ray.models.names import LORA_FORMATS, lora_from_memory, lora_to_memory
 from diffsynth_ray.models.weight_source import seeded_generator
 from diffsynth_ray.models.weights import load_components
@@ -208,15 +209,7 @@ def test_inferred_configurations_and_detection(family):
 
 
 def with_lora(targets=None, seed=0):
-    dit = Flux.build_tiny(0, components=["dit"]).components["dit"]
-    defaults = Flux.default_lora_targets["dit"]
-    add_lora(dit, target_modules=targets, rank=6, seed=seed, default_targets=defaults, names=NAMES)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in dit.named_parameters():
-            if ".lora_B." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return dit
+    return with_random_lora(Flux, targets=targets, rank=6, seed=seed)
 
 
 def test_the_recipe_s_lora_is_diffsynth_s():

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_lora import with_random_lora
 from safetensors.torch import load_file, save_file
 
 from diffsynth_ray.data.media import resize_and_crop
@@ -12,7 +13,7 @@ from diffsynth_ray.models.family import BatchShape, detect_component
 from diffsynth_ray.models.flux2 import Flux2
 from diffsynth_ray.models.flux2_names import ORIGINAL
 from diffsynth_ray.models.layer_names import tensors_from_memory
-from diffsynth_ray.models.lora import add_lora, load_lora, lora_state_dict, resolve_lora_targets
+from diffsynth_ray.models.lora import load_lora, lora_state_dict, resolve_lora_targets
 from diffsynth_ray.models.names import LORA_FORMATS, lora_from_memory, lora_to_memory
 from diffsynth_ray.models.sampling import SampleRequest
 from diffsynth_ray.models.weight_source import seeded_generator
@@ -329,15 +330,7 @@ def test_files_of_flux1_and_flux2_are_told_apart(klein):
 
 
 def with_lora(targets=None, seed=0):
-    dit = Flux2.build_tiny(0, components=["dit"]).components["dit"]
-    defaults = Flux2.default_lora_targets["dit"]
-    add_lora(dit, target_modules=targets, rank=4, seed=seed, default_targets=defaults, names=NAMES)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in dit.named_parameters():
-            if ".lora_B." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return dit
+    return with_random_lora(Flux2, targets=targets, seed=seed)
 
 
 def test_the_recipe_s_lora_is_diffsynth_s():

@@ -1,12 +1,13 @@
 import pytest
 import torch
+from random_lora import with_random_lora
 from safetensors.torch import save_file
 from torch import nn
 
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import wan_configs as configs
 from diffsynth_ray.models.family import FIRST_FRAME, detect_component
-from diffsynth_ray.models.lora import add_lora, load_lora, lora_state_dict, resolve_lora_targets
+from diffsynth_ray.models.lora import load_lora, lora_state_dict, resolve_lora_targets
 from diffsynth_ray.models.names import LORA_FORMATS, lora_from_memory, lora_to_memory
 from diffsynth_ray.models.wan import Wan, clean_prompt
 from diffsynth_ray.models.weights import load_components, randomize_weights
@@ -347,15 +348,7 @@ def test_components_are_recognised(image_to_video, ti2v):
 
 
 def with_lora(targets=None, seed=0):
-    dit = Wan.build_tiny(0, components=["dit"]).components["dit"]
-    defaults = Wan.default_lora_targets["dit"]
-    add_lora(dit, target_modules=targets, rank=4, seed=seed, default_targets=defaults, names=Wan.layer_names("dit"))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in dit.named_parameters():
-            if ".lora_B." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return dit
+    return with_random_lora(Wan, targets=targets, seed=seed)
 
 
 def test_the_recipe_s_targets_are_diffsynth_s():

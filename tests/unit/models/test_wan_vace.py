@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_lora import with_random_lora
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -15,7 +16,7 @@ from diffsynth_ray.memory.fp8 import convert_to_fp8
 from diffsynth_ray.models import wan_configs as configs
 from diffsynth_ray.models.family import REFERENCE, BatchShape, EncodedBatch
 from diffsynth_ray.models.inspection import inspect_model
-from diffsynth_ray.models.lora import add_lora, load_lora, lora_state_dict
+from diffsynth_ray.models.lora import load_lora, lora_state_dict
 from diffsynth_ray.models.names import LORA_FORMATS, lora_from_memory
 from diffsynth_ray.models.sampling import SampleRequest
 from diffsynth_ray.models.wan import VACE_CONTROL, Wan
@@ -274,15 +275,7 @@ def test_the_released_files_have_the_keys_that_are_expected(size):
 
 
 def with_lora(seed=0):
-    vace = Wan.build_tiny(0, extra_inputs=COLUMNS, components=["vace"]).component("vace")
-    defaults = Wan.default_lora_targets["vace"]
-    add_lora(vace, target_modules=None, rank=4, seed=seed, default_targets=defaults, names=Wan.layer_names("vace"))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in vace.named_parameters():
-            if ".lora_B." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return vace
+    return with_random_lora(Wan, "vace", extra_inputs=COLUMNS, seed=seed)
 
 
 def test_lora_names_are_diffsynth_s():

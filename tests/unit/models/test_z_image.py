@@ -1,12 +1,13 @@
 import pytest
 import torch
+from random_lora import with_random_lora
 from safetensors.torch import load_file, save_file
 
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import z_image_configs as configs
 from diffsynth_ray.models.family import detect_component
 from diffsynth_ray.models.image_vae import as_convolution
-from diffsynth_ray.models.lora import add_lora, load_lora, lora_state_dict
+from diffsynth_ray.models.lora import load_lora, lora_state_dict
 from diffsynth_ray.models.names import LORA_FORMATS, lora_from_memory, lora_to_memory
 from diffsynth_ray.models.weights import load_components
 from diffsynth_ray.models.z_image import ZImage
@@ -141,15 +142,7 @@ def test_detection_and_refusals(family):
 
 
 def with_lora(seed=0):
-    dit = ZImage.build_tiny(0, components=["dit"]).components["dit"]
-    defaults = ZImage.default_lora_targets["dit"]
-    add_lora(dit, target_modules=None, rank=4, seed=seed, default_targets=defaults, names=ZImage.layer_names("dit"))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in dit.named_parameters():
-            if ".lora_B." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return dit
+    return with_random_lora(ZImage, seed=seed)
 
 
 @pytest.mark.parametrize("target", LORA_FORMATS)
