@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,6 +33,16 @@ def repository() -> Path:
 def photos() -> Path:
     """The shipped photographs."""
     return REPOSITORY / "jobs" / "data" / "photos"
+
+
+@pytest.fixture
+def a_terminal() -> Iterator[None]:
+    """Signals as in a terminal, also for processes that are started: nohup, or a script's background, have them ignored."""
+    ours = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class HubServer:

@@ -16,13 +16,7 @@ from training_runs import JOB, distance, note_recovery, wait_until
 from diffsynth_ray.errors import ExitCode
 from diffsynth_ray.run_dir import RunDir
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-def _as_in_a_terminal():
-    """nohup, or a script's background, have a process ignore these."""
-    for number in (signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("a_terminal")]
 
 
 class Cli:
@@ -40,7 +34,6 @@ class Cli:
         return subprocess.Popen(
             [sys.executable, "-m", "diffsynth_ray.cli.app", *map(str, arguments)],
             env=self.environment, cwd=self.tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            preexec_fn=_as_in_a_terminal,
         )  # fmt: skip
 
     def run(self, *arguments, timeout_s=400):

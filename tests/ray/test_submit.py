@@ -66,14 +66,6 @@ def run(capsys, *arguments):
     return code, captured.out, captured.err
 
 
-@pytest.fixture
-def a_terminal():
-    """Ctrl-C interrupts; a script's background has its processes ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("a_terminal")
 def test_submit_follow_fail_detach_stop(job_file, capsys, monkeypatch):
     code, out, err = run(capsys, "submit", job_file, "--json")

@@ -187,14 +187,6 @@ def test_nobody_who_reads_the_log_is_worth_the_run(watcher, monkeypatch):
     assert (watcher.run_dir.path / "log.txt").read_text().endswith("SUCCEEDED\n")
 
 
-@pytest.fixture
-def a_terminal():
-    """SIGHUP ends a process, as it does where nobody has said nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
 @pytest.mark.usefixtures("a_terminal")
 @pytest.mark.parametrize("is_early", [True, False])
 def test_a_signal_asks_to_stop_also_before_the_attempt_begins(watcher, monkeypatch, is_early):
