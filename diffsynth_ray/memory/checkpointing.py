@@ -86,25 +86,24 @@ class PartitionedBlockCall(BlockCall):
 
     def __init__(self, module: nn.Module, *, recompute: bool) -> None:
         super().__init__(module, recompute=recompute)
-        self.after_backward: Callable[[], object] = _nothing
-        """Called once the gradients of all inputs and parameters are there."""
+        self._after_backward: Callable[[], object] | None = None
+
+    def set_up(self, after_backward: Callable[[], object]) -> None:
+        """The parameters are shared out; `after_backward` is called when the gradients of inputs and parameters are there."""
+        self.trained = [param for param in self.module.parameters() if param.requires_grad]  # others than before
+        self._after_backward = after_backward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's result; same values and gradients as the module's own forward."""
-        self.trained = [param for param in self.module.parameters() if param.requires_grad]  # others since they are shared out
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self._after_backward is not None:
             leaves, spec = tree_flatten((args, kwargs))
             places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
             if places:
-                tensors = _Passed.apply(self.after_backward, *(leaves[place] for place in places))
+                tensors = _Passed.apply(self._after_backward, *(leaves[place] for place in places))
                 for place, tensor in zip(places, tensors, strict=True):
                     leaves[place] = tensor
                 args, kwargs = tree_unflatten(leaves, spec)
         return super().__call__(*args, **kwargs)
-
-
-def _nothing() -> None:
-    """Nobody waits for the end of a backward pass."""
 
 
 class _Passed(torch.autograd.Function):

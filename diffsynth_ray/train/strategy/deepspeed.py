@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from diffsynth_ray.config.schema import Job, TrainingSection
 from diffsynth_ray.config.zero import read_zero_config
+from diffsynth_ray.memory.checkpointing import PartitionedBlockCall
 from diffsynth_ray.memory.placement import WeightSource, find_spots, pinned_memory, read_ahead, release_pinned_memory
 from diffsynth_ray.models.family import ModelFamily
 from diffsynth_ray.train.optim import build_optimizer
@@ -163,7 +164,9 @@ class DeepSpeedStrategy:
         """
         zero = self._zero
         for block in blocks:
-            cast(Any, block.forward).after_backward = partial(zero.parameter_offload.post_sub_module_backward_function, block)
+            cast(PartitionedBlockCall, block.forward).set_up(
+                partial(zero.parameter_offload.post_sub_module_backward_function, block)
+            )
             for param in block.parameters():
                 delattr(param, "ds_z3_leaf_module")
         for hook in (*zero._leaf_module_hooks, *zero._grad_acc_hooks):
