@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
+import psutil
+
 from diffsynth_ray.config.schema import ModelSection
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models.sources import model_entries
@@ -30,7 +32,7 @@ def read_ahead(model: ModelSection) -> Thread | None:
         num_bytes = sum(path.stat().st_size for path in paths)
     except (ModelError, OSError):
         return None  # the run will say so
-    if num_bytes > _LARGEST_SHARE * _available_bytes():
+    if num_bytes > _LARGEST_SHARE * psutil.virtual_memory().available:
         return None
     # Asking can take a while where much is asked for.
     thread = Thread(target=_advise, args=(paths,), daemon=True)
@@ -47,10 +49,3 @@ def _advise(paths: Sequence[Path]) -> None:
                     os.posix_fadvise(descriptor, start, _PIECE_BYTES, os.POSIX_FADV_WILLNEED)
             finally:
                 os.close(descriptor)
-
-
-def _available_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0

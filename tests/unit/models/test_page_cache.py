@@ -4,7 +4,9 @@ import ctypes
 import mmap
 import os
 import time
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from diffsynth_ray.config.schema import ModelSection
@@ -35,7 +37,8 @@ def test_all_of_all_files_is_asked_for(asked, files):
 
 
 def test_what_would_not_stay_in_memory_is_left_alone(asked, files, monkeypatch):
-    monkeypatch.setattr(page_cache, "_available_bytes", lambda: 2 * (4096 * 2 + 11) - 1)
+    available = 2 * (4096 * 2 + 11) - 1
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
     assert page_cache.read_ahead(ModelSection(paths=[files])) is None
     assert not asked
 
