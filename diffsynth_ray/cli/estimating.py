@@ -34,12 +34,12 @@ def device_of(name: str | None) -> Device | None:
     return found
 
 
-def resources_of(name: str | None) -> Resources:
-    """What a job is planned for: a machine with as many GPUs as the name says ("8xh100"), or this one."""
-    from diffsynth_ray.config.resolve import Resources, local_resources
+def imagined(name: str | None) -> Resources | None:
+    """The machine of a name that says how many GPUs it has ("8xh100"); None: this one is meant."""
+    from diffsynth_ray.config.resolve import Resources
 
     count = _split(name)[0] if name is not None else None
-    return local_resources() if count is None else Resources(cpus=_CPUS_PER_GPU * count, gpus=count)
+    return None if count is None else Resources(cpus=_CPUS_PER_GPU * count, gpus=count)
 
 
 def _split(name: str) -> tuple[int | None, str]:

@@ -33,19 +33,20 @@ def plan(
 ) -> int:
     """Show what a job would run, without running it."""
     from diffsynth_ray.config.load import load_job
-    from diffsynth_ray.config.resolve import resolve
+    from diffsynth_ray.config.resolve import local_resources, resolve
     from diffsynth_ray.plan import build_plan
 
     wants_estimate = estimate or gpu is not None
     device = estimating.device_of(gpu) if wants_estimate else None
-    resolved = resolve(load_job(job_file, overrides), estimating.resources_of(gpu), source=job_file)
+    imagined = estimating.imagined(gpu)
+    resolved = resolve(load_job(job_file, overrides), imagined or local_resources(), source=job_file)
     built = build_plan(resolved)
     found = estimating.estimate(resolved, device) if wants_estimate else None
     if as_json:
         render.result_json(built.as_dict() | ({"estimate": found.as_dict()} if found else {}))
     else:
         render.plan(built.lines() + (found.lines() if found else []), render.result)
-    if found is not None and gpu is None:
+    if found is not None and imagined is None:
         estimating.check_host(resolved, found)
     return ExitCode.DONE
 
