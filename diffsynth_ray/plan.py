@@ -9,7 +9,7 @@ from typing import Any
 
 from diffsynth_ray.config.distillation import DIRECT_DISTILL
 from diffsynth_ray.config.origins import local_tokenizer
-from diffsynth_ray.config.resolve import ResolvedJob
+from diffsynth_ray.config.resolve import ResolvedJob, show_amounts
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.config.zero import read_zero_config
 from diffsynth_ray.data.holdout import held_out_rows
@@ -64,7 +64,7 @@ class Plan:
 
     def lines(self) -> list[str]:
         """For people; the arithmetic is written out."""
-        resources = ", ".join(f"{amount:g} {name}" for name, amount in self.resources_per_worker.items())
+        resources = show_amounts(self.resources_per_worker)
         per_worker = self.batch_size * self.micro_steps
         whole = per_worker * self.num_workers
         batch = f"{self.batch_size} x {self.micro_steps} micro steps x {self.num_workers} workers = {whole}"
@@ -94,7 +94,7 @@ class Plan:
     def _encode_lines(self) -> list[str]:
         if self.encode is None:
             return []
-        resources = ", ".join(f"{amount:g} {name}" for name, amount in self.encode["resources_per_worker"].items())
+        resources = show_amounts(self.encode["resources_per_worker"])
         return [
             f"encode    {self.encode['num_workers']} x ({resources}) on {self.encode['device']}, loads the encoders that "
             "are not trained; what is in the cache is not encoded again",

@@ -73,7 +73,7 @@ def _resolve(
 ) -> tuple[ResolvedJob | None, list[Finding]]:
     """The resolved job where there is one, and findings about the file and the resources that it asks for."""
     from diffsynth_ray.config.load import load_job
-    from diffsynth_ray.config.resolve import resolve
+    from diffsynth_ray.config.resolve import resolve, show_amounts
     from diffsynth_ray.launch.node_checks import Finding
 
     have = f"{resources.cpus:g} CPUs, {resources.gpus:g} GPUs"
@@ -89,7 +89,7 @@ def _resolve(
             where = "cluster" if check == "resources" else "here"
             findings.append(Finding(check, where, "failed", str(problem), f"change {problem.key or job_file}"))
         return None, findings
-    per_worker = ", ".join(f"{amount:g} {name}" for name, amount in resolved.resources_per_worker.items())
+    per_worker = show_amounts(resolved.resources_per_worker)
     needs = f"{have}; {resolved.num_workers} worker(s) x ({per_worker}) and {resolved.decode_tasks} decoding task(s) each"
     return resolved, [Finding("job", "here", "ok", resolved.run), Finding("resources", "cluster", "ok", needs)]
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,11 @@ class Resources(BaseModel):
     model_config = ConfigDict(frozen=True)
     cpus: float
     gpus: float
+
+
+def show_amounts(resources: Mapping[str, float]) -> str:
+    """ "1 GPU, 0.5 CPU"."""
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
 class EncodeResources(BaseModel):
@@ -413,10 +419,7 @@ def _absolute_paths(job: Job, *, remote: bool) -> tuple[Job, list[Problem]]:
     """The job with paths made absolute; remote relative ones are problems."""
     problems: list[Problem] = []
     sections: dict[str, dict[str, Any]] = {}
-    for dotted, field in schema.keys().items():
-        value = lookup(job, dotted)
-        if not schema.mark(field, "path") or value in (None, []) or isinstance(value, float):
-            continue
+    for dotted, value in _path_keys(job):
         section, _, leaf = dotted.partition(".")
         # Of the data "" is the working directory: a metadata file may have absolute paths.
         if "" in _flat(value) and dotted != "dataset.base_path":
@@ -442,14 +445,19 @@ def _absolute_paths(job: Job, *, remote: bool) -> tuple[Job, list[Problem]]:
 def paths_below(job: Job, folder: Path) -> dict[str, str]:
     """Dotted key -> local path of everything that a resolved job reads, or shares with other jobs, below a folder."""
     found = {}
-    for dotted, field in schema.keys().items():
-        value = lookup(job, dotted)
-        if not schema.mark(field, "path") or dotted.startswith("output.") or not isinstance(value, str | list):
-            continue
-        for path in _flat(value):
+    for dotted, value in _path_keys(job):
+        for path in _flat(value) if not dotted.startswith("output.") else ():
             if "://" not in path and Path(path).is_relative_to(folder) and Path(path).exists():
                 found[dotted] = path
     return found
+
+
+def _path_keys(job: Job) -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything that names files."""
+    for dotted, field in schema.keys().items():
+        value = lookup(job, dotted)
+        if schema.mark(field, "path") and value not in (None, []) and not isinstance(value, float):
+            yield dotted, value
 
 
 def _is_absolute(path: str) -> bool:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffsynth_ray.config.resolve import show_amounts
 from diffsynth_ray.errors import ClusterError
 from diffsynth_ray.launch.node_checks import (
     Finding,
@@ -173,7 +174,7 @@ def _all_reduce(nodes: list[dict[str, Any]], request: Request) -> Iterator[Findi
         return
     fitting = _fitting(nodes, bundle)
     if fitting < size:
-        shape = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+        shape = show_amounts(bundle)
         cure = "lower distributed.num_workers or distributed.resources_per_worker, or add nodes"
         yield Finding("resources", "cluster", "failed", f"of {size} workers with {shape} only {fitting} fit the nodes", cure)
         yield Finding("all_reduce", "cluster", "skipped", "the workers do not fit")

@@ -21,7 +21,7 @@ from typing import IO, Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from diffsynth_ray.config.resolve import ResolvedJob, available_cpus
+from diffsynth_ray.config.resolve import ResolvedJob, available_cpus, show_amounts
 from diffsynth_ray.data.bad_samples import BadSample, BadSampleList
 from diffsynth_ray.errors import ClusterError, DataError, DsrayError, ExitCode
 from diffsynth_ray.launch.board import Board, Failure, Loss, News
@@ -142,10 +142,6 @@ def _cancel(stages: list[ray.ObjectRef]) -> None:
         ray.cancel(stage, recursive=True)
 
 
-def _amounts(resources: Mapping[str, float]) -> str:
-    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
-
-
 class _Watcher:
     """Tells what happens to the workers, keeps it in attempts.jsonl and remembers it for error.json."""
 
@@ -173,11 +169,11 @@ class _Watcher:
         is_trained = progress is not None and progress.step >= progress.num_steps
         if news.idle_s - self.told_idle_s > _TELL_IDLE_S and not is_trained:
             self.told_idle_s = news.idle_s
-            needed = f"{self.resolved.min_workers} x ({_amounts(self.resolved.resources_per_worker)})"
+            needed = f"{self.resolved.min_workers} x ({show_amounts(self.resolved.resources_per_worker)})"
             self.tell(f"no training worker for {news.idle_s - self.encoding_s:.0f} s; needed: {needed}")
         if news.no_encoder_s - self.told_no_encoder_s > _TELL_IDLE_S and self.resolved.encode is not None:
             self.told_no_encoder_s = news.no_encoder_s
-            needed = f"{self.resolved.encode.num_workers} x ({_amounts(self.resolved.encode.resources_per_worker)})"
+            needed = f"{self.resolved.encode.num_workers} x ({show_amounts(self.resolved.encode.resources_per_worker)})"
             self.tell(f"no encoder for {news.no_encoder_s:.0f} s; needed: {needed}")
         self.failure = news.failure or self._note_bad(news.bad) or self.failure
         if news.hung is not None:
