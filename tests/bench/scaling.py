@@ -196,7 +196,7 @@ class Run:
 
     def figures(self, steps: int, *, timeout_s: float) -> dict[str, Any]:
         """Those after so many steps, or what went wrong."""
-        while self.process.poll() is None and len(self.values().get("gpu_memory_gib", self.values().get("loss", []))) < steps:
+        while self.process.poll() is None and len(self.values().get("loss", [])) < steps:
             if time.monotonic() - self.started > timeout_s:
                 break
             time.sleep(0.5)
