@@ -99,8 +99,6 @@ def _check_partitioned(job: Job) -> list[Problem]:
     if job.gradient.checkpointing_offload:
         message = "zero_stage = 3 has no offload of activations; use zero_stage = 2"
         problems.append(Problem("gradient.checkpointing_offload", message))
-    if job.training.compile is True:
-        problems.append(Problem("training.compile", 'blocks are not compiled under zero_stage = 3; use "auto"'))
     return problems
 
 

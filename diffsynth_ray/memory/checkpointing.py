@@ -84,8 +84,8 @@ class BlockCall:
 class PartitionedBlockCall(BlockCall):
     """A module's forward where its parameters are whole only while it runs (ZeRO-3): they are gathered before the call."""
 
-    def __init__(self, module: nn.Module, *, recompute: bool) -> None:
-        super().__init__(module, recompute=recompute)
+    def __init__(self, module: nn.Module, *, recompute: bool, compile: bool = False) -> None:
+        super().__init__(module, recompute=recompute, compile=compile)
         self._after_backward: Callable[[], object] | None = None
 
     def set_up(self, after_backward: Callable[[], object]) -> None:

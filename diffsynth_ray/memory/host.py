@@ -6,8 +6,13 @@ process that maps it. The other workers of the node open it through /proc while 
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +20,10 @@ import torch
 from torch import Tensor
 
 from diffsynth_ray.errors import RunError
+
+POPULATE_THREADS = 8
+_POPULATE_BYTES = 64 << 20
+_MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14; Python's mmap has no name for it
 
 
 @dataclass(frozen=True)
@@ -47,15 +56,18 @@ class HostSegment:
         self.is_first = group is None or group.place.local_rank == 0
         fd = self._open(num_bytes, group)
         try:
-            self._map = mmap.mmap(fd, max(num_bytes, 1), flags=mmap.MAP_SHARED)
+            self._map = _Mapping(fd, max(num_bytes, 1), flags=mmap.MAP_SHARED)
         finally:
             if group is not None:
                 group.barrier()  # all have it mapped: the descriptor, its only name, may go
             os.close(fd)
         self.data: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:num_bytes]
-        self._pinned = device.type == "cuda" and num_bytes > 0
-        if self._pinned:
+        if device.type == "cuda" and num_bytes > 0:
+            with suppress(OSError):  # a kernel without huge pages
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+            populate(self.data)
             self._check(torch.cuda.cudart().cudaHostRegister(self.data.data_ptr(), num_bytes, 0), num_bytes)
+            self._map.pinned_at = self.data.data_ptr()
 
     @staticmethod
     def _open(num_bytes: int, group: NodeGroup | None) -> int:
@@ -77,3 +89,31 @@ class HostSegment:
                 hint="is there so much free memory? look at `ulimit -l` and the container's memory limit; "
                 "model.fp8_models halves what is needed",
             )
+
+
+class _Mapping(mmap.mmap):
+    """Unpinned before it is unmapped: what is mapped at the same address later could not be pinned."""
+
+    pinned_at: int | None = None
+
+    def __del__(self) -> None:
+        if self.pinned_at is not None and not sys.is_finalizing():  # the end of a process unpins, too
+            torch.cuda.cudart().cudaHostUnregister(self.pinned_at)
+
+
+def populate(data: Tensor) -> None:
+    """Have the kernel provide the memory, with several threads: pinning provides it page by page with one.
+
+    Where the kernel cannot (before 5.14) nothing happens.
+    """
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+    def provide(start: int) -> int:
+        length = min(_POPULATE_BYTES, data.numel() - start)
+        result: int = madvise(data.data_ptr() + start, length, _MADV_POPULATE_WRITE)  # without Python's lock
+        return result
+
+    starts: Iterable[int] = range(0, data.numel(), _POPULATE_BYTES)
+    with ThreadPoolExecutor(max_workers=POPULATE_THREADS) as pool:
+        list(pool.map(provide, starts))

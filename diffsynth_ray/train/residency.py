@@ -157,11 +157,12 @@ def _install(
     installed: set[nn.Module] = set()
     calls: list[BlockCall] = []
     for name, found in blocks.items():
+        compiles = name in family.predict_components and _compiles(job, family, name)
         if name in partitioned_components(job):
             for block in found:
-                block.forward = PartitionedBlockCall(block, recompute=recomputes_at_first(job, family.device))
+                recompute = recomputes_at_first(job, family.device)
+                block.forward = PartitionedBlockCall(block, recompute=recompute, compile=compiles)
             continue
-        compiles = name in family.predict_components and _compiles(job, family, name)
         for block in found:
             is_split = block not in units and any(inner in units for inner in block.modules())
             call = BlockCall(
@@ -184,7 +185,7 @@ def _install(
 
 def compiles(job: Job, component: str, capability: tuple[int, int] | None) -> bool:
     """Whether a component's blocks are compiled on a GPU with Triton, of this compute capability (None = a new one)."""
-    if job.training.compile is False or component in partitioned_components(job):
+    if job.training.compile is False:
         return False
     is_new = capability is None or capability >= FP8_INSTRUCTIONS
     return is_new or component not in job.model.fp8_models
@@ -193,10 +194,10 @@ def compiles(job: Job, component: str, capability: tuple[int, int] | None) -> bo
 def _compiles(job: Job, family: ModelFamily, component: str) -> bool:
     asked = job.training.compile
     if family.device.type != "cuda":
-        return asked is True
-    if not compiles(job, component, torch.cuda.get_device_capability(family.device)):
-        return False
-    if asked == "auto":
+        asked = asked is True
+    elif not compiles(job, component, torch.cuda.get_device_capability(family.device)):
+        asked = False
+    elif asked == "auto":
         from torch.utils._triton import has_triton
 
         asked = has_triton()

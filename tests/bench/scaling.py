@@ -21,6 +21,7 @@ usage: python tests/bench/scaling.py --folder FOLDER --output results.json [--gp
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import json
@@ -220,15 +221,16 @@ class Run:
         }
 
     def end(self) -> None:
-        """Its workers are gone afterwards, and their GPUs free."""
-        if self.process.poll() is None:
-            subprocess.run([*DSRAY, "stop", "--now", str(self.output)], check=False, capture_output=True, timeout=120)
+        """Its processes are gone afterwards, and their GPUs free. Nothing is asked: a checkpoint of all that is not wanted."""
         try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            for process in psutil.Process(self.process.pid).children(recursive=True):
+            processes = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
+        except psutil.NoSuchProcess:
+            processes = []
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-            self.process.kill()
+        psutil.wait_procs(processes, timeout=60)  # freeing much pinned memory takes a while
+        self.process.wait(60)
         self.reader.join(10)
 
 

@@ -33,7 +33,7 @@ from diffsynth_ray.memory.checkpointing import PartitionedBlockCall
 from diffsynth_ray.memory.placement import WeightSource, find_spots, pinned_memory, read_ahead, release_pinned_memory
 from diffsynth_ray.models.family import ModelFamily
 from diffsynth_ray.train.optim import build_optimizer
-from diffsynth_ray.train.residency import partitioned_components
+from diffsynth_ray.train.residency import partitioned_components, recomputes_at_first
 from diffsynth_ray.train.strategy import trained_parameters
 from diffsynth_ray.train.strategy.base import GradientWatch, StateReader, StateSlice
 from diffsynth_ray.train.strategy.communication import CommunicationTimer, TimedCollectives
@@ -414,6 +414,9 @@ def _engine_config(job: Job, graph: nn.Module, blocks: Sequence[nn.Module], devi
     bucket = min(_BUCKET_ELEMENTS, trained + trained % 2)
     zero.setdefault("reduce_bucket_size", bucket)
     zero.setdefault("allgather_bucket_size", bucket)
+    if recomputes_at_first(job, device):
+        # Its own product for Linear keeps no weight from forward to backward, which recomputed blocks do not do either.
+        zero.setdefault("memory_efficient_linear", False)
     if blocks:
         largest = max(sum(param.numel() for param in block.parameters()) for block in blocks)
         # The next block arrives while this one computes.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffsynth_ray.memory.checkpointing import BlockCall
-from diffsynth_ray.memory.host import HostSegment, NodePlace
+from diffsynth_ray.memory.host import HostSegment, NodePlace, populate
 from diffsynth_ray.memory.offload import LayerOffload
 from diffsynth_ray.memory.placement import place, split_units
 
@@ -210,6 +210,14 @@ def test_a_segment_goes_with_its_last_user():
     del segment
     gc.collect()
     assert shared_memory_bytes() - before < 30 << 20
+
+
+def test_memory_is_there_before_it_is_written():
+    segment = HostSegment((200 << 20) + 5, device=CPU)
+    before = shared_memory_bytes()
+    populate(segment.data)
+    assert shared_memory_bytes() - before >= 190 << 20
+    assert not segment.data.any()
 
 
 def shared_memory_bytes():

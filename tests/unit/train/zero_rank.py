@@ -30,6 +30,7 @@ STEPS = 3
 LORA = {"lora": {"base_model": "dit", "rank": 4}}
 FULL = {"lora": {"base_model": None}, "training": {"trainable_models": ["dit"]}}
 BF16 = {"training": {"precision": "bf16"}}
+COMPILED = {"training": {"compile": True}}
 SGD = {"training": {"optimizer": "torch.optim.SGD", "optimizer_args": {"momentum": 0.9}}}
 
 
@@ -52,6 +53,9 @@ CASES = {
         "full 2 host": (FULL, zero(2, **ON_HOST)),
         "full 3": (FULL, zero(3)),
         "full 3 kept": (FULL, {"gradient": {"checkpointing": False}}, zero(3)),
+        "lora 3 compiled": (LORA, COMPILED, zero(3)),
+        "full 3 compiled": (FULL, COMPILED, zero(3)),
+        "full 3 kept compiled": (FULL, COMPILED, {"gradient": {"checkpointing": False}}, zero(3)),
         "full 3 host": (FULL, zero(3, **ON_HOST, offload_param_device="cpu")),
         "sgd 2": (LORA, SGD, zero(2)),
         "bf16 1": (LORA, BF16, zero(1)),
@@ -218,12 +222,13 @@ def run_export(rank, folder):
 
 
 def run_families():
-    """Losses and norms of two steps at stage 3 beside DDP's: blocks of one or several kinds, called by name or by place."""
+    """Losses and norms of two steps at stage 3, compiled, beside DDP's, which is not: blocks of one or several kinds, called by
+    name or by place."""
     found = {}
     for name in ("flux", "flux2", "qwen_image", "wan", "z_image"):
         for kind, keys in (("lora", LORA), ("full", FULL)):
             expected = family_steps(get_family(name), build_job(keys))
-            steps = family_steps(get_family(name), build_job(keys, zero(3)))
+            steps = family_steps(get_family(name), build_job(keys, COMPILED, zero(3)))
             found[f"{name} {kind}"] = max(abs(a - b) / abs(a) for a, b in zip(expected, steps, strict=True))
     return found
 
