@@ -4,7 +4,8 @@ Weights are random (shapes, number formats and work per step are the real ones);
 stage two of split training. Each method runs in processes of its own; a method that runs out of memory says so and the next
 follows. Prints one JSON line a method.
 
-usage: python tests/bench/zero.py --gpus 2 [--full] [--layers N] [--size PIXELS] [--steps N] [--methods ddp zero2 ...]
+usage: python tests/bench/zero.py --gpus 2 [--full] [--layers N] [--size PIXELS] [--steps N] [--eager] [--profile]
+       [--methods ddp zero2 ...]
 Methods: ddp, zero1, zero2, zero3, zero2-host (the optimizer in host memory), zero3-host (and the parameters), offload (layer
 offload; the frozen weights once in host memory, whatever the number of workers).
 """
@@ -14,6 +15,7 @@ import json
 import os
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from gpu_step import print_profile
 from real_size import build, encoded_batch
 
 from diffsynth_ray.config.schema import Job
@@ -48,7 +51,11 @@ def build_job(options: argparse.Namespace, method: str) -> Job:
     return Job.model_validate(
         {
             "name": "bench",
-            "training": {"trainable_models": ["dit"] if options.full else [], "optimizer_args": {"fused": True}},
+            "training": {
+                "trainable_models": ["dit"] if options.full else [],
+                "optimizer_args": {"fused": True},
+                "compile": False if options.eager else "auto",
+            },
             "lora": {} if options.full else {"base_model": "dit", "rank": 32},
             "distributed": distributed,
             "offload": {"cpu_offload": method == "offload"},
@@ -103,6 +110,13 @@ def measure(options: argparse.Namespace, job: Job, device: torch.device) -> dict
         torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     loss = trainer.strategy.sum_over_workers(result.loss_sum).item() / options.gpus
+    peak = torch.cuda.max_memory_allocated()
+    if options.profile:
+        one_more = partial(trainer.train_step, [micro], num_samples=options.gpus)
+        if rank == 0:
+            print_profile(one_more)
+        else:
+            one_more()
     settled = sorted(times[UNTIMED:])
     # What processes share counts once.
     shared = sum(group.gather(psutil.Process().memory_full_info().pss))
@@ -112,7 +126,7 @@ def measure(options: argparse.Namespace, job: Job, device: torch.device) -> dict
         "start_s": round(start_s, 1),
         "s_per_step": round(settled[len(settled) // 2], 3),
         "min_s": round(settled[0], 3),
-        "peak_gib_per_gpu": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "peak_gib_per_gpu": round(peak / 2**30, 2),
         "host_gib_of_all_processes": round(shared / 2**30, 2),
         "loss": round(loss, 4),
         "device": torch.cuda.get_device_name(),
@@ -127,6 +141,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=60)
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--eager", action="store_true", help="blocks are not compiled")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of one step of rank 0 that take longest")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["ddp", "zero2", "zero3"])
     options = parser.parse_args()
     for method in options.methods:
