@@ -1,6 +1,8 @@
 """Block inputs in pinned host memory between forward and backward, copied while the device computes.
 
-Backward needs them in the opposite order, so that the input of the block before is on its way while this block runs.
+Backward needs them in the opposite order, so that the inputs of the blocks before are on their way while this block runs. With
+layer offload they share the link with weights, a block of which takes longer than this block runs: what is asked for only when
+its block begins comes behind them, and the GPU stands still.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ MIN_BYTES = 1 << 20
 
 STILL_LEAVING = 2
 """Tensors on their way to the host that the device still holds."""
+FETCH_AHEAD = 2
+"""Blocks whose inputs are on their way back while another runs."""
 
 
 @dataclass(eq=False)
@@ -42,7 +46,8 @@ class ActivationStore:
         self.device = device
         self.moved_bytes = 0
         """Bytes copied to the host since the start."""
-        self._stack: list[_Stored] = []
+        self._stack: list[list[_Stored]] = []
+        """What was moved, by block."""
         self._leaving: deque[_Stored] = deque()
         self._free: dict[int, list[Tensor]] = {}
         is_cuda = device.type == "cuda"
@@ -53,24 +58,28 @@ class ActivationStore:
     def clear(self) -> None:
         """Forget what a forward without its backward has left."""
         self._let_go(0)
-        for stored in self._stack:
-            self._recycle(stored)
+        for moved in self._stack:
+            for stored in moved:
+                self._recycle(stored)
         self._stack.clear()
 
     def save(self, tensors: Sequence[Tensor]) -> list[Tensor | _Stored]:
         """Move what is large and belongs to this block alone; the rest is kept as it is."""
-        return [self._write(tensor) if self._is_moved(tensor) else tensor for tensor in tensors]
+        saved = [self._write(tensor) if self._is_moved(tensor) else tensor for tensor in tensors]
+        self._stack.append([entry for entry in saved if isinstance(entry, _Stored)])
+        return saved
 
     def restore(self, saved: Sequence[Tensor | _Stored]) -> list[Tensor]:
-        """The tensors on the device; starts to fetch the ones below on the stack."""
+        """The tensors on the device; starts to fetch those of the blocks below on the stack."""
         mine = [entry for entry in saved if isinstance(entry, _Stored)]
+        self._stack.remove(mine)
         for entry in mine:
             if entry in self._leaving:
                 self._leaving.remove(entry)  # the last ones of the forward pass have not left yet
             self._fetch(entry)
-            self._stack.remove(entry)
-        if self._stack:
-            self._fetch(self._stack[-1])
+        for moved in reversed(self._stack[-FETCH_AHEAD:]):
+            for entry in moved:
+                self._fetch(entry)
         return [self._take(entry) if isinstance(entry, _Stored) else entry for entry in saved]
 
     def _is_moved(self, tensor: Tensor) -> bool:
@@ -93,7 +102,6 @@ class ActivationStore:
         self.moved_bytes += num_bytes
         self._leaving.append(stored)
         self._let_go(STILL_LEAVING)
-        self._stack.append(stored)
         return stored
 
     def _let_go(self, kept: int) -> None:

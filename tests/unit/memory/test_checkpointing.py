@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from diffsynth_ray.memory import activations
-from diffsynth_ray.memory.activations import ActivationStore
+from diffsynth_ray.memory.activations import FETCH_AHEAD, ActivationStore
 from diffsynth_ray.memory.checkpointing import BlockCall
 
 torch.set_num_threads(1)
@@ -80,6 +80,20 @@ def test_activations_on_the_host_are_bit_equal(monkeypatch):
     assert_same(run(blocks), expected)
     assert store.moved_bytes == 2 * first
     assert sum(len(pool) for pool in store._free.values()) == 4, "host memory is used again"
+
+
+def test_all_inputs_of_the_next_blocks_are_on_their_way_back(monkeypatch):
+    monkeypatch.setattr(activations, "MIN_BYTES", 1)
+    store = ActivationStore(torch.device("cpu"))
+    inputs = [[torch.full((3,), float(number), requires_grad=True) for number in (n, -n)] for n in range(1, 6)]
+    saved = [store.save(tensors) for tensors in inputs]
+    store._let_go(0)
+    for number in (4, 3, 2, 1, 0):
+        found = store.restore(saved[number])
+        assert [torch.equal(*pair) for pair in zip(found, inputs[number], strict=True)] == [True, True]
+        there = [{entry.on_device is not None for entry in entries} for entries in saved[:number]]
+        assert there == [{before >= number - FETCH_AHEAD} for before in range(number)]
+    assert sum(len(pool) for pool in store._free.values()) == 10
 
 
 def test_a_forward_without_its_backward_leaves_nothing(monkeypatch):
