@@ -20,7 +20,7 @@ MIN_BYTES = 1 << 20
 
 STILL_LEAVING = 2
 """Tensors on their way to the host that the device still holds."""
-FETCH_AHEAD = 2
+FETCH_AHEAD = 3
 """Blocks whose inputs are on their way back while another runs."""
 
 

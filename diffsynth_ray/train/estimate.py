@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from diffsynth_ray.config.schema import Job
-from diffsynth_ray.memory.activations import STILL_LEAVING
+from diffsynth_ray.memory.activations import FETCH_AHEAD
 from diffsynth_ray.memory.devices import Device
 from diffsynth_ray.memory.graph_cost import GraphCost
 from diffsynth_ray.memory.offload import RING_UNITS
@@ -188,7 +188,7 @@ def backward_moments(job: Job, cost: ModelCost) -> list[BackwardMoment]:
     for number, kind in enumerate(cost.blocks, start=1):
         one = _kept_of(kind, recompute=recomputes(job))
         kept += kind.shared_bytes
-        kept += one * (min(kind.count, STILL_LEAVING + 1) if job.gradient.checkpointing_offload else kind.count)
+        kept += one * (min(kind.count, FETCH_AHEAD + 1) if job.gradient.checkpointing_offload else kind.count)
         waiting += kind.handed_bytes * kind.count
         trained_after -= kind.weights.trained_bytes * kind.count
         # The block that runs has its own activations among those that its backward holds.
