@@ -60,6 +60,7 @@ class ActivationStore:
         self._let_go(0)
         for moved in self._stack:
             for stored in moved:
+                self._wait_for(stored)
                 self._recycle(stored)
         self._stack.clear()
 
@@ -108,9 +109,8 @@ class ActivationStore:
         """Drop the device's tensors that have left, but for the youngest `kept`."""
         while len(self._leaving) > kept:
             stored = self._leaving.popleft()
-            if stored.event is not None:
-                torch.cuda.current_stream(self.device).wait_event(stored.event)
-            stored.on_device = stored.event = None
+            self._wait_for(stored)
+            stored.on_device = None
 
     def _fetch(self, stored: _Stored) -> None:
         if stored.on_device is not None:
@@ -127,11 +127,16 @@ class ActivationStore:
 
     def _take(self, stored: _Stored) -> Tensor:
         assert stored.on_device is not None
-        if stored.event is not None:
-            torch.cuda.current_stream(self.device).wait_event(stored.event)
+        self._wait_for(stored)
         self._recycle(stored)
         taken, stored.on_device = stored.on_device, None
         return taken
+
+    def _wait_for(self, stored: _Stored) -> None:
+        """What the device computes from here on comes after the copy that runs."""
+        if stored.event is not None:
+            torch.cuda.current_stream(self.device).wait_event(stored.event)
+            stored.event = None
 
     def _recycle(self, stored: _Stored) -> None:
         raw = stored.host.view(-1).view(torch.uint8)
