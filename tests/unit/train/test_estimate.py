@@ -119,6 +119,18 @@ def test_predictions_agree_with_what_was_measured(row):
     assert found.step_s == pytest.approx(seconds, rel=0.25)
 
 
+@pytest.mark.slow
+def test_zero_3_on_two_gpus_takes_what_was_measured():
+    job = build_job(
+        training={"trainable_models": ["dit"]}, lora={"base_model": None}, distributed={"strategy": "deepspeed", "zero_stage": 3}
+    )
+    cost = traced(job, SQUARE)
+    cost = replace(cost, blocks=tuple(replace(kind, count=36) for kind in cost.blocks))
+    found = estimate(job, cost, DEVICES["h200"], spread=Spread(num_workers=2, workers_on_node=2))
+    print(f"{found.peak_bytes / GIB:.1f} GiB of 109.0")
+    assert found.peak_bytes / GIB == pytest.approx(109.0, rel=0.10)
+
+
 def test_a_compiled_block_keeps_what_was_measured():
     (kind,) = traced(build_job(), SQUARE).blocks
     assert kind.count == 60
