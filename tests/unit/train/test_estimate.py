@@ -121,9 +121,8 @@ def test_predictions_agree_with_what_was_measured(row):
 
 @pytest.mark.slow
 def test_zero_3_on_two_gpus_takes_what_was_measured():
-    job = build_job(
-        training={"trainable_models": ["dit"]}, lora={"base_model": None}, distributed={"strategy": "deepspeed", "zero_stage": 3}
-    )
+    distributed = {"strategy": "deepspeed", "zero_stage": 3}
+    job = build_job(training={"trainable_models": ["dit"]}, lora={"base_model": None}, distributed=distributed)
     cost = traced(job, SQUARE)
     cost = replace(cost, blocks=tuple(replace(kind, count=36) for kind in cost.blocks))
     found = estimate(job, cost, DEVICES["h200"], spread=Spread(num_workers=2, workers_on_node=2))
