@@ -1,7 +1,9 @@
 """One block of host memory for the weights of a node: pinned for fast copies, shared by the node's workers, never left behind.
 
-The memory is an anonymous file (memfd): it has no name that a killed worker could leave in /dev/shm, and goes with the last
-process that maps it. The other workers of the node open it through /proc while the first one still runs.
+What several workers share is an anonymous file (memfd): it has no name that a killed worker could leave in /dev/shm, and goes
+with the last process that maps it. The other workers of the node open it through /proc while the first one still runs. A worker
+that is alone takes memory of its own, which most kernels give in huge pages: a file's 4 KiB pages are pinned, and let go at the
+end, one by one, ten million of them for 38 GiB.
 """
 
 from __future__ import annotations
@@ -54,31 +56,35 @@ class HostSegment:
 
     def __init__(self, num_bytes: int, *, device: torch.device, group: NodeGroup | None = None) -> None:
         self.is_first = group is None or group.place.local_rank == 0
-        fd = self._open(num_bytes, group)
-        try:
-            self._map = _Mapping(fd, max(num_bytes, 1), flags=mmap.MAP_SHARED)
-        finally:
-            if group is not None:
-                group.barrier()  # all have it mapped: the descriptor, its only name, may go
-            os.close(fd)
+        if group is None or group.place.local_world_size == 1:
+            self._map = _Mapping(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE)
+            # Pinned memory is copied when a process forks; nothing that this one starts has a use for it.
+            self._map.madvise(mmap.MADV_DONTFORK)
+        else:
+            self._map = self._share(num_bytes, group)
+        with suppress(OSError):  # a kernel without huge pages
+            self._map.madvise(mmap.MADV_HUGEPAGE)
         self.data: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:num_bytes]
         if device.type == "cuda" and num_bytes > 0:
-            with suppress(OSError):  # a kernel without huge pages
-                self._map.madvise(mmap.MADV_HUGEPAGE)
             populate(self.data)
             self._check(torch.cuda.cudart().cudaHostRegister(self.data.data_ptr(), num_bytes, 0), num_bytes)
             self._map.pinned_at = self.data.data_ptr()
 
     @staticmethod
-    def _open(num_bytes: int, group: NodeGroup | None) -> int:
-        if group is not None and group.place.local_rank != 0:
-            pid, fd = group.broadcast([])
-            return os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR)
-        fd = os.memfd_create("dsray-weights")
-        os.ftruncate(fd, max(num_bytes, 1))
-        if group is not None:
+    def _share(num_bytes: int, group: NodeGroup) -> _Mapping:
+        """The same memory in all workers of the group."""
+        if group.place.local_rank == 0:
+            fd = os.memfd_create("dsray-weights")
+            os.ftruncate(fd, max(num_bytes, 1))
             group.broadcast([os.getpid(), fd])
-        return fd
+        else:
+            pid, fd_there = group.broadcast([])
+            fd = os.open(f"/proc/{pid}/fd/{fd_there}", os.O_RDWR)
+        try:
+            return _Mapping(fd, max(num_bytes, 1), flags=mmap.MAP_SHARED)
+        finally:
+            group.barrier()  # all have it mapped: the descriptor, its only name, may go
+            os.close(fd)
 
     @staticmethod
     def _check(status: object, num_bytes: int) -> None:
