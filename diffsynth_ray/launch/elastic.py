@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import ray
 from ray.train import Result
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+
+from diffsynth_ray.data.stream import staying_nodes
 
 
 class ElasticTrainer(TorchTrainer):
@@ -28,12 +29,5 @@ class StayingNodesPolicy(ElasticScalingPolicy):
     """Lives in Ray Train's controller; counts neither dead nodes nor those that are being drained."""
 
     def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
-        staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - _draining_nodes().keys()
+        staying = staying_nodes()
         return super()._count_possible_workers({node: has for node, has in reserved_resources.items() if node in staying})
-
-
-def _draining_nodes() -> dict[str, int]:
-    """Node -> its deadline. As Ray Train's own watcher of pre-emptions reads it."""
-    from ray._private.state import state
-
-    return state.get_draining_nodes()

@@ -24,7 +24,7 @@ from diffsynth_ray.config.resolve import ResolvedJob, available_cpus, data_share
 from diffsynth_ray.data.bad_samples import BadSample
 from diffsynth_ray.data.cached import CachedBatch, CachedRows, read_batches
 from diffsynth_ray.data.samples import SampleIndex
-from diffsynth_ray.data.stream import StreamedBatch, build_stream
+from diffsynth_ray.data.stream import StreamedBatch, build_stream, staying_nodes
 from diffsynth_ray.data.teacher import longest_run
 from diffsynth_ray.errors import DsrayError, RunError, is_lost_connection
 from diffsynth_ray.memory.host import NodePlace
@@ -251,11 +251,11 @@ class _Worker:
         return find_restorable(found, damage, say=self.say)
 
     def _data_share(self) -> tuple[float, int]:
-        """CPUs and number of the decoding tasks; for an elastic run from what the cluster has now."""
+        """CPUs and number of the decoding tasks; for an elastic run from what the nodes that stay have now."""
         if not self.resolved.is_elastic:
             return self.resolved.decode_cpus, self.resolved.decode_tasks
         found = data_share(
-            ray.cluster_resources().get("CPU", 0.0),
+            sum(resources.get("CPU", 0.0) for resources in staying_nodes().values()),
             num_workers=self.world_size,
             worker_cpus=self.resolved.resources_per_worker.get("CPU", 0.0),
             most_tasks=self.job.dataset.num_workers,

@@ -4,7 +4,8 @@ import pytest
 from ray.train import ScalingConfig
 from ray.train.v2.api import data_parallel_trainer
 
-from diffsynth_ray.launch import elastic
+from diffsynth_ray.data import stream
+from diffsynth_ray.data.stream import staying_nodes
 from diffsynth_ray.launch.elastic import ElasticTrainer, StayingNodesPolicy
 
 TWO_CPUS = {"CPU": 2.0, "memory": 1e9}
@@ -12,15 +13,20 @@ TWO_CPUS = {"CPU": 2.0, "memory": 1e9}
 
 @pytest.fixture
 def policy(monkeypatch):
-    nodes = [{"NodeID": "a", "Alive": True}, {"NodeID": "b", "Alive": True}, {"NodeID": "c", "Alive": False}]
-    monkeypatch.setattr(elastic.ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(elastic, "_draining_nodes", lambda: {"b": 1_795_523_230_169})
+    live = {"a": True, "b": True, "c": False}
+    found = [{"NodeID": name, "Alive": alive, "Resources": TWO_CPUS} for name, alive in live.items()]
+    monkeypatch.setattr(stream.ray, "nodes", lambda: found)
+    monkeypatch.setattr(stream, "_draining_nodes", lambda: {"b": 1_795_523_230_169})
     return StayingNodesPolicy(ScalingConfig(num_workers=(1, 8), resources_per_worker={"CPU": 1.2}))
 
 
 @pytest.mark.parametrize(("reserved", "expected"), [("a", 1), ("ab", 1), ("abc", 1), ("bc", 0)])
 def test_neither_dead_nor_leaving_nodes_count(policy, reserved, expected):
     assert policy._count_possible_workers(dict.fromkeys(reserved, TWO_CPUS)) == expected
+
+
+def test_what_the_staying_nodes_have_is_what_can_be_had(policy):
+    assert staying_nodes() == {"a": TWO_CPUS}
 
 
 @pytest.mark.parametrize("num_workers", [2, (1, 2)])
