@@ -59,6 +59,32 @@ def test_recomputation_is_bit_equal(frozen_input):
     assert [block.calls for block in blocks] == [2, 2, 2]
 
 
+class Answering(nn.Module):
+    """A block whose results are not all tensors, as T5's (a cache that it has not) and Wan's time embedding (no picture's)."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, hidden, bias):
+        return {"hidden": self.linear(hidden) + bias, "rest": (None, bias, 3)}
+
+
+def test_results_that_are_no_tensors_come_through():
+    torch.manual_seed(0)
+    block = Answering()
+    seen = []
+    for forward in (block.forward, BlockCall(block, recompute=True)):
+        block.zero_grad()
+        hidden, bias = torch.ones(2, 8, requires_grad=True), torch.full((8,), 0.5, requires_grad=True)
+        answer = forward(hidden, bias)
+        none, bias_again, number = answer["rest"]
+        assert (none, number) == (None, 3)
+        (answer["hidden"].square().sum() + (2 * bias_again).sum()).backward()
+        seen.append([answer["hidden"], hidden.grad, bias.grad, block.linear.weight.grad.clone()])
+    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
+
+
 def test_without_gradients_nothing_is_recomputed():
     blocks = build(recompute=True)
     with torch.no_grad():
