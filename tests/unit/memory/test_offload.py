@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+from contextlib import suppress
 
 import pytest
 import torch
@@ -223,3 +224,29 @@ def test_memory_is_there_before_it_is_written():
 def shared_memory_bytes():
     with open("/proc/meminfo") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("Shmem:"))
+
+
+@pytest.mark.parametrize("failing", range(11))
+def test_a_load_that_fails_leaves_nothing_in_use(failing, monkeypatch):
+    """As when a sample between two steps finds no memory, and the training goes on."""
+    real, model, offload, _ = build(budget_bytes=3 * BLOCK_BYTES)
+    x = torch.randn(3, 64)
+    step(model, x)
+    offload.begin()
+    load, calls = offload._load, iter(range(100))
+
+    def scarce(unit):
+        if next(calls) == failing:
+            raise torch.OutOfMemoryError("no memory")
+        load(unit)
+
+    monkeypatch.setattr(offload, "_load", scarce)
+    with torch.no_grad(), suppress(torch.OutOfMemoryError):
+        model(x)
+        model(x)
+    assert next(calls) == failing + 1, "it went on after the error"
+    assert [unit.uses for unit in offload.units] == [0] * len(offload.units)
+    offload.begin()
+    found, expected = step(model, x), step(real, x)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])

@@ -112,9 +112,11 @@ def test_a_text_encoder_of_t5_s_kind_is_trained_wherever_weights_and_activations
     trained = {"training": {"trainable_models": [TEXT_ENCODER[case]]}, "lora": {"base_model": None}}
     expected = figures(build_trainer(case, checkpointing=False, **trained), case)
     assert expected[1] > 0
-    assert figures(build_trainer(case, checkpointing=True, **trained), case) == pytest.approx(expected, rel=1e-5)
+    recomputed = figures(build_trainer(case, checkpointing=True, **trained), case)
+    # T5's blocks share their table of positions: its gradients are summed in another order.
+    assert recomputed == pytest.approx(expected, rel=1e-4)
     moved = build_trainer(case, checkpointing=True, **trained, offload={"cpu_offload": True})
-    assert figures(moved, case) == pytest.approx(expected, rel=1e-5)
+    assert figures(moved, case) == recomputed
 
 
 @pytest.mark.parametrize("case", TEXT_ENCODER)
