@@ -60,26 +60,32 @@ class ActivationStore:
         self._let_go(0)
         for moved in self._stack:
             for stored in moved:
+                self._wait(stored)  # one on its way back to a block that no gradient came to
                 self._recycle(stored)
         self._stack.clear()
 
     def save(self, tensors: Sequence[Tensor]) -> list[Tensor | _Stored]:
         """Move what is large and belongs to this block alone; the rest is kept as it is."""
         saved = [self._write(tensor) if self._is_moved(tensor) else tensor for tensor in tensors]
-        self._stack.append([entry for entry in saved if isinstance(entry, _Stored)])
+        moved = [entry for entry in saved if isinstance(entry, _Stored)]
+        if moved:
+            self._stack.append(moved)
         return saved
 
     def restore(self, saved: Sequence[Tensor | _Stored]) -> list[Tensor]:
         """The tensors on the device; starts to fetch those of the blocks below on the stack."""
         mine = [entry for entry in saved if isinstance(entry, _Stored)]
-        self._stack.remove(mine)
         for entry in mine:
             if entry in self._leaving:
                 self._leaving.remove(entry)  # the last ones of the forward pass have not left yet
             self._fetch(entry)
-        for moved in reversed(self._stack[-FETCH_AHEAD:]):
-            for entry in moved:
-                self._fetch(entry)
+        if mine:
+            place = self._stack.index(mine)
+            # What lies above are blocks that no gradient comes to: a text encoder's last layers may not be read.
+            for moved in reversed(self._stack[max(place - FETCH_AHEAD, 0) : place]):
+                for entry in moved:
+                    self._fetch(entry)
+            del self._stack[place]
         return [self._take(entry) if isinstance(entry, _Stored) else entry for entry in saved]
 
     def _is_moved(self, tensor: Tensor) -> bool:
@@ -108,8 +114,7 @@ class ActivationStore:
         """Drop the device's tensors that have left, but for the youngest `kept`."""
         while len(self._leaving) > kept:
             stored = self._leaving.popleft()
-            if stored.event is not None:
-                torch.cuda.current_stream(self.device).wait_event(stored.event)
+            self._wait(stored)
             stored.on_device = stored.event = None
 
     def _fetch(self, stored: _Stored) -> None:
@@ -127,11 +132,14 @@ class ActivationStore:
 
     def _take(self, stored: _Stored) -> Tensor:
         assert stored.on_device is not None
-        if stored.event is not None:
-            torch.cuda.current_stream(self.device).wait_event(stored.event)
+        self._wait(stored)
         self._recycle(stored)
         taken, stored.on_device = stored.on_device, None
         return taken
+
+    def _wait(self, stored: _Stored) -> None:
+        if stored.event is not None:
+            torch.cuda.current_stream(self.device).wait_event(stored.event)
 
     def _recycle(self, stored: _Stored) -> None:
         raw = stored.host.view(-1).view(torch.uint8)

@@ -122,6 +122,19 @@ def test_all_inputs_of_the_next_blocks_are_on_their_way_back(monkeypatch):
     assert sum(len(pool) for pool in store._free.values()) == 10
 
 
+def test_blocks_without_a_gradient_are_not_fetched_in_the_place_of_others(monkeypatch):
+    """A text encoder's last layers that its family does not read, and a block without inputs of its own."""
+    monkeypatch.setattr(activations, "MIN_BYTES", 1)
+    store = ActivationStore(torch.device("cpu"))
+    shared = store.save([torch.ones(3)])
+    saved = [store.save([torch.full((3,), float(number), requires_grad=True)]) for number in range(9)]
+    store._let_go(0)
+    store.restore(saved[5])
+    there = [entry.on_device is not None for [entry] in saved]
+    assert there == [2 <= number <= 4 for number in range(9)]
+    assert torch.equal(store.restore(shared)[0], torch.ones(3))
+
+
 def test_a_forward_without_its_backward_leaves_nothing(monkeypatch):
     monkeypatch.setattr(activations, "MIN_BYTES", 1)
     store = ActivationStore(torch.device("cpu"))
