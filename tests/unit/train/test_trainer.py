@@ -189,6 +189,18 @@ def test_a_component_without_part_in_the_loss_is_refused():
         trainer.start(micro([0]))
 
 
+def test_not_looking_for_unused_parameters_that_there_are_is_refused_on_two_workers(monkeypatch):
+    """Torch ends in the second step, without naming the key."""
+    full = {"trainable_models": ["dit"], "find_unused_parameters": False}
+    job = build_job(training=full, lora={"base_model": None})
+    build_trainer(job)  # one worker has no use for them
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    with pytest.raises(ModelError, match=r"find_unused_parameters: got false, and 6 of 77 .* \(first: dit\..*use \"auto\""):
+        build_trainer(job)
+
+
 def test_the_learning_rate_follows_the_schedule():
     job = build_job(training={"lr_scheduler": "cosine", "warmup_steps": 2, "num_epochs": 1})
     trainer = build_trainer(job)  # 40 samples / 4 = 10 steps
