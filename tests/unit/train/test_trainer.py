@@ -8,7 +8,7 @@ from tiny_trainer import build_job, build_trainer, micro, train, weights
 
 from diffsynth_ray.errors import JobFileError, ModelError
 from diffsynth_ray.train.checkpoint import commit_checkpoint, find_checkpoints, read_checkpoint, shard_name
-from diffsynth_ray.train.shards import write_shard
+from diffsynth_ray.train.shards import ShardedState, write_shard
 from diffsynth_ray.train.storage import Storage
 from diffsynth_ray.train.strategy import host
 
@@ -174,6 +174,45 @@ def test_resuming_is_bit_equal(tmp_path):
     assert losses == expected
     for name, tensor in weights(straight).items():
         assert torch.equal(tensor, second.strategy.full_masters()[name]), name
+
+
+class Counting(torch.optim.Optimizer):
+    """Its steps are a number, as in optimizers of other packages."""
+
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, {"lr": lr})
+
+    def step(self):
+        for param in self.param_groups[0]["params"]:
+            if param.grad is not None:
+                state = self.state[param]
+                state["step"] = state["step"] + 1 if state else 1
+                param.data.add_(param.grad.sign(), alpha=-self.param_groups[0]["lr"] / state["step"])
+
+
+def test_resuming_on_the_host_keeps_an_optimizer_s_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.optim.Counting", Counting, raising=False)
+    on_host = {"offload": {"cpu_offload": True, "optimize_on_cpu": True}}
+    optimizer = {"training": {"optimizer": "torch.optim.Counting"}}
+    straight = build_trainer(build_job(**optimizer))
+    expected = train(straight, [micro([0, 1])], steps=4)
+    storage, losses, step = Storage.at(tmp_path), [], 0
+    for number, memory in enumerate([{}, on_host, on_host, {}]):
+        trainer = build_trainer(build_job(**optimizer, **memory))
+        if number:
+            trainer.strategy.load_state(ShardedState(storage, [f"state-{number - 1}"]))
+            trainer.step = step
+        losses += train(trainer, [micro([0, 1])], steps=1)
+        step = trainer.step
+        write_shard(storage, f"state-{number}", trainer.strategy.state_slices())
+    assert losses == expected
+    assert all(torch.equal(tensor, weights(trainer)[name]) for name, tensor in weights(straight).items())
+
+
+def test_fp8_of_a_component_without_blocks_is_told(capsys):
+    build_trainer(build_job(model={"fp8_models": ["vae", "dit"]}))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("model.fp8_models")]
+    assert said == ["model.fp8_models: vae has no repeated blocks of Linear layers, and stays as it is"]
 
 
 def test_a_component_that_does_not_exist_is_named():
