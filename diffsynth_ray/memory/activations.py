@@ -28,7 +28,10 @@ FETCH_AHEAD = 3
 class _Stored:
     """One tensor that was moved to the host."""
 
+    raw: Tensor
+    """uint8 host memory, of a power of two."""
     host: Tensor
+    """The tensor's values there."""
     on_device: Tensor | None
     """The tensor itself while it leaves, or its copy on the way back."""
     event: torch.cuda.Event | None = None
@@ -95,9 +98,11 @@ class ActivationStore:
     def _write(self, tensor: Tensor) -> _Stored:
         tensor = tensor.detach().contiguous()
         num_bytes = tensor.numel() * tensor.element_size()
-        pool = self._free.setdefault(num_bytes, [])
-        raw = pool.pop() if pool else torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._out is not None)
-        stored = _Stored(raw.view(tensor.dtype).view(tensor.shape), tensor)
+        # Pinned memory is taken in powers of two anyway: so tensors of many sizes, of a data set's buckets, share it.
+        taken_bytes = 1 << (num_bytes - 1).bit_length()
+        pool = self._free.setdefault(taken_bytes, [])
+        raw = pool.pop() if pool else torch.empty(taken_bytes, dtype=torch.uint8, pin_memory=self._out is not None)
+        stored = _Stored(raw, raw[:num_bytes].view(tensor.dtype).view(tensor.shape), tensor)
         if self._out is None:
             stored.host.copy_(tensor)
         else:
@@ -142,5 +147,4 @@ class ActivationStore:
             torch.cuda.current_stream(self.device).wait_event(stored.event)
 
     def _recycle(self, stored: _Stored) -> None:
-        raw = stored.host.view(-1).view(torch.uint8)
-        self._free.setdefault(raw.numel(), []).append(raw)
+        self._free[stored.raw.numel()].append(stored.raw)

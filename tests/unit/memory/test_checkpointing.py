@@ -135,6 +135,18 @@ def test_blocks_without_a_gradient_are_not_fetched_in_the_place_of_others(monkey
     assert torch.equal(store.restore(shared)[0], torch.ones(3))
 
 
+def test_inputs_of_many_sizes_share_host_memory(monkeypatch):
+    """A data set of many sizes: the memory of the largest, not of one after the other."""
+    monkeypatch.setattr(activations, "MIN_BYTES", 1)
+    store = ActivationStore(torch.device("cpu"))
+    for length in range(40, 65):
+        inputs = [torch.randn(2, length, requires_grad=True) for _ in range(3)]
+        saved = [store.save([tensor]) for tensor in inputs]
+        for tensor, entries in zip(reversed(inputs), reversed(saved), strict=True):
+            assert torch.equal(store.restore(entries)[0], tensor)
+    assert sum(raw.numel() for pool in store._free.values() for raw in pool) == 3 * 4 * 2 * 64
+
+
 def test_a_forward_without_its_backward_leaves_nothing(monkeypatch):
     monkeypatch.setattr(activations, "MIN_BYTES", 1)
     store = ActivationStore(torch.device("cpu"))
