@@ -145,7 +145,10 @@ def _check_shared_encoders(family: ModelFamily | type[ModelFamily], job: Job) ->
         return []
     problems = []
     if shared and job.dataset.batch_size > 1:
-        message = f"zero_stage = 3 trains {', '.join(shared)} with dataset.batch_size = 1 only; use that, or zero_stage = 2"
+        message = (
+            f"3 trains {', '.join(shared)} with dataset.batch_size = 1 or distributed.num_workers = 1 only; use one of them, "
+            "or zero_stage = 2"
+        )
         problems.append(Problem("distributed.zero_stage", message))
     if family.clip_step is not None and (names := [name for name in shared if name in family.image_components]):
         message = f"3 cannot share {', '.join(names)} out, whose calls depend on a clip's length; use zero_stage = 2"
