@@ -28,7 +28,10 @@ FETCH_AHEAD = 3
 class _Stored:
     """One tensor that was moved to the host."""
 
+    raw: Tensor
+    """uint8 host memory, of a power of two."""
     host: Tensor
+    """The tensor's values there."""
     on_device: Tensor | None
     """The tensor itself while it leaves, or its copy on the way back."""
     event: torch.cuda.Event | None = None
@@ -60,27 +63,32 @@ class ActivationStore:
         self._let_go(0)
         for moved in self._stack:
             for stored in moved:
-                self._wait_for(stored)
+                self._wait(stored)  # one on its way back to a block that no gradient came to
                 self._recycle(stored)
         self._stack.clear()
 
     def save(self, tensors: Sequence[Tensor]) -> list[Tensor | _Stored]:
         """Move what is large and belongs to this block alone; the rest is kept as it is."""
         saved = [self._write(tensor) if self._is_moved(tensor) else tensor for tensor in tensors]
-        self._stack.append([entry for entry in saved if isinstance(entry, _Stored)])
+        moved = [entry for entry in saved if isinstance(entry, _Stored)]
+        if moved:
+            self._stack.append(moved)
         return saved
 
     def restore(self, saved: Sequence[Tensor | _Stored]) -> list[Tensor]:
         """The tensors on the device; starts to fetch those of the blocks below on the stack."""
         mine = [entry for entry in saved if isinstance(entry, _Stored)]
-        self._stack.remove(mine)
         for entry in mine:
             if entry in self._leaving:
                 self._leaving.remove(entry)  # the last ones of the forward pass have not left yet
             self._fetch(entry)
-        for moved in reversed(self._stack[-FETCH_AHEAD:]):
-            for entry in moved:
-                self._fetch(entry)
+        if mine:
+            place = self._stack.index(mine)
+            # What lies above are blocks that no gradient comes to: a text encoder's last layers may not be read.
+            for moved in reversed(self._stack[max(place - FETCH_AHEAD, 0) : place]):
+                for entry in moved:
+                    self._fetch(entry)
+            del self._stack[place]
         return [self._take(entry) if isinstance(entry, _Stored) else entry for entry in saved]
 
     def _is_moved(self, tensor: Tensor) -> bool:
@@ -90,9 +98,11 @@ class ActivationStore:
     def _write(self, tensor: Tensor) -> _Stored:
         tensor = tensor.detach().contiguous()
         num_bytes = tensor.numel() * tensor.element_size()
-        pool = self._free.setdefault(num_bytes, [])
-        raw = pool.pop() if pool else torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._out is not None)
-        stored = _Stored(raw.view(tensor.dtype).view(tensor.shape), tensor)
+        # Pinned memory is taken in powers of two anyway: so tensors of many sizes, of a data set's buckets, share it.
+        taken_bytes = 1 << (num_bytes - 1).bit_length()
+        pool = self._free.setdefault(taken_bytes, [])
+        raw = pool.pop() if pool else torch.empty(taken_bytes, dtype=torch.uint8, pin_memory=self._out is not None)
+        stored = _Stored(raw, raw[:num_bytes].view(tensor.dtype).view(tensor.shape), tensor)
         if self._out is None:
             stored.host.copy_(tensor)
         else:
@@ -109,8 +119,8 @@ class ActivationStore:
         """Drop the device's tensors that have left, but for the youngest `kept`."""
         while len(self._leaving) > kept:
             stored = self._leaving.popleft()
-            self._wait_for(stored)
-            stored.on_device = None
+            self._wait(stored)
+            stored.on_device = stored.event = None
 
     def _fetch(self, stored: _Stored) -> None:
         if stored.on_device is not None:
@@ -127,17 +137,14 @@ class ActivationStore:
 
     def _take(self, stored: _Stored) -> Tensor:
         assert stored.on_device is not None
-        self._wait_for(stored)
+        self._wait(stored)
         self._recycle(stored)
         taken, stored.on_device = stored.on_device, None
         return taken
 
-    def _wait_for(self, stored: _Stored) -> None:
-        """What the device computes from here on comes after the copy that runs."""
+    def _wait(self, stored: _Stored) -> None:
         if stored.event is not None:
             torch.cuda.current_stream(self.device).wait_event(stored.event)
-            stored.event = None
 
     def _recycle(self, stored: _Stored) -> None:
-        raw = stored.host.view(-1).view(torch.uint8)
-        self._free.setdefault(raw.numel(), []).append(raw)
+        self._free[stored.raw.numel()].append(stored.raw)

@@ -41,23 +41,20 @@ class BlockCall:
         self.is_compiled = compile
         self.inner = torch.compile(inner) if compile else inner
         self.trained = [param for param in module.parameters() if param.requires_grad]
-        self.out_spec: TreeSpec | None = None
+        self.out_form: _WithoutTensors | None = None
         self.meter: RecomputationMeter | None = None
         """Measures recomputations while it is set."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's result; same values and gradients as the module's own forward."""
-        leaves, spec = tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors, arguments = _take_out((args, kwargs))
         records = torch.is_grad_enabled() and (self.trained or any(tensor.requires_grad for tensor in tensors))
         if not (self.recompute and records):
             with self.weights():
                 return self.inner(*args, **kwargs)
-        fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        places = [number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        results = _Recomputed.apply(self, _Arguments(fixed, places, spec), len(tensors), *tensors, *self.trained)
-        assert self.out_spec is not None  # set by forward
-        return tree_unflatten(list(results), self.out_spec)
+        results = _Recomputed.apply(self, arguments, len(tensors), *tensors, *self.trained)
+        assert self.out_form is not None  # set by forward
+        return self.out_form.filled(results)
 
     def weights(self) -> AbstractContextManager[None]:
         """The module's offloaded weights are on the device inside."""
@@ -65,14 +62,13 @@ class BlockCall:
             return nullcontext()
         return self.offload.use(self.unit)
 
-    def run(self, arguments: _Arguments, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def run(self, arguments: _WithoutTensors, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The results' tensors, one behind the other."""
         args, kwargs = arguments.filled(tensors)
-        results, self.out_spec = tree_flatten(self.inner(*args, **kwargs))
-        assert all(isinstance(result, Tensor) for result in results), f"{type(self.module).__name__} returns more than tensors"
+        results, self.out_form = _take_out(self.inner(*args, **kwargs))
         return results
 
-    def run_again(self, arguments: _Arguments, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def run_again(self, arguments: _WithoutTensors, tensors: Sequence[Tensor]) -> list[Tensor]:
         """`run` in a backward pass, measured where it is wanted."""
         if self.meter is None:
             return self.run(arguments, tensors)
@@ -120,8 +116,8 @@ class _Passed(torch.autograd.Function):
         return (None, *grads)
 
 
-class _Arguments:
-    """A call's arguments without their tensors."""
+class _WithoutTensors:
+    """A call's arguments or results without their tensors."""
 
     def __init__(self, fixed: list[Any], places: list[int], spec: TreeSpec) -> None:
         self.fixed, self.places, self.spec = fixed, places, spec
@@ -133,11 +129,19 @@ class _Arguments:
         return tree_unflatten(leaves, self.spec)
 
 
+def _take_out(tree: Any) -> tuple[list[Tensor], _WithoutTensors]:
+    """The tensors of arguments or results, in order, and what is left of them (None where a block gives none)."""
+    leaves, spec = tree_flatten(tree)
+    places = [number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return [leaves[place] for place in places], _WithoutTensors(fixed, places, spec)
+
+
 class _Recomputed(torch.autograd.Function):
     """Inputs: the call's tensors, then the module's trained parameters (so that their gradients take the usual way)."""
 
     @staticmethod
-    def forward(ctx: Any, call: BlockCall, arguments: _Arguments, num_tensors: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: BlockCall, arguments: _WithoutTensors, num_tensors: int, *inputs: Tensor) -> tuple[Tensor, ...]:
         # A result that nothing uses has no gradient, and neither have the parameters that only it depends on.
         ctx.set_materialize_grads(False)
         tensors = inputs[:num_tensors]

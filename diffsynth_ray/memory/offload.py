@@ -129,8 +129,8 @@ class LayerOffload:
     @contextmanager
     def use(self, unit: Unit) -> Iterator[None]:
         """The unit's parameters are on the device inside."""
-        self.acquire(unit)
         try:
+            self.acquire(unit)  # may end in an out-of-memory that the run survives: a sample's
             yield
         finally:
             self.release(unit)

@@ -109,7 +109,7 @@ class Flux(LibraryFamily):
                 return CLIPTextModel(CLIPTextConfig(**config))
             from transformers import T5Config, T5EncoderModel
 
-            return t5.without_second_name(T5EncoderModel(T5Config(**config)))
+            return t5.adapted(T5EncoderModel(T5Config(**config)))
 
     @classmethod
     def load_tokenizer(cls, key: str, path: Path | None) -> Any:

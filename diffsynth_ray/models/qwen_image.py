@@ -278,12 +278,14 @@ class QwenImage(LibraryFamily):
         ]
         masks = [torch.ones(one.shape[:2], dtype=torch.long, device=one.device) for one in embeds]
         parts = {"text_encoder": None, "tokenizer": None} | ({"processor": None} if pictures else {})
+        # The only sigma of one step is 1, and cannot be stretched to the last one too: that would be NaN.
+        one_step = {"shift_terminal": None} if request.num_inference_steps == 1 else {}
         pipeline = build_pipeline(
             QwenImageEditPlusPipeline if pictures else QwenImagePipeline,
             device=self.device,
             transformer=self.component("dit"),
             vae=self.component("vae"),
-            scheduler=FlowMatchEulerDiscreteScheduler(**configs.SCHEDULER),
+            scheduler=FlowMatchEulerDiscreteScheduler(**(configs.SCHEDULER | one_step)),
             **parts,
         )
         arguments: dict[str, Any] = {"prompt_embeds": embeds[0], "prompt_embeds_mask": masks[0]}

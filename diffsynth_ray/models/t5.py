@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from diffsynth_ray.models.library_family import TINY_DIR, Shapes, count_blocks
 
@@ -41,9 +41,25 @@ def infer_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def without_second_name(encoder: Any) -> nn.Module:
-    """The encoder with its token embeddings under the name that the forward pass uses, once."""
+class _GatedUnit(nn.Module):
+    """wo(act(wi_0 x) * wi_1 x) in the number format of x. transformers' own casts to that of wo's weight, which may be FP8."""
+
+    def __init__(self, unit: Any) -> None:
+        super().__init__()
+        self.wi_0, self.wi_1, self.wo, self.act = unit.wi_0, unit.wi_1, unit.wo, unit.act
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., d_model] -> [..., d_model]."""
+        gated: Tensor = self.wo(self.act(self.wi_0(hidden_states)) * self.wi_1(hidden_states))
+        return gated
+
+
+def adapted(encoder: Any) -> nn.Module:
+    """The encoder with its token embeddings under the name that the forward pass uses, once, and without casts to a weight's
+    number format."""
     encoder.shared = nn.Identity()
+    for block in encoder.encoder.block:
+        block.layer[-1].DenseReluDense = _GatedUnit(block.layer[-1].DenseReluDense)
     module: nn.Module = encoder
     return module
 

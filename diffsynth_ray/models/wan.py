@@ -125,7 +125,7 @@ class Wan(LibraryFamily):
                 return CLIPVisionModel(CLIPVisionConfig(**config))
             from transformers import UMT5Config, UMT5EncoderModel
 
-            return t5.without_second_name(UMT5EncoderModel(UMT5Config(**config)))
+            return t5.adapted(UMT5EncoderModel(UMT5Config(**config)))
 
     @classmethod
     def component_config(cls, component: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

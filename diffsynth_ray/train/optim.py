@@ -198,11 +198,11 @@ class MasterOptimizer:
         tensors |= {f"ema/{name}": average for name, average in self.named_averages().items()}
         for name, master in zip(self.names, self.masters, strict=True):
             for key, value in self.optimizer.state.get(master, {}).items():
-                tensors |= _as_tensor(key, name, value)
+                tensors |= as_entry(key, name, value)
         for key, value in self.optimizer.param_groups[0].items():
             # The learning rate is a function of the step.
             if type(value) in (int, float) and key != "lr" and value != self.optimizer.defaults.get(key):
-                tensors |= _as_tensor(f"group.{key}", "", value)
+                tensors |= as_entry(f"group.{key}", "", value)
         return tensors
 
     @torch.no_grad()
@@ -217,14 +217,14 @@ class MasterOptimizer:
             key, _, number = key.partition("#")
             tensor = state.read(full_name).reshape(shape)
             if key.startswith("group."):
-                self.optimizer.param_groups[0][key.removeprefix("group.")] = _NUMBERS[number](tensor.item())
+                self.optimizer.param_groups[0][key.removeprefix("group.")] = NUMBERS[number](tensor.item())
             elif key == "master":
                 by_name[name].copy_(tensor)
             elif key == "ema":
                 if averages:
                     averages[name].copy_(tensor)
             elif number:
-                self.optimizer.state[by_name[name]][key] = _NUMBERS[number](tensor.item())
+                self.optimizer.state[by_name[name]][key] = NUMBERS[number](tensor.item())
             else:  # AdamW keeps its step count on the CPU
                 device = by_name[name].device if tensor.ndim else tensor.device
                 self.optimizer.state[by_name[name]][key] = tensor.to(device)
@@ -256,10 +256,11 @@ def _collect(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
         torch._foreach_add_(sums, added)
 
 
-_NUMBERS: dict[str, Callable[[float], float]] = {"int": int, "float": float}
+NUMBERS: dict[str, Callable[[float], float]] = {"int": int, "float": float}
+"""How a number is read whose entry in the resume state is "KEY#int/NAME" or "KEY#float/NAME"."""
 
 
-def _as_tensor(key: str, name: str, value: object) -> dict[str, Tensor]:
+def as_entry(key: str, name: str, value: object) -> dict[str, Tensor]:
     """A value of an optimizer's state as an entry of the resume state; what is no tensor and no number has no entry."""
     if isinstance(value, Tensor):
         return {f"{key}/{name}": value.detach()}

@@ -69,7 +69,8 @@ def settle(family: ModelFamily, job: Job, *, group: NodeGroup | None = None, say
     placed = {name: component for name, component in family.components.items() if name not in partitioned}
     blocks = {name: family.repeated_blocks(name) for name in family.components}
     for name in _fp8_components(family, job):
-        convert_to_fp8(blocks[name])
+        if not convert_to_fp8(blocks[name]):
+            say(f"model.fp8_models: {name} has no repeated blocks of Linear layers, and stays as it is")
     on_host = job.offload.optimize_on_cpu
     units: dict[str, dict[str, nn.Module]] = {}
     if job.offload.cpu_offload:

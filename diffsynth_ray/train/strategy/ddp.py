@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from diffsynth_ray.errors import ModelError
 from diffsynth_ray.memory.step_replay import StepReplay
 from diffsynth_ray.train.graph import TrainGraph
 from diffsynth_ray.train.optim import MasterOptimizer
@@ -40,12 +41,18 @@ class DDPStrategy:
     ) -> None:
         """`build_replay`: steps are to be replayed as CUDA graphs, where every parameter gets a gradient."""
         self.optimizer = optimizer
-        has_unused = probe is None
-        if probe is not None:
-            has_unused = self._probe(graph, probe)
-            find_unused_parameters = has_unused if find_unused_parameters == "auto" else find_unused_parameters
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
+        has_unused = probe is None
+        if probe is not None:
+            unused = self._probe(graph, probe)
+            has_unused = bool(unused)
+            if has_unused and find_unused_parameters is False and self.world_size > 1:
+                raise ModelError(
+                    f"training.find_unused_parameters: got false, and {len(unused)} of {len(optimizer.names)} trained "
+                    f'parameters get no gradient (first: {unused[0]}), which DDP has to look for; use "auto" or true'
+                )
+            find_unused_parameters = has_unused if find_unused_parameters == "auto" else find_unused_parameters
         self.communication = CommunicationTimer(optimizer.params[0].device, world_size=self.world_size)
         self.module = graph
         self.ddp: DistributedDataParallel | None = None
@@ -61,13 +68,13 @@ class DDPStrategy:
                 broadcast_buffers=False,
             )
 
-    def _probe(self, graph: nn.Module, inputs: tuple[Any, ...]) -> bool:
-        """Run a micro batch and forget it; whether some trained parameter got no gradient."""
+    def _probe(self, graph: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
+        """Run a micro batch and forget it; names of the trained parameters that got no gradient."""
         watch = GradientWatch(dict(zip(self.optimizer.names, self.optimizer.params, strict=True)))
         graph(*inputs).sum().backward()
         for param in self.optimizer.params:
             param.grad = None
-        return bool(watch.stop())
+        return watch.stop()
 
     def micro_step(self, *inputs: Any, weight: float, num_samples: int, last: bool) -> Tensor:
         """See Strategy. DDP averages over the workers, so that a share is scaled up by their number first."""

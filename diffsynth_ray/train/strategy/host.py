@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.memory.host import NodePlace
 from diffsynth_ray.memory.offload import LayerOffload, Unit
-from diffsynth_ray.train.optim import build_optimizer, load_optimizer_class
+from diffsynth_ray.train.optim import NUMBERS, as_entry, build_optimizer, load_optimizer_class
 from diffsynth_ray.train.shards import balanced_slices
 from diffsynth_ray.train.strategy.base import GradientWatch, StateReader, StateSlice
 from diffsynth_ray.train.strategy.communication import CommunicationTimer
@@ -349,8 +349,8 @@ class HostStrategy:
             tensors: dict[str, Tensor] = {}
             for name, master in zip(group.names, group.masters, strict=True):
                 tensors[f"master/{name}"] = master.detach()
-                state = group.optimizer.state.get(master, {})
-                tensors |= {f"{key}/{name}": value for key, value in state.items() if isinstance(value, Tensor)}
+                for key, value in group.optimizer.state.get(master, {}).items():
+                    tensors |= as_entry(key, name, value)
             slices |= balanced_slices(tensors, rank=0, world_size=1)
         return slices
 
@@ -364,6 +364,7 @@ class HostStrategy:
                 group.optimizer.state.clear()
         for full_name, shape in state.names().items():
             key, _, name = full_name.partition("/")
+            key, _, number = key.partition("#")
             if name not in places or not places[name][0].is_mine:
                 continue
             group, position = places[name]
@@ -372,7 +373,8 @@ class HostStrategy:
             if key == "master":
                 master.copy_(values)
             else:
-                group.optimizer.state[master][key] = in_huge_pages(values)
+                own = NUMBERS[number](values.item()) if number else in_huge_pages(values)
+                group.optimizer.state[master][key] = own
         for group in self._groups:
             if group.unit is not None:
                 self._offload.evict(group.unit)

@@ -59,6 +59,32 @@ def test_recomputation_is_bit_equal(frozen_input):
     assert [block.calls for block in blocks] == [2, 2, 2]
 
 
+class Answering(nn.Module):
+    """A block whose results are not all tensors, as T5's (a cache that it has not) and Wan's time embedding (no picture's)."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, hidden, bias):
+        return {"hidden": self.linear(hidden) + bias, "rest": (None, bias, 3)}
+
+
+def test_results_that_are_no_tensors_come_through():
+    torch.manual_seed(0)
+    block = Answering()
+    seen = []
+    for forward in (block.forward, BlockCall(block, recompute=True)):
+        block.zero_grad()
+        hidden, bias = torch.ones(2, 8, requires_grad=True), torch.full((8,), 0.5, requires_grad=True)
+        answer = forward(hidden, bias)
+        none, bias_again, number = answer["rest"]
+        assert (none, number) == (None, 3)
+        (answer["hidden"].square().sum() + (2 * bias_again).sum()).backward()
+        seen.append([answer["hidden"], hidden.grad, bias.grad, block.linear.weight.grad.clone()])
+    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
+
+
 def test_without_gradients_nothing_is_recomputed():
     blocks = build(recompute=True)
     with torch.no_grad():
@@ -94,6 +120,31 @@ def test_all_inputs_of_the_next_blocks_are_on_their_way_back(monkeypatch):
         there = [{entry.on_device is not None for entry in entries} for entries in saved[:number]]
         assert there == [{before >= number - FETCH_AHEAD} for before in range(number)]
     assert sum(len(pool) for pool in store._free.values()) == 10
+
+
+def test_blocks_without_a_gradient_are_not_fetched_in_the_place_of_others(monkeypatch):
+    """A text encoder's last layers that its family does not read, and a block without inputs of its own."""
+    monkeypatch.setattr(activations, "MIN_BYTES", 1)
+    store = ActivationStore(torch.device("cpu"))
+    shared = store.save([torch.ones(3)])
+    saved = [store.save([torch.full((3,), float(number), requires_grad=True)]) for number in range(9)]
+    store._let_go(0)
+    store.restore(saved[5])
+    there = [entry.on_device is not None for [entry] in saved]
+    assert there == [2 <= number <= 4 for number in range(9)]
+    assert torch.equal(store.restore(shared)[0], torch.ones(3))
+
+
+def test_inputs_of_many_sizes_share_host_memory(monkeypatch):
+    """A data set of many sizes: the memory of the largest, not of one after the other."""
+    monkeypatch.setattr(activations, "MIN_BYTES", 1)
+    store = ActivationStore(torch.device("cpu"))
+    for length in range(40, 65):
+        inputs = [torch.randn(2, length, requires_grad=True) for _ in range(3)]
+        saved = [store.save([tensor]) for tensor in inputs]
+        for tensor, entries in zip(reversed(inputs), reversed(saved), strict=True):
+            assert torch.equal(store.restore(entries)[0], tensor)
+    assert sum(raw.numel() for pool in store._free.values() for raw in pool) == 3 * 4 * 2 * 64
 
 
 def test_a_forward_without_its_backward_leaves_nothing(monkeypatch):

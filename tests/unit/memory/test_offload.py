@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -253,3 +254,29 @@ def test_a_process_that_forks_does_not_copy_what_is_pinned():
 def resident_bytes():
     """Of this process; unlike the machine's figures nobody else's."""
     return psutil.Process().memory_info().rss
+
+
+@pytest.mark.parametrize("failing", range(11))
+def test_a_load_that_fails_leaves_nothing_in_use(failing, monkeypatch):
+    """As when a sample between two steps finds no memory, and the training goes on."""
+    real, model, offload, _ = build(budget_bytes=3 * BLOCK_BYTES)
+    x = torch.randn(3, 64)
+    step(model, x)
+    offload.begin()
+    load, calls = offload._load, iter(range(100))
+
+    def scarce(unit):
+        if next(calls) == failing:
+            raise torch.OutOfMemoryError("no memory")
+        load(unit)
+
+    monkeypatch.setattr(offload, "_load", scarce)
+    with torch.no_grad(), suppress(torch.OutOfMemoryError):
+        model(x)
+        model(x)
+    assert next(calls) == failing + 1, "it went on after the error"
+    assert [unit.uses for unit in offload.units] == [0] * len(offload.units)
+    offload.begin()
+    found, expected = step(model, x), step(real, x)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])

@@ -34,18 +34,19 @@ def small_pictures(monkeypatch):
     monkeypatch.setattr(edit_pictures, "AREA", 64 * 64)
 
 
-def build_trainer(case, *, checkpointing):
+def build_trainer(case, *, checkpointing, **sections):
     family_name, extra_inputs = CASES[case]
-    job = Job.model_validate(
-        {
-            "name": "test",
-            "model": {"family": family_name, "tiny": True, "extra_inputs": extra_inputs},
-            "training": {"precision": "fp32", "learning_rate": 1e-3},
-            "lora": {"base_model": trained_in(case), "rank": 4},
-            "gradient": {"checkpointing": checkpointing},
-            "output": {"formats": list(LORA_FORMATS)},
-        }
-    )
+    job = {
+        "name": "test",
+        "model": {"family": family_name, "tiny": True, "extra_inputs": extra_inputs},
+        "training": {"precision": "fp32", "learning_rate": 1e-3},
+        "lora": {"base_model": trained_in(case), "rank": 4},
+        "gradient": {"checkpointing": checkpointing},
+        "output": {"formats": list(LORA_FORMATS)},
+    }
+    for section, values in sections.items():
+        job[section] = job.get(section, {}) | values
+    job = Job.model_validate(job)
     family = load_family(job, device=torch.device("cpu"))
     select_trained(family, job)
     residency = settle(family, job, say=print)
@@ -94,3 +95,37 @@ def test_a_step_with_blocks_recomputed_is_one_without(case, tmp_path):
         loaded = lora_state_dict(fresh.component(component))
         assert all(torch.equal(loaded[key], state[key]) for key in state), target
     assert any("lora_A.default.weight" in key for key in load_file(paths[0]))
+
+
+def figures(trainer, case, *, steps=2):
+    inputs = [micro(trainer.family, CASES[case][1])]
+    results = [trainer.train_step(inputs, num_samples=2) for _ in range(steps)]
+    return [figure for result in results for figure in (result.loss_sum.item(), float(result.grad_norm))]
+
+
+TEXT_ENCODER = {"wan": "text_encoder", "flux": "text_encoder_2"}
+"""T5's kind."""
+
+
+@pytest.mark.parametrize("case", TEXT_ENCODER)
+def test_a_text_encoder_of_t5_s_kind_is_trained_wherever_weights_and_activations_live(case):
+    trained = {"training": {"trainable_models": [TEXT_ENCODER[case]]}, "lora": {"base_model": None}}
+    expected = figures(build_trainer(case, checkpointing=False, **trained), case)
+    assert expected[1] > 0
+    recomputed = figures(build_trainer(case, checkpointing=True, **trained), case)
+    # T5's blocks share their table of positions: its gradients are summed in another order.
+    assert recomputed == pytest.approx(expected, rel=1e-4)
+    moved = build_trainer(case, checkpointing=True, **trained, offload={"cpu_offload": True})
+    assert figures(moved, case) == recomputed
+
+
+@pytest.mark.parametrize("case", TEXT_ENCODER)
+def test_fp8_of_a_text_encoder_of_t5_s_kind_is_close(case):
+    wide, narrow = (
+        build_trainer(case, checkpointing=True),
+        build_trainer(case, checkpointing=True, model={"fp8_models": [TEXT_ENCODER[case]]}),
+    )
+    assert any(param.dtype == torch.float8_e4m3fn for param in narrow.family.component(TEXT_ENCODER[case]).parameters())
+    found, expected = figures(narrow, case, steps=1)[0], figures(wide, case, steps=1)[0]
+    assert found != expected
+    assert found == pytest.approx(expected, rel=2e-2)

@@ -1,5 +1,6 @@
 """Weights to start from: exports of several components at once, LoRAs, and LoRAs merged beforehand."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import JobFileError, ModelError
 from diffsynth_ray.models.lora import lora_state_dict
 from diffsynth_ray.models.qwen_image import QwenImage
+from diffsynth_ray.models.wan import Wan
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train.export import export_weights
 from diffsynth_ray.train.initial import load_exported, load_initial_weights, merge_presets, preset_loras
@@ -160,3 +162,24 @@ def test_each_preset_may_have_its_component():
     assert preset_loras(build_lora_job(preset_path="a", preset_model="vae")) == [("a", "vae")]
     with pytest.raises(JobFileError, match=r"lora\.preset_model: the family qwen_image has no component 'unet'"):
         check_components(QwenImage, build_lora_job(preset_path="a", preset_model="unet"))
+
+
+ZERO_3 = {"strategy": "deepspeed", "zero_stage": 3}
+
+
+@pytest.mark.parametrize(
+    ("family", "sections", "message"),
+    [
+        (QwenImage, {"dataset": {"batch_size": 2}}, r"3 trains text_encoder with dataset\.batch_size = 1 or "),
+        (Wan, {"training": {"trainable_models": ["vae"]}}, r"cannot share vae out, whose calls depend on a clip's length"),
+        (QwenImage, {}, None),
+        (QwenImage, {"dataset": {"batch_size": 2}, "distributed": ZERO_3 | {"num_workers": 1}}, None),
+        (QwenImage, {"dataset": {"batch_size": 2}, "distributed": ZERO_3 | {"zero_stage": 2}}, None),
+        (Wan, {"dataset": {"batch_size": 2}, "training": {"trainable_models": ["dit"]}}, None),
+    ],
+)
+def test_encoders_that_workers_would_gather_unequally_often_are_refused_at_stage_3(family, sections, message):
+    """Two workers with micro batches of 2 and 1 samples waited for each other in different collectives."""
+    job = build_job(**{"distributed": ZERO_3, **sections})
+    with nullcontext() if message is None else pytest.raises(JobFileError, match=message):
+        check_components(family, job)

@@ -8,7 +8,7 @@ from tiny_trainer import build_job, build_trainer, micro, train, weights
 
 from diffsynth_ray.errors import JobFileError, ModelError
 from diffsynth_ray.train.checkpoint import commit_checkpoint, find_checkpoints, read_checkpoint, shard_name
-from diffsynth_ray.train.shards import write_shard
+from diffsynth_ray.train.shards import ShardedState, write_shard
 from diffsynth_ray.train.storage import Storage
 from diffsynth_ray.train.strategy import host
 
@@ -176,6 +176,45 @@ def test_resuming_is_bit_equal(tmp_path):
         assert torch.equal(tensor, second.strategy.full_masters()[name]), name
 
 
+class Counting(torch.optim.Optimizer):
+    """Its steps are a number, as in optimizers of other packages."""
+
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, {"lr": lr})
+
+    def step(self):
+        for param in self.param_groups[0]["params"]:
+            if param.grad is not None:
+                state = self.state[param]
+                state["step"] = state["step"] + 1 if state else 1
+                param.data.add_(param.grad.sign(), alpha=-self.param_groups[0]["lr"] / state["step"])
+
+
+def test_resuming_on_the_host_keeps_an_optimizer_s_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.optim.Counting", Counting, raising=False)
+    on_host = {"offload": {"cpu_offload": True, "optimize_on_cpu": True}}
+    optimizer = {"training": {"optimizer": "torch.optim.Counting"}}
+    straight = build_trainer(build_job(**optimizer))
+    expected = train(straight, [micro([0, 1])], steps=4)
+    storage, losses, step = Storage.at(tmp_path), [], 0
+    for number, memory in enumerate([{}, on_host, on_host, {}]):
+        trainer = build_trainer(build_job(**optimizer, **memory))
+        if number:
+            trainer.strategy.load_state(ShardedState(storage, [f"state-{number - 1}"]))
+            trainer.step = step
+        losses += train(trainer, [micro([0, 1])], steps=1)
+        step = trainer.step
+        write_shard(storage, f"state-{number}", trainer.strategy.state_slices())
+    assert losses == expected
+    assert all(torch.equal(tensor, weights(trainer)[name]) for name, tensor in weights(straight).items())
+
+
+def test_fp8_of_a_component_without_blocks_is_told(capsys):
+    build_trainer(build_job(model={"fp8_models": ["vae", "dit"]}))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("model.fp8_models")]
+    assert said == ["model.fp8_models: vae has no repeated blocks of Linear layers, and stays as it is"]
+
+
 def test_a_component_that_does_not_exist_is_named():
     with pytest.raises(JobFileError, match=r"no component 'controlnet'; it has dit, text_encoder, vae"):
         build_trainer(build_job(training={"trainable_models": ["controlnet"]}))
@@ -187,6 +226,18 @@ def test_a_component_without_part_in_the_loss_is_refused():
     trainer.graph.forward = lambda *inputs: torch.ones(1, requires_grad=True)
     with pytest.raises(ModelError, match="no trained parameter has a gradient"):
         trainer.start(micro([0]))
+
+
+def test_not_looking_for_unused_parameters_that_there_are_is_refused_on_two_workers(monkeypatch):
+    """Torch ends in the second step, without naming the key."""
+    full = {"trainable_models": ["dit"], "find_unused_parameters": False}
+    job = build_job(training=full, lora={"base_model": None})
+    build_trainer(job)  # one worker has no use for them
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    with pytest.raises(ModelError, match=r"find_unused_parameters: got false, and 6 of 77 .* \(first: dit\..*use \"auto\""):
+        build_trainer(job)
 
 
 def test_the_learning_rate_follows_the_schedule():
