@@ -12,7 +12,7 @@ from diffsynth_ray.config.origins import local_tokenizer
 from diffsynth_ray.config.resolve import ResolvedJob, show_amounts
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.config.zero import read_zero_config
-from diffsynth_ray.data.holdout import held_out_rows
+from diffsynth_ray.data.holdout import held_out_rows, holdout_errors
 from diffsynth_ray.data.metadata import PROMPT_COLUMN, Metadata, read_metadata
 from diffsynth_ray.data.teacher import check_teacher_runs
 from diffsynth_ray.errors import JobFileError, Problem
@@ -152,15 +152,15 @@ def _count_held_out(resolved: ResolvedJob, metadata: Metadata, *, check_files: b
     if isinstance(holdout, float):
         return len(held_out_rows(metadata, share=holdout, seed=job.seed))
     assert job.dataset.base_path is not None  # resolve has checked it
-    return len(
-        read_metadata(
+    with holdout_errors():
+        held_out = read_metadata(
             job.dataset.base_path,
             holdout,
             data_file_keys=job.dataset.data_file_keys,
             required_columns=[PROMPT_COLUMN],
             check_files=check_files,
         )
-    )
+    return len(held_out)
 
 
 def _count_rows(resolved: ResolvedJob, *, check_files: bool) -> tuple[int, int, list[str]]:

@@ -284,3 +284,8 @@ def test_what_only_the_cluster_can_tell_is_left_to_it(photos: Path, tmp_path: Pa
     unknown = write_header(tmp_path / "unknown.safetensors", {"a": [4]})
     assert plan(photos, model=files(paths=[unknown], family="of_another_package")).models[0].component is None
     assert plan(photos, model=files(paths=[unknown], family=None)).models[0].component is None
+
+
+def test_problems_of_the_validations_own_metadata_name_its_key(photos: Path) -> None:
+    with pytest.raises(DataError, match=r"^validation\.holdout: no such file .*nowhere\.csv; it is relative to"):
+        plan(photos, validation={"holdout": "nowhere.csv"})
