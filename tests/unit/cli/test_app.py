@@ -186,6 +186,21 @@ def test_unexpected_errors_keep_their_traceback_in_a_file(monkeypatch, job_file,
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("command", ["plan", "status", "submit"])
+def test_a_name_too_long_for_a_file_is_no_bug(command, state_dir, capsys):
+    assert run(command, "x" * 300) == ExitCode.USAGE
+    assert "xxx: File name too long" in capsys.readouterr().err
+    assert list(state_dir.glob("error-*.txt")) == []
+
+
+def test_an_error_without_a_file_of_the_users_is_unexpected(monkeypatch, job_file, state_dir, capsys):
+    def fail(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("diffsynth_ray.plan.build_plan", fail)
+    assert run("plan", job_file) == ExitCode.UNEXPECTED
+
+
 def test_keyboard_interrupt_is_130(monkeypatch, job_file):
     def interrupt(*args, **options):
         raise KeyboardInterrupt
