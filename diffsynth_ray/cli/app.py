@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         render.say("interrupted")
         return ExitCode.INTERRUPTED
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # of a broken pipe typer makes the latter, with 1
         render.close_quietly()
         return ExitCode.DONE
     except _UsageError as problem:

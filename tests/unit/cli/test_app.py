@@ -557,3 +557,14 @@ def test_a_run_that_another_took_over_has_failed_itself(job_file, monkeypatch, c
     monkeypatch.setattr(driver, "run_locally", taken_over)
     assert run("run", job_file) == 100
     assert ": FAILED" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_gone_is_no_error(monkeypatch, job_file):
+    def gone(*args, **options):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("diffsynth_ray.cli.render.plan", gone)
+    monkeypatch.setattr("diffsynth_ray.cli.render.close_quietly", lambda: None)
+    monkeypatch.setattr("sys.stdout", sys.stdout)
+    monkeypatch.setattr("sys.stderr", sys.stderr)
+    assert run("plan", job_file) == ExitCode.DONE
