@@ -67,7 +67,10 @@ class RunView:
 
 def find_run(reference: str) -> Submission:
     """A run by its name, submission id, job file or output path. Raises RunNotFoundError."""
-    found = registry.match(reference) or _in_folder(reference) or _of_job_file(reference) or _on_cluster(reference)
+    # The empty path is the working directory: an unset $RUN must not stop the run that happens to be there.
+    found = None
+    if reference:
+        found = registry.match(reference) or _in_folder(reference) or _of_job_file(reference) or _on_cluster(reference)
     if found is not None:
         return found
     names = sorted({submission.run for submission in registry.submissions()})

@@ -256,6 +256,15 @@ def test_a_run_in_the_foreground_is_running_as_long_as_its_process(job_file):
     assert run_dir.stop_reason() == "dsray stop"
 
 
+def test_an_empty_name_is_not_the_run_of_the_working_directory(job_file, monkeypatch):
+    resolved, run_dir = finish(job_file, state=None, step=2)
+    remember(resolved, job_file, pid=os.getpid())
+    monkeypatch.chdir(run_dir.path)
+    assert run("stop", "") == ExitCode.NOT_FOUND
+    assert run_dir.stop_reason() is None
+    assert run("status", ".") == ExitCode.NOT_FINISHED
+
+
 def test_unknown_runs_are_exit_102_with_a_suggestion(job_file, capsys):
     resolved, _ = finish(job_file)
     remember(resolved, job_file)
