@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +17,7 @@ from diffsynth_ray.cli import app, inspect
 from diffsynth_ray.config.load import load_job
 from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.errors import ExitCode, RunError
-from diffsynth_ray.launch import registry
+from diffsynth_ray.launch import registry, runs
 from diffsynth_ray.run_dir import Progress, RunDir
 
 JOB = """
@@ -241,6 +243,20 @@ def test_status_knows_an_output_path_that_was_never_submitted_from_here(job_file
     assert run("status", job_file) == 0
 
 
+def test_a_run_whose_folder_was_deleted_is_not_said_to_have_written_nothing(job_file, monkeypatch, capsys):
+    resolved, run_dir = finish(job_file)
+    remember(resolved, job_file)
+    shutil.rmtree(run_dir.path)
+    assert run("status", "tiny") == ExitCode.RUN_FAILED
+    assert "nothing of it is in its output path: it ended before it wrote anything, or was deleted" in capsys.readouterr().out
+    job = {"submission_id": f"{resolved.run}-a1", "status": "SUCCEEDED", "start_time": 1000, "end_time": 2000}
+    cluster = SimpleNamespace(url="http://127.0.0.1:1")
+    monkeypatch.setattr(runs, "cluster_of", lambda submission: (cluster, None))
+    monkeypatch.setattr(runs.client, "job_states", lambda cluster, name: {1: job})
+    assert run("status", "tiny") == ExitCode.DONE
+    assert "nothing of it is in its output path: deleted, or not visible here" in capsys.readouterr().out
+
+
 def test_an_attempt_whose_process_is_gone_has_failed(job_file, capsys):
     resolved, _ = finish(job_file, state=None, step=2)
     remember(resolved, job_file)
@@ -379,6 +395,7 @@ _FOREGROUND = """
 import signal, sys, time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 asked = []
 def interrupted(*_):
     Path(sys.argv[1]).write_text(str(len(asked) + 1))
