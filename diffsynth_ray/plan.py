@@ -12,10 +12,10 @@ from diffsynth_ray.config.origins import local_tokenizer
 from diffsynth_ray.config.resolve import ResolvedJob, show_amounts
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.config.zero import read_zero_config
-from diffsynth_ray.data.holdout import held_out_rows
+from diffsynth_ray.data.holdout import held_out_rows, holdout_errors
 from diffsynth_ray.data.metadata import PROMPT_COLUMN, Metadata, read_metadata
 from diffsynth_ray.data.teacher import check_teacher_runs
-from diffsynth_ray.errors import JobFileError, Problem
+from diffsynth_ray.errors import DataError, JobFileError, Problem
 from diffsynth_ray.models.inspection import ModelFiles, inspect_model
 from diffsynth_ray.schedule import build_schedule, export_file_names, trained_components
 
@@ -104,10 +104,21 @@ class Plan:
 
 
 def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
-    """Plan a run; reads the metadata. Raises DataError where they cannot be used."""
+    """Plan a run; reads the metadata. Raises DataError where they cannot be used, JobFileError for what else is wrong too."""
     job = resolved.job
-    models = _inspect_model(resolved) if check_files else []
-    num_rows, num_held_out, notes = _count_rows(resolved, check_files=check_files)
+    models, refusal = [], None
+    try:
+        models = _inspect_model(resolved) if check_files else []
+    except JobFileError as error:
+        refusal = error
+    try:
+        num_rows, num_held_out, notes = _count_rows(resolved, check_files=check_files)
+    except DataError as error:
+        if refusal is None:
+            raise
+        raise JobFileError(refusal.source, [*refusal.problems, Problem("", error.message)]) from error
+    if refusal is not None:
+        raise refusal
     schedule = build_schedule(job, num_samples=num_rows * job.dataset.repeat, global_batch_size=resolved.global_batch_size)
     every = job.output.save_steps or schedule.steps_per_epoch
     num_exports = -(-schedule.num_steps // every)
@@ -152,15 +163,15 @@ def _count_held_out(resolved: ResolvedJob, metadata: Metadata, *, check_files: b
     if isinstance(holdout, float):
         return len(held_out_rows(metadata, share=holdout, seed=job.seed))
     assert job.dataset.base_path is not None  # resolve has checked it
-    return len(
-        read_metadata(
+    with holdout_errors():
+        held_out = read_metadata(
             job.dataset.base_path,
             holdout,
             data_file_keys=job.dataset.data_file_keys,
             required_columns=[PROMPT_COLUMN],
             check_files=check_files,
         )
-    )
+    return len(held_out)
 
 
 def _count_rows(resolved: ResolvedJob, *, check_files: bool) -> tuple[int, int, list[str]]:

@@ -168,6 +168,11 @@ class RunDir:
         try:
             return ResolvedJob.model_validate_json(text)
         except ValidationError as error:
+            if error.errors()[0]["type"] == "json_invalid":
+                raise OutputError(
+                    f"output.path: {self.job_path} is damaged: it is not JSON",
+                    hint="delete that file and submit the run's own job again: it goes on from its checkpoints",
+                ) from error
             raise OutputError(
                 f"output.path: {self.job_path} is not a job of this version of dsray ({error.error_count()} differences)",
                 hint="use another output.path, or move that folder away",

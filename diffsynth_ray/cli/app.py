@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 import time
@@ -37,6 +38,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+_OF_THE_FILE_SYSTEM = frozenset(
+    (
+        errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST,
+        errno.ELOOP,
+    )
+)  # fmt: skip
+"""Errors of a file that its user can mend, wherever they come up."""
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer brings its own copy of click
 
 
@@ -86,17 +94,15 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         render.say("interrupted")
         return ExitCode.INTERRUPTED
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # of a broken pipe typer makes the latter, with 1
         render.close_quietly()
         return ExitCode.DONE
-    except DsrayError as problem:
-        _tell(problem, as_json=as_json)
-        return problem.exit_code
     except _UsageError as problem:
         return _usage(problem, as_json=as_json)
     except Exception as problem:  # noqa: BLE001 - the process boundary: the traceback is kept in a file
-        _tell(_unexpected(problem), as_json=as_json)
-        return ExitCode.UNEXPECTED
+        told = _shown(problem)
+        _tell(told, as_json=as_json)
+        return told.exit_code
 
 
 def _tell(problem: DsrayError, *, as_json: bool) -> None:
@@ -115,6 +121,14 @@ def _usage(problem: Exception, *, as_json: bool) -> int:
     hint = f"see `{context.command_path} --help`" if context else None
     _tell(DsrayError(message, hint=hint), as_json=as_json)
     return ExitCode.USAGE
+
+
+def _shown(problem: Exception) -> DsrayError:
+    if isinstance(problem, DsrayError):
+        return problem
+    if isinstance(problem, OSError) and problem.filename and problem.errno in _OF_THE_FILE_SYSTEM:
+        return DsrayError(f"{problem.filename}: {problem.strerror}")
+    return _unexpected(problem)
 
 
 class _UnexpectedError(DsrayError):

@@ -143,9 +143,11 @@ def import_cache(
 
 def _open(cache_path: str) -> Cache:
     from diffsynth_ray.data.cache import Cache
+    from diffsynth_ray.data.upkeep import is_cache
 
-    if "://" not in cache_path and not Path(cache_path).is_dir():
+    cache = Cache(cache_path)
+    if not is_cache(cache):
         raise DsrayError(
             f"{cache_path}: no such cache", hint="name the folder that the jobs have as split.cache_path (./cache/dsray)"
         )
-    return Cache(cache_path)
+    return cache

@@ -27,7 +27,11 @@ def export(
     as_json: Json = False,
 ) -> int:
     """Write a LoRA under the key names of another tool; the values stay as they are."""
+    if file.is_dir():
+        raise OutputError(f"{file} is a folder; give the file of a LoRA in it")
     path = output or file.with_name(f"{file.stem}.{target}.safetensors")
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder", hint="give a file's name with -o")
     if path.exists() and not force:
         raise OutputError(f"{path} is there already", hint="give another name with -o, or --force to replace it")
     render.say(f"reading {file}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +13,7 @@ from diffsynth_ray.cli.options import Json
 from diffsynth_ray.errors import DsrayError, ExitCode, JobFileError
 
 if TYPE_CHECKING:
+    from diffsynth_ray.errors import Problem
     from diffsynth_ray.migrate.draft import Draft
     from diffsynth_ray.migrate.read import Migration
 
@@ -48,7 +50,7 @@ def import_script(
 
     migration = read_migration(script, config_file=config_file)
     if output is None:
-        return _show(migration, script)
+        return _show(migration, script, as_json=as_json)
     paths = _paths(migration, output, force=force)
     written = []
     for draft, path, name in zip(migration.drafts, paths, migration.names(), strict=True):
@@ -73,12 +75,46 @@ def _text(migration: Migration, draft: Draft, script: Path, *, name: str | None)
     return write_job_file(draft, name=name, source=str(script), script_notes=migration.notes, downloads=migration.downloads)
 
 
-def _show(migration: Migration, script: Path) -> int:
+def _show(migration: Migration, script: Path, *, as_json: bool) -> int:
     if len(migration.drafts) != 1:
         raise DsrayError(f"{script} makes {len(migration.drafts)} jobs", hint="name a folder for them: dsray import ... -o DIR")
     text = _text(migration, migration.drafts[0], script, name=migration.names()[0])
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "job.toml"
+        path.write_text(text, encoding="utf-8")
+        refused = _check(migration, [path])[0]
+    code = ExitCode.USAGE if migration.refused or refused else ExitCode.DONE
+    if as_json:
+        render.result_json(_json_of(migration, [refused], [{"text": text}]) | {"exit_code": int(code)})
+        return code
     render.result(text.rstrip("\n"))
-    return _tell_refused(migration)
+    for problem in refused:
+        render.say(f"refused by this version: {problem}")
+    _tell_refused(migration)
+    return code
+
+
+def _check(migration: Migration, paths: list[Path]) -> list[list[Problem]]:
+    from diffsynth_ray.migrate.acceptance import find_refusals
+
+    render.say("checking what this version can do of it ...")
+    return [find_refusals(path, draft) for path, draft in zip(paths, migration.drafts, strict=True)]
+
+
+def _json_of(migration: Migration, refusals: list[list[Problem]], places: list[dict[str, Any]]) -> dict[str, Any]:
+    jobs = [
+        place
+        | {
+            "family": draft.family,
+            "lines": draft.lines,
+            "downloads": migration.downloads,
+            "notes": [*draft.notes, *migration.notes],
+            "without_counterpart": draft.without_counterpart,
+            "refused": [{"key": each.key, "message": each.message} for each in refused],
+        }
+        for place, draft, refused in zip(places, migration.drafts, refusals, strict=True)
+    ]
+    return {"jobs": jobs, "refused": [{"place": each.key, "message": each.message} for each in migration.refused]}
 
 
 def _paths(migration: Migration, output: Path, *, force: bool) -> list[Path]:
@@ -102,26 +138,10 @@ def _paths(migration: Migration, output: Path, *, force: bool) -> list[Path]:
 
 
 def _report(migration: Migration, written: list[Path], *, as_json: bool) -> int:
-    from diffsynth_ray.migrate.acceptance import find_refusals
-
-    render.say("checking what this version can do of it ...")
-    refusals = [find_refusals(path, draft) for path, draft in zip(written, migration.drafts, strict=True)]
+    refusals = _check(migration, written)
     code = ExitCode.USAGE if migration.refused or any(refusals) else ExitCode.DONE
     if as_json:
-        jobs = [
-            {
-                "path": str(path),
-                "family": draft.family,
-                "lines": draft.lines,
-                "downloads": migration.downloads,
-                "notes": [*draft.notes, *migration.notes],
-                "without_counterpart": draft.without_counterpart,
-                "refused": [{"key": each.key, "message": each.message} for each in refused],
-            }
-            for path, draft, refused in zip(written, migration.drafts, refusals, strict=True)
-        ]
-        left = [{"place": each.key, "message": each.message} for each in migration.refused]
-        render.result_json({"jobs": jobs, "refused": left, "exit_code": int(code)})
+        render.result_json(_json_of(migration, refusals, [{"path": str(path)} for path in written]) | {"exit_code": int(code)})
         return code
     for path in written:
         render.result(str(path))
@@ -141,8 +161,6 @@ def _report(migration: Migration, written: list[Path], *, as_json: bool) -> int:
     return code
 
 
-def _tell_refused(migration: Migration) -> int:
+def _tell_refused(migration: Migration) -> None:
     if migration.refused:
         render.error(JobFileError("no job is made of", migration.refused))
-        return ExitCode.USAGE
-    return ExitCode.DONE

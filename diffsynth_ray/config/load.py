@@ -123,6 +123,10 @@ def _problem(item: dict[str, Any]) -> Problem:
     if len(item["loc"]) > 1 and dotted not in known:
         dotted = str(item["loc"][0])  # a top-level key whose value has parts of its own
     got = _short(item["input"])
+    if item["type"] == "list_type" and isinstance(item["input"], str) and len(item["loc"]) == 2:
+        # DiffSynth-Studio's lists are texts with commas.
+        parts = [int(part) if part.strip().isdecimal() else part.strip() for part in item["input"].split(",")]
+        return Problem(dotted, f"got {got}; an array is needed, as in {_short(parts)}")
     return Problem(dotted, f"got {got}; {item['msg'][0].lower()}{item['msg'][1:]}")
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,6 +42,8 @@ Positions = npt.NDArray[np.int64]
 
 SHARDS, INDEX, DAMAGED = "shards", "index", "damaged"
 _LIST_ATTEMPTS = 5
+# Also those that a killed writer left: `.{name}.{8 digits}`.
+_OWN_NAME = re.compile(r"\.?[0-9a-f]{24,32}\.(safetensors|parquet|json)(\.[0-9a-f]{8})?")
 _INDEX_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -143,6 +146,11 @@ class Cache:
         self.path = path
         self.store = open_store(path)
 
+    def files(self, folder: str) -> dict[str, tuple[int, float]]:
+        """Of a folder's files (see `Store.files`) those with a cache's names: whatever else lies there is not a cache's."""
+        found = self.store.files(folder)
+        return {name: about for name, about in found.items() if _OWN_NAME.fullmatch(name.rpartition("/")[2])}
+
     def write(self, kind: Kind, entries: Mapping[str, Entry], *, encoder: str) -> str:
         """Write entries as one shard and its index; returns the name of the index file.
 
@@ -181,7 +189,7 @@ class Cache:
     def index(self) -> Index:
         """All entries that are whole as far as names and sizes tell: contents are checked when they are read."""
         table = self.index_table()
-        sizes = {name: size for name, (size, _) in self.store.files(SHARDS).items()}
+        sizes = {name: size for name, (size, _) in self.files(SHARDS).items()}
         shards = table["shard"].to_pylist()
         there = np.fromiter(
             (sizes.get(shard) == size for shard, size in zip(shards, table["shard_bytes"].to_pylist(), strict=True)),
@@ -209,7 +217,7 @@ class Cache:
 
     def index_files(self) -> list[str]:
         """Names of the index files."""
-        return [name for name in self.store.files(INDEX) if name.endswith(".parquet")]
+        return [name for name in self.files(INDEX) if name.endswith(".parquet")]
 
     def read_index_file(self, name: str) -> pa.Table:
         """Rows of one index file; FileNotFoundError where it is gone, DataError where it is damaged."""
@@ -243,7 +251,7 @@ class Cache:
     def damaged(self) -> set[tuple[str, str]]:
         """(key, shard) of the entries that were found damaged."""
         found: set[tuple[str, str]] = set()
-        for name in self.store.files(DAMAGED):
+        for name in self.files(DAMAGED):
             if name.endswith(".json"):
                 found.update((key, shard) for key, shard in json.loads(self.store.read(name))["entries"])
         return found

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 
 from diffsynth_ray.data.metadata import Metadata, media_path
 from diffsynth_ray.data.order import IntArray, KeyedPermutation, derive_key
 from diffsynth_ray.errors import DataError
+
+
+@contextmanager
+def holdout_errors() -> Iterator[None]:
+    """What is wrong with the validation's own metadata file is told under the key that names it."""
+    try:
+        yield
+    except DataError as error:
+        message = error.message.removeprefix("dataset.metadata_path: ")
+        raise DataError(f"validation.holdout: {message}", hint=error.hint) from error
 
 
 def held_out_rows(metadata: Metadata, *, share: float, seed: int) -> IntArray:

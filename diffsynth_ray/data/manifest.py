@@ -123,7 +123,7 @@ def read_manifest(cache: Cache, manifest_id: str) -> Manifest:
 
 def manifest_ids(cache: Cache) -> list[str]:
     """Ids of all manifests, sorted."""
-    names = (name.removeprefix(f"{FOLDER}/") for name in cache.store.files(FOLDER))
+    names = (name.removeprefix(f"{FOLDER}/") for name in cache.files(FOLDER))
     return [name.removesuffix(".parquet") for name in names if name.endswith(".parquet") and name[0] != "."]
 
 

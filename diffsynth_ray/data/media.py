@@ -274,6 +274,8 @@ def _name(source: Source) -> str:
 def _reason(error: BaseException, source: Source) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more pixels than Pillow takes, make the picture smaller ({error})"
     if not isinstance(source, bytes) and Path(source).is_file() and Path(source).stat().st_size == 0:
         return "the file is empty"
     lines = str(error).strip().splitlines()

@@ -113,6 +113,12 @@ def read_metadata(
         problems += _check_files(table, rows, file_columns, base)
     if problems:
         raise DataError(_summary(table.name, problems, len(rows)))
+    trained = [column for column in file_columns if column in DEFAULT_DATA_FILE_KEYS]
+    if len(trained) > 1 and (num_both := sum(all(row[column] for column in trained) for row in rows)):
+        notes.append(
+            f"{num_both} rows have both {_quoted(trained)}: trains on '{trained[0]}', which is named first in "
+            f"dataset.data_file_keys; leave it out there to train on '{trained[1]}'"
+        )
     return Metadata(
         rows=rows,
         columns=columns,
@@ -190,8 +196,9 @@ def _check_cells(table: RawTable, rows: Sequence[Row], file_columns: Sequence[st
             if isinstance(value, str) and table.has_text_cells and value[:1] == "[" and value[-1:] == "]":
                 try:
                     row[column] = value = json.loads(value)
-                except json.JSONDecodeError as error:
-                    problem = f"is not a JSON array of files ({error.msg}): {value[:80]}"
+                except (ValueError, RecursionError) as error:
+                    reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+                    problem = f"is not a JSON array of files ({reason}): {value[:80]}"
                     problems.append(f"{table.where(index)}: '{column}' {problem}")
                     continue
             problems += (f"{table.where(index)}: '{column}' {problem}" for problem in _file_problems(value))

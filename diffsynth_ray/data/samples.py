@@ -15,7 +15,7 @@ from diffsynth_ray.config.schema import DatasetSection
 from diffsynth_ray.data.bad_samples import BadSample, check_limit
 from diffsynth_ray.data.batches import Bucket, MicroBatch, SampleOrder, build_buckets, deal
 from diffsynth_ray.data.decoded import MAX_BYTES, DecodedFiles
-from diffsynth_ray.data.holdout import held_out_rows
+from diffsynth_ray.data.holdout import held_out_rows, holdout_errors
 from diffsynth_ray.data.media import (
     SIDE_MULTIPLE,
     STATIC_IMAGE_EXTENSIONS,
@@ -302,10 +302,8 @@ def _read_holdout(path: str, trained: SampleIndex, resolved: ResolvedJob, say: C
     dataset = trained.dataset.model_copy(update={"metadata_path": path, "bad_sample": "error"})
     validation = resolved.job.validation.model_copy(update={"holdout": None})
     job = resolved.job.model_copy(update={"dataset": dataset, "validation": validation})
-    try:
+    with holdout_errors():
         index = build_sample_index(resolved.model_copy(update={"job": job}), say, rule=trained.rule)
-    except DataError as error:
-        raise DataError(f"validation.holdout: {error.message}", hint=error.hint) from error
     files = {trained.path(row) for row in range(len(trained.metadata))}
     common = sum(index.path(row) in files for row in range(len(index.metadata)))
     if common:

@@ -73,6 +73,7 @@ def _read_csv(path: str, file: IO[bytes]) -> RawTable:
     problems: list[str] = []
     with _text(file) as text:
         reader = csv.reader(text, strict=True)
+        line = 1
         try:
             columns = table.columns = next((row for row in reader if row), [])
             _check_header(path, columns)
@@ -82,13 +83,14 @@ def _read_csv(path: str, file: IO[bytes]) -> RawTable:
                     table.rows.append(dict(zip(columns, cells)))  # noqa: B905 - the lengths were just compared
                     table.lines.append(line)
                 elif cells:
-                    problems.append(
-                        f"{path}:{line}: {len(cells)} cells, the header has {len(columns)}; "
-                        "put quotes around a text with commas or newlines"
-                    )
+                    is_long = len(cells) > len(columns)
+                    cure = "put quotes around a text with commas" if is_long else "an empty cell has its comma too"
+                    problems.append(f"{path}:{line}: {len(cells)} cells, the header has {len(columns)}; {cure}")
                 line = reader.line_num + 1
         except csv.Error as error:
-            problems.append(f"{path}:{reader.line_num}: {error}; inside quotes, a quote is written twice")
+            # A quote that nobody closes takes all the rest of the file along: what matters is where that row begins.
+            begin = f" in the row that begins at line {line}" if line < reader.line_num else ""
+            problems.append(f"{path}:{reader.line_num}: {error}{begin}; inside quotes, a quote is written twice")
     _raise_problems(problems)
     if len(columns) == 1 and any(separator in columns[0] for separator in ";\t"):
         table.column_hint = "the header looks separated by semicolons or tabs; save the file with commas"
@@ -104,11 +106,14 @@ def _check_header(path: str, columns: list[str]) -> None:
 
 
 def _read_json(path: str, file: IO[bytes]) -> RawTable:
+    content = file.read().decode("utf-8-sig")
     try:
-        entries = json.loads(file.read().decode("utf-8-sig"))
+        entries = json.loads(content)
     except json.JSONDecodeError as error:
         hint = "; one object a line is JSON Lines, name it .jsonl" if error.msg == "Extra data" else ""
         raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno}){hint}") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+        raise DataError(f"{path}: JSON that cannot be read: {error}") from error
     if not isinstance(entries, list):
         raise DataError(f"{path}: must be a list of objects, got {type(entries).__name__}: [{{...}}, {{...}}]")
     _raise_problems(
@@ -132,6 +137,9 @@ def _read_jsonl(path: str, file: IO[bytes]) -> RawTable:
                 entry = json.loads(text)
             except json.JSONDecodeError as error:
                 problems.append(f"{path}:{line}: not JSON: {error.msg} (column {error.colno}): {text.strip()[:80]}")
+                continue
+            except (ValueError, RecursionError) as error:
+                problems.append(f"{path}:{line}: JSON that cannot be read ({error}): {text.strip()[:80]}")
                 continue
             if isinstance(entry, dict):
                 rows.append(entry)

@@ -85,7 +85,7 @@ def summarize(cache: Cache) -> CacheSummary:
         )
     kinds = index.table["kind"].to_pylist()
     unused = sizes.keys() - used
-    shards = {name: size for name, (size, _) in cache.store.files(SHARDS).items() if name.endswith(".safetensors")}
+    shards = {name: size for name, (size, _) in cache.files(SHARDS).items() if name.endswith(".safetensors")}
     return CacheSummary(
         path=cache.path,
         datasets=sorted(datasets, key=lambda each: each.created),
@@ -98,6 +98,11 @@ def summarize(cache: Cache) -> CacheSummary:
         unused_bytes=sum(sizes[key] for key in unused),
         num_damaged=len({key for key, _ in cache.damaged()} - sizes.keys()),
     )
+
+
+def is_cache(cache: Cache) -> bool:
+    """Whether anything is there that a cache has written."""
+    return any(cache.files(folder) for folder in (SHARDS, INDEX, DATASETS))
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,7 @@ def find_garbage(cache: Cache, *, without: tuple[str, ...] = (), min_age_s: floa
             raise DataError(f"{cache.path} has no data set {manifest_id!r}", hint=f"it has {', '.join(known) or 'none'}")
         garbage.datasets.append(f"{DATASETS}/{manifest_id}.parquet")
     used = {key for each in known if each not in without for key in read_manifest(cache, each).entry_keys()}
-    files = cache.store.files(SHARDS)
+    files = cache.files(SHARDS)
     oldest = time.time() - min_age_s
     damaged = cache.damaged()
     entries: dict[str, list[bool]] = defaultdict(list)
@@ -208,7 +213,7 @@ def find_garbage(cache: Cache, *, without: tuple[str, ...] = (), min_age_s: floa
             garbage.num_entries += len(entries[name])
         garbage.num_bytes += size
     for folder in (INDEX, DATASETS, DAMAGED):
-        for name, (size, changed) in cache.store.files(folder).items():
+        for name, (size, changed) in cache.files(folder).items():
             if name.rpartition("/")[2].startswith(".") and changed <= oldest:
                 garbage.leftovers.append(name)
                 garbage.num_bytes += size
@@ -230,7 +235,7 @@ def delete_garbage(cache: Cache, garbage: Garbage) -> None:
         cache.store.delete(name)
     for name in (*garbage.shards, *garbage.leftovers):
         cache.store.delete(name)
-    for name in list(cache.store.files(DAMAGED)):
+    for name in list(cache.files(DAMAGED)):
         noted = json.loads(cache.store.read(name))["entries"] if name.endswith(".json") else []
         if noted and all(shard in garbage.shards for _, shard in noted):
             cache.store.delete(name)

@@ -24,6 +24,7 @@ from diffsynth_ray.run_dir import EncodeProgress, Progress, RunDir
 
 _EXIT_OF_STATE = {"SUCCEEDED": ExitCode.DONE, "FAILED": ExitCode.RUN_FAILED, "STOPPED": ExitCode.STOPPED}
 _KILL_S = 30.0
+_NOTHING_THERE = "nothing of it is in its output path"
 _DIED = "its process ended without a word (killed, or the machine went down); submit the job again to continue it"
 
 
@@ -67,7 +68,10 @@ class RunView:
 
 def find_run(reference: str) -> Submission:
     """A run by its name, submission id, job file or output path. Raises RunNotFoundError."""
-    found = registry.match(reference) or _in_folder(reference) or _of_job_file(reference) or _on_cluster(reference)
+    # The empty path is the working directory: an unset $RUN must not stop the run that happens to be there.
+    found = None
+    if reference:
+        found = registry.match(reference) or _in_folder(reference) or _of_job_file(reference) or _on_cluster(reference)
     if found is not None:
         return found
     names = sorted({submission.run for submission in registry.submissions()})
@@ -192,7 +196,8 @@ def _from_cluster(submission: Submission, cluster: Cluster | None, job: dict[str
         unknown = "RUNNING" if alive or (note and not cluster) else "FAILED"
         return RunView(
             run=submission.run, state=unknown, output=submission.output, submission_id=submission.submission_id,
-            cause=None if unknown == "RUNNING" else "it ended before it wrote anything to its output path", note=note,
+            cause=None if unknown == "RUNNING" else f"{_NOTHING_THERE}: it ended before it wrote anything, or was deleted",
+            note=note,
         )  # fmt: skip
     parsed = client.run_of(job["submission_id"])
     end = None if job["status"] in ACTIVE else client.ended(job)
@@ -206,7 +211,7 @@ def _from_cluster(submission: Submission, cluster: Cluster | None, job: dict[str
         started=_seconds(job.get("start_time")),
         ended=_seconds(job.get("end_time")),
         cause=end.message if end else None,
-        note=note,
+        note=f"{_NOTHING_THERE}: deleted, or not visible here" if end and end.state == "SUCCEEDED" else note,
     )
 
 

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from diffsynth_ray.models.sampling import Frames, SampleRequest
 
 MASK_SUFFIX = "_mask"
-TRAINED_TINY = "trained_vae"
-"""Option of families that have `tiny_weights`: take them instead of random ones."""
 FIRST_FRAME = "first_frame_latents"
 """Condition [b, c, 1, h, w]: the latents' first frame as it is given to the DiT without noise, and left out of the loss."""
 REFERENCE = "reference_latents"

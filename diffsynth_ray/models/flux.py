@@ -55,10 +55,10 @@ class Flux(LibraryFamily):
     text_components = ("text_encoder_1", "text_encoder_2")
     image_components = ("vae",)
     extra_components = ("vae",)
-    extra_inputs = ("kontext_images",)
+    extra_inputs = layouts.EXTRA_INPUTS["flux"]
     predict_components = ("dit",)
     size_multiple = image_vae.VAE_FACTOR * PATCH
-    option_names = ("embedded_guidance",)
+    option_names = layouts.OPTIONS["flux"]
     depth_keys: ClassVar[dict[str, dict[str, str]]] = {
         "dit": {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
     }

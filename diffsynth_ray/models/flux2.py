@@ -63,10 +63,10 @@ class Flux2(LibraryFamily):
     text_components = ("text_encoder",)
     image_components = ("vae",)
     extra_components = ("vae",)
-    extra_inputs = ("edit_image",)
+    extra_inputs = layouts.EXTRA_INPUTS["flux2"]
     predict_components = ("dit",)
     size_multiple = _TOKEN_PIXELS
-    option_names = ("embedded_guidance",)
+    option_names = layouts.OPTIONS["flux2"]
     depth_keys: ClassVar[dict[str, dict[str, str]]] = {
         "dit": {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
     }

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffsynth_ray.config.distillation import condition_columns
 from diffsynth_ray.config.schema import Job, ModelSection
 from diffsynth_ray.errors import ModelError, Problem
 from diffsynth_ray.models import layouts, sources
@@ -79,18 +80,21 @@ def inspect_model(job: Job) -> tuple[list[ModelFiles], list[Problem]]:
 
 
 def _name_problems(job: Job, family: str | None) -> list[Problem]:
-    """Trained components that the family has not. Of other packages' families only the cluster can tell."""
+    """Components, inputs and options that the family has not. Of other packages' families only the cluster can tell."""
     if family not in layouts.KEY_LAYOUTS:
         return []
-    known = list(layouts.KEY_LAYOUTS[family])
-    named = [("training.trainable_models", name) for name in job.training.trainable_models]
-    named += [("lora.base_model", job.lora.base_model)] if job.lora.base_model is not None else []
+    components, inputs, options = tuple(layouts.KEY_LAYOUTS[family]), layouts.EXTRA_INPUTS[family], layouts.OPTIONS[family]
+    named = [("training.trainable_models", "component", name, components) for name in job.training.trainable_models]
+    named += [("lora.base_model", "component", job.lora.base_model, components)] if job.lora.base_model is not None else []
+    named += [("model.extra_inputs", "extra input", name, inputs) for name in condition_columns(job)]
+    named += [("model.options", "option", name, options) for name in job.model.options]
     problems = []
-    for key, name in named:
+    for key, what, name, known in named:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             advice = f"; did you mean {near[0]!r}?" if near else ""
-            problems.append(Problem(key, f"the family {family} has no component {name!r}; it has {', '.join(known)}{advice}"))
+            have = ", ".join(known) or "none"
+            problems.append(Problem(key, f"the family {family} has no {what} {name!r}; it has {have}{advice}"))
     return problems
 
 

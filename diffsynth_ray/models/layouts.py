@@ -223,6 +223,27 @@ DEFAULT_TOKENIZERS: dict[str, dict[str, str]] = {
 }
 """Family -> key of [model] -> origin; the families' `default_tokenizers`."""
 
+TRAINED_TINY = "trained_vae"
+"""Option of families that have `tiny_weights`: take them instead of random ones."""
+
+EXTRA_INPUTS: dict[str, tuple[str, ...]] = {
+    "qwen_image": ("edit_image",),
+    "wan": ("input_image", "end_image", "vace_video", "vace_video_mask", "vace_reference_image"),
+    "flux": ("kontext_images",),
+    "z_image": (),
+    "flux2": ("edit_image",),
+}
+"""Family -> what [model] extra_inputs may name; the families' `extra_inputs`."""
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "qwen_image": ("zero_cond_t", "edit_prompt", TRAINED_TINY),
+    "wan": (),
+    "flux": ("embedded_guidance",),
+    "z_image": (),
+    "flux2": ("embedded_guidance",),
+}
+"""Family -> keys of [model] options; the families' `option_names`."""
+
 _OTHERS: dict[str, tuple[str, ...]] = {
     "a Stable Diffusion checkpoint": ("model.diffusion_model.input_blocks.0.0.weight",),
     "the VAE of FLUX.2's first release, of which diffusers' layout is read (vae/diffusion_pytorch_model.safetensors)": (

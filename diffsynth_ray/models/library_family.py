@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffsynth_ray.errors import ModelError
-from diffsynth_ray.models.family import TRAINED_TINY, ComponentFiles, ModelFamily
+from diffsynth_ray.models.family import ComponentFiles, ModelFamily
 from diffsynth_ray.models.layer_names import (
     SAME_NAMES,
     LayerNames,
@@ -23,6 +23,7 @@ from diffsynth_ray.models.layer_names import (
     tensors_from_memory,
     tensors_to_memory,
 )
+from diffsynth_ray.models.layouts import TRAINED_TINY
 from diffsynth_ray.models.weights import assign_weights, randomize_weights, read_folder
 
 log = logging.getLogger(__name__)

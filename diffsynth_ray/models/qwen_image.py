@@ -30,7 +30,6 @@ from diffsynth_ray.models.edit_pictures import (
     token_shape,
 )
 from diffsynth_ray.models.family import (
-    TRAINED_TINY,
     BatchShape,
     EncodedBatch,
     real_tensor,
@@ -73,9 +72,9 @@ class QwenImage(LibraryFamily):
     size_multiple = VAE_FACTOR * PATCH
     key_layouts: ClassVar[dict[str, KeyLayout]] = layouts.KEY_LAYOUTS["qwen_image"]
     default_tokenizers: ClassVar[dict[str, str]] = layouts.DEFAULT_TOKENIZERS["qwen_image"]
-    extra_inputs = ("edit_image",)
+    extra_inputs = layouts.EXTRA_INPUTS["qwen_image"]
     text_reads_extra = True
-    option_names = ("zero_cond_t", "edit_prompt", TRAINED_TINY)
+    option_names = layouts.OPTIONS["qwen_image"]
     depth_keys: ClassVar[dict[str, dict[str, str]]] = {"dit": {"transformer_blocks": "num_layers"}}
     names: ClassVar[dict[str, LayerNames]] = {}
     infer_functions: ClassVar[dict[str, InferConfig]] = configs.INFER

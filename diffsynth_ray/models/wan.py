@@ -68,7 +68,7 @@ class Wan(LibraryFamily):
     predict_components = ("dit", "vace")
     size_multiple = 16
     clip_step = FRAMES_PER_LATENT
-    extra_inputs = ("input_image", "end_image", VACE_CLIP, VACE_MASK, VACE_REFERENCE)
+    extra_inputs = layouts.EXTRA_INPUTS["wan"]
     clip_inputs = (VACE_CLIP, VACE_MASK)
     reference_inputs = (VACE_REFERENCE,)
     padded_text_tokens = TEXT_TOKENS

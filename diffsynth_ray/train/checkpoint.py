@@ -67,7 +67,10 @@ def drop_checkpoints(storage: Storage, *, step: int, keep: int) -> None:
 
     A checkpoint of a later step was damaged and passed over; a folder without manifest is what a dead attempt has left.
     """
-    found = find_checkpoints(storage)
+    try:
+        found = find_checkpoints(storage)
+    except OSError:
+        return  # what cannot be looked at now may be whole: the next checkpoint's turn
     kept = {checkpoint.folder: checkpoint for checkpoint in [c for c in found if c.step <= step][:keep]}
     for name in storage.list():
         if not re.fullmatch(r"step-\d+", name):
@@ -83,8 +86,11 @@ def drop_checkpoints(storage: Storage, *, step: int, keep: int) -> None:
                     storage.delete(f"{name}/{file}")
 
 
-def find_checkpoints(storage: Storage) -> list[Checkpoint]:
-    """All checkpoints with a manifest, newest first; their files are checked by `damage_of`."""
+def find_checkpoints(storage: Storage, *, say: Callable[[str], object] = lambda line: None) -> list[Checkpoint]:
+    """All checkpoints with a manifest, newest first; their files are checked by `damage_of`. Damaged manifests are named.
+
+    Raises OSError where the storage does not answer: a checkpoint that cannot be read now is not one that is not there.
+    """
     found = []
     for name in storage.list():
         match = re.fullmatch(r"step-(\d+)", name)
@@ -94,7 +100,10 @@ def find_checkpoints(storage: Storage) -> list[Checkpoint]:
             manifest = json.loads(storage.read_text(f"{name}/{_MANIFEST}"))
             shards = tuple(Shard(**entry) for entry in manifest["shards"])
             checkpoint = Checkpoint(step=int(manifest["step"]), token=manifest["token"], shards=shards)
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (ValueError, KeyError, TypeError):
+            say(f"checkpoint {name} is damaged ({name}/{_MANIFEST} is not what was written) and passed over")
             continue
         if checkpoint.step == int(match[1]):
             found.append(checkpoint)
@@ -112,7 +121,7 @@ def find_restorable(
         damage = damage_of(checkpoint)
         if damage is None:
             return checkpoint
-        say(f"checkpoint {checkpoint.folder} is damaged ({damage}); the one before is used")
+        say(f"checkpoint {checkpoint.folder} is damaged ({damage}) and passed over")
     return None
 
 

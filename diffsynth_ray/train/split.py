@@ -21,7 +21,8 @@ from diffsynth_ray.data.digests import file_digests
 from diffsynth_ray.data.samples import SampleRule
 from diffsynth_ray.data.store import Store
 from diffsynth_ray.errors import DataError, JobFileError, Problem
-from diffsynth_ray.models.family import TRAINED_TINY, ComponentFiles, ModelFamily, split_conditions
+from diffsynth_ray.models.family import ComponentFiles, ModelFamily, split_conditions
+from diffsynth_ray.models.layouts import TRAINED_TINY
 from diffsynth_ray.models.weight_source import SAFETENSORS_DTYPES
 from diffsynth_ray.schedule import trained_components
 from diffsynth_ray.train.graph import extra_inputs

@@ -242,13 +242,16 @@ class _Worker:
     def _choose_start(self) -> Checkpoint | None:
         """The newest whole checkpoint, the same for all ranks, or None. Each rank checks its share of the files."""
         self.heartbeat.enter("checking the checkpoint", 0)
-        found = self.control.from_rank_zero(find_checkpoints(self.storage) if self.rank == 0 else None)
+        found = self.control.from_rank_zero(find_checkpoints(self.storage, say=self.say) if self.rank == 0 else None)
 
         def damage(checkpoint: Checkpoint) -> str | None:
             shards = checkpoint.shards[self.rank :: self.world_size]
             return next((each for each in self.control.gather(damage_of(self.storage, shards)) if each), None)
 
-        return find_restorable(found, damage, say=self.say)
+        checkpoint = find_restorable(found, damage, say=self.say)
+        if checkpoint is None and self.rank == 0 and self.storage.list():
+            self.say("none of the checkpoints is whole: the training starts at step 0")
+        return checkpoint
 
     def _data_share(self) -> tuple[float, int]:
         """CPUs and number of the decoding tasks; for an elastic run from what the nodes that stay have now."""

@@ -284,3 +284,17 @@ def test_what_only_the_cluster_can_tell_is_left_to_it(photos: Path, tmp_path: Pa
     unknown = write_header(tmp_path / "unknown.safetensors", {"a": [4]})
     assert plan(photos, model=files(paths=[unknown], family="of_another_package")).models[0].component is None
     assert plan(photos, model=files(paths=[unknown], family=None)).models[0].component is None
+
+
+def test_problems_of_the_validations_own_metadata_name_its_key(photos: Path) -> None:
+    with pytest.raises(DataError, match=r"^validation\.holdout: no such file .*nowhere\.csv; it is relative to"):
+        plan(photos, validation={"holdout": "nowhere.csv"})
+
+
+def test_problems_of_the_model_and_of_the_data_are_told_together(photos: Path) -> None:
+    (photos / "3.png").unlink()
+    with pytest.raises(JobFileError) as caught:
+        plan(photos, model={"tiny": False, "paths": ["/nowhere/dit.safetensors"]})
+    assert "job: 2 problems" in str(caught.value)
+    assert "model.paths: /nowhere/dit.safetensors does not exist" in str(caught.value)
+    assert f"no such file: {photos / '3.png'}" in str(caught.value)

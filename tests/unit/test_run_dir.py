@@ -62,6 +62,14 @@ def test_another_run_is_refused_with_the_differing_keys(tmp_path: Path) -> None:
     assert run_dir.owner() == first
 
 
+@pytest.mark.parametrize("content", ["", '{"job": {'])
+def test_a_torn_job_file_is_called_damaged(tmp_path: Path, content: str) -> None:
+    (tmp_path / "job.json").write_text(content)
+    with pytest.raises(OutputError, match=r"job\.json is damaged: it is not JSON") as caught:
+        RunDir(tmp_path).owner()
+    assert "it goes on from its checkpoints" in str(caught.value.hint)
+
+
 def test_new_moves_the_old_content_aside(tmp_path: Path) -> None:
     run_dir, resolved = RunDir(tmp_path), build(tmp_path)
     assert run_dir.move_aside() is None

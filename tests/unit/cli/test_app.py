@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +17,7 @@ from diffsynth_ray.cli import app, inspect
 from diffsynth_ray.config.load import load_job
 from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.errors import ExitCode, RunError
-from diffsynth_ray.launch import registry
+from diffsynth_ray.launch import registry, runs
 from diffsynth_ray.run_dir import Progress, RunDir
 
 JOB = """
@@ -186,6 +188,21 @@ def test_unexpected_errors_keep_their_traceback_in_a_file(monkeypatch, job_file,
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("command", ["plan", "status", "submit"])
+def test_a_name_too_long_for_a_file_is_no_bug(command, state_dir, capsys):
+    assert run(command, "x" * 300) == ExitCode.USAGE
+    assert "xxx: File name too long" in capsys.readouterr().err
+    assert list(state_dir.glob("error-*.txt")) == []
+
+
+def test_an_error_without_a_file_of_the_users_is_unexpected(monkeypatch, job_file, state_dir, capsys):
+    def fail(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("diffsynth_ray.plan.build_plan", fail)
+    assert run("plan", job_file) == ExitCode.UNEXPECTED
+
+
 def test_keyboard_interrupt_is_130(monkeypatch, job_file):
     def interrupt(*args, **options):
         raise KeyboardInterrupt
@@ -226,6 +243,20 @@ def test_status_knows_an_output_path_that_was_never_submitted_from_here(job_file
     assert run("status", job_file) == 0
 
 
+def test_a_run_whose_folder_was_deleted_is_not_said_to_have_written_nothing(job_file, monkeypatch, capsys):
+    resolved, run_dir = finish(job_file)
+    remember(resolved, job_file)
+    shutil.rmtree(run_dir.path)
+    assert run("status", "tiny") == ExitCode.RUN_FAILED
+    assert "nothing of it is in its output path: it ended before it wrote anything, or was deleted" in capsys.readouterr().out
+    job = {"submission_id": f"{resolved.run}-a1", "status": "SUCCEEDED", "start_time": 1000, "end_time": 2000}
+    cluster = SimpleNamespace(url="http://127.0.0.1:1")
+    monkeypatch.setattr(runs, "cluster_of", lambda submission: (cluster, None))
+    monkeypatch.setattr(runs.client, "job_states", lambda cluster, name: {1: job})
+    assert run("status", "tiny") == ExitCode.DONE
+    assert "nothing of it is in its output path: deleted, or not visible here" in capsys.readouterr().out
+
+
 def test_an_attempt_whose_process_is_gone_has_failed(job_file, capsys):
     resolved, _ = finish(job_file, state=None, step=2)
     remember(resolved, job_file)
@@ -239,6 +270,15 @@ def test_a_run_in_the_foreground_is_running_as_long_as_its_process(job_file):
     assert run("status", "tiny") == ExitCode.NOT_FINISHED
     assert run("stop", "tiny") == 0
     assert run_dir.stop_reason() == "dsray stop"
+
+
+def test_an_empty_name_is_not_the_run_of_the_working_directory(job_file, monkeypatch):
+    resolved, run_dir = finish(job_file, state=None, step=2)
+    remember(resolved, job_file, pid=os.getpid())
+    monkeypatch.chdir(run_dir.path)
+    assert run("stop", "") == ExitCode.NOT_FOUND
+    assert run_dir.stop_reason() is None
+    assert run("status", ".") == ExitCode.NOT_FINISHED
 
 
 def test_unknown_runs_are_exit_102_with_a_suggestion(job_file, capsys):
@@ -355,6 +395,7 @@ _FOREGROUND = """
 import signal, sys, time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 asked = []
 def interrupted(*_):
     Path(sys.argv[1]).write_text(str(len(asked) + 1))
@@ -542,3 +583,14 @@ def test_a_run_that_another_took_over_has_failed_itself(job_file, monkeypatch, c
     monkeypatch.setattr(driver, "run_locally", taken_over)
     assert run("run", job_file) == 100
     assert ": FAILED" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_gone_is_no_error(monkeypatch, job_file):
+    def gone(*args, **options):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("diffsynth_ray.cli.render.plan", gone)
+    monkeypatch.setattr("diffsynth_ray.cli.render.close_quietly", lambda: None)
+    monkeypatch.setattr("sys.stdout", sys.stdout)
+    monkeypatch.setattr("sys.stderr", sys.stderr)
+    assert run("plan", job_file) == ExitCode.DONE

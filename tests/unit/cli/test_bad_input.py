@@ -55,6 +55,13 @@ def run(tmp_path, photos, monkeypatch, capsys):
         ("lora.base_model=", ["lora.base_model"]),
         ("lora.base_model=dti", ["lora.base_model", "no component 'dti'; it has dit", "did you mean 'dit'?"]),
         ('training.trainable_models=["unet"]', ["training.trainable_models", "no component 'unet'; it has dit"]),
+        (
+            'model.extra_inputs=["edit_imag"]',
+            ["model.extra_inputs", "no extra input 'edit_imag'", "did you mean 'edit_image'"],
+        ),
+        ("model.options={zero_cond = true}", ["model.options", "no option 'zero_cond'", "it has zero_cond_t"]),
+        ("dataset.data_file_keys=image,video", ["dataset.data_file_keys", 'an array is needed, as in ["image", "video"]']),
+        ("validation.size=512,768", ["validation.size", "an array is needed, as in [512, 768]"]),
         ('model.id_with_origin_paths=["Qwen/Qwen-Image"]', ["model.id_with_origin_paths", "a colon", "as in"]),
     ],
 )

@@ -101,3 +101,25 @@ def test_both_stages_have_a_bar_in_one_display(monkeypatch: pytest.MonkeyPatch) 
         assert log._bar is not None
         tasks = [(task.description, task.completed, task.total) for task in log._bar.tasks]
     assert tasks == [("encode", 400, 400), ("train", 3, 10)]
+
+
+def test_gc_deletes_only_what_a_cache_has_written(cache: Cache, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["shards/train-000.tar", "shards/folder/0.tar", "shards/.keep", "datasets/.gitignore", "index/.notes"]
+    killed = "shards/.0123456789abcdef01234567.safetensors.89abcdef"
+    for name in [*names, killed, "datasets/train.parquet", "index/train.parquet"]:
+        path = Path(cache.path) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+        os.utime(path, (0, 0))
+        os.utime(path.parent, (0, 0))
+    code, out, _ = dsray(capsys, "cache", "gc", cache.path, "--yes")
+    assert (code, out.splitlines()[1:]) == (ExitCode.DONE, [killed, "deleted 0 data sets, 1 entries, 129 bytes"])
+    assert all((Path(cache.path) / name).exists() for name in names)
+
+
+@pytest.mark.parametrize("command", ["ls", "verify", "gc"])
+def test_a_folder_without_a_cache_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "train.parquet").write_bytes(b"x")
+    code, _, hints = dsray(capsys, "cache", command, str(tmp_path))
+    assert (code, f"{tmp_path}: no such cache" in hints) == (ExitCode.USAGE, True)

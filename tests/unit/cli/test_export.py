@@ -129,3 +129,17 @@ def test_nothing_is_overwritten_unasked(tmp_path, run):
     assert code == 2
     assert "--force" in err
     assert (tmp_path / "lora.kohya.safetensors").read_text() == "mine"
+
+
+def test_a_folder_in_place_of_a_file(tmp_path, run):
+    write_lora(tmp_path / "lora.safetensors", LAYERS["wan"])
+    code, _, err = run(tmp_path, "--format", "kohya")
+    assert (code, f"{tmp_path} is a folder; give the file" in err) == (2, True)
+    code, _, err = run(tmp_path / "lora.safetensors", "--format", "kohya", "-o", tmp_path, "--force")
+    assert (code, f"{tmp_path} is a folder\nhint: give a file's name" in err) == (2, True)
+
+
+def test_a_place_that_cannot_be_written_is_told_without_a_traceback(tmp_path, run):
+    write_lora(tmp_path / "lora.safetensors", LAYERS["wan"])
+    code, _, err = run(tmp_path / "lora.safetensors", "--format", "kohya", "-o", tmp_path / "lora.safetensors" / "x")
+    assert (code, "lora.safetensors: " in err.splitlines()[-1], "bug" in err) == (2, True, False)

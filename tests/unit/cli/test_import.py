@@ -152,3 +152,14 @@ def test_a_bad_configuration_is_exit_2_and_nothing_is_written(run, script, tmp_p
     assert code == ExitCode.USAGE
     assert "num_processes" in err
     assert not (tmp_path / "job.toml").exists()
+
+
+def test_a_job_on_stdout_is_checked_too(run, tmp_path):
+    path = tmp_path / "train.sh"
+    path.write_text(LOCAL.replace("{name}", "cats").rstrip() + " --num_epochs 0 --height 512\n")
+    code, out, err = run(path)
+    assert (code, 'name = "cats"' in out) == (ExitCode.USAGE, True)
+    assert "refused by this version: training.num_epochs: got 0" in err
+    code, out, _ = run(path, "--json")
+    (job,) = json.loads(out)["jobs"]
+    assert (code, job["refused"][0]["key"], 'name = "cats"' in job["text"]) == (ExitCode.USAGE, "training.num_epochs", True)

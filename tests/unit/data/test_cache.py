@@ -312,11 +312,12 @@ def test_garbage_is_what_no_data_set_refers_to(tmp_path: Path) -> None:
     kept, dropped = manifest(1), manifest(5, source="b")
     write_manifest(cache, kept)
     write_manifest(cache, dropped)
-    (tmp_path / "shards" / "orphan.safetensors").write_bytes(b"x")
+    orphan = f"{'0' * 24}.safetensors"
+    (tmp_path / "shards" / orphan).write_bytes(b"x")
     assert find_garbage(cache).shards == []  # all of it is younger than a day
     garbage = find_garbage(cache, min_age_s=-1)
     assert (len(garbage.shards), garbage.num_entries, garbage.num_kept) == (1, 2, 1)
-    assert garbage.leftovers == ["shards/orphan.safetensors"]
+    assert garbage.leftovers == [f"shards/{orphan}"]
     assert summarize(cache).num_unused == 3
     with pytest.raises(DataError, match="no data set 'nonsense'"):
         find_garbage(cache, without=("nonsense",))

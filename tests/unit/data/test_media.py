@@ -374,3 +374,11 @@ def test_a_clip_at_its_own_rate_has_all_its_frames(rate: float) -> None:
         assert clip_length(info, num_frames=9999, frame_rate=rate / 2) == clip_length(
             MediaInfo(64, 32, num_frames // 2, rate), num_frames=9999
         )
+
+
+def test_a_picture_of_too_many_pixels_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "large.png"
+    Image.new("L", (64, 64)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 // 2 - 1)
+    with pytest.raises(DataError, match=r"more pixels than Pillow takes, make the picture smaller .*4096 pixels"):
+        read_info(path)

@@ -99,6 +99,14 @@ def test_lists_of_files(write: Write) -> None:
     assert metadata.digest == read(write("m.jsonl", json.dumps(rows[0])), *keys).digest
 
 
+def test_which_of_an_image_and_a_video_is_trained_on_is_told(write: Write) -> None:
+    path = write("m.csv", "image,video,prompt\na.png,b.png,x\nb.png,b.png,y\n,b.png,z\n")
+    assert "2 rows have both 'image', 'video': trains on 'image'" in read(path).notes[0]
+    assert "trains on 'video'" in read(path, "video", "image").notes[0]
+    assert read(path, "video").notes == ()
+    assert read(write("m.csv", "image,video,prompt\na.png,,x\n,b.png,y\n")).notes == ()
+
+
 def test_urls_are_not_looked_for(write: Write) -> None:
     metadata = read(write("m.csv", "video,prompt\nhttps://example.org/v.mp4?x=1.2,text\n"))
     assert metadata.files(0, "video") == ["https://example.org/v.mp4?x=1.2"]
@@ -186,7 +194,17 @@ def test_files_are_not_looked_for_on_request(write: Write) -> None:
         ("m.csv", "image,prompt\n", "m.csv: there are no rows"),
         ("m.csv", "image,prompt\na.png,x,y\nb.png\n", "m.csv:2: 3 cells, the header has 2"),
         ("m.csv", "image,prompt\na.png,x\nb.png\n", "m.csv:3: 1 cells, the header has 2"),
-        ("m.csv", 'image,prompt\na.png,"x\n', "m.csv:2: unexpected end of data"),
+        ("m.csv", "image,prompt\na.png,x\nb.png\n", "an empty cell has its comma too"),
+        ("m.csv", 'image,prompt\na.png,"x\n', "m.csv:2: unexpected end of data; inside"),
+        (
+            "m.csv",
+            'image,prompt\na.png,"x\nb.png,y\nb.png,z\n',
+            "m.csv:4: unexpected end of data in the row that begins at line 2",
+        ),
+        ("m.csv", f"image,prompt\n{'[' * 9999}],x\n", "m.csv:2: 'image' is not a JSON array of files"),
+        ("m.json", f'[{{"image": "a.png", "prompt": {"9" * 5000}}}]', "m.json: JSON that cannot be read: Exceeds the limit"),
+        ("m.json", "[" * 9999, "m.json: JSON that cannot be read: maximum recursion depth"),
+        ("m.jsonl", "{}\n" + "[" * 9999, "m.jsonl:2: JSON that cannot be read (maximum recursion depth"),
         ("m.csv", "image,image\na.png,b.png\n", "the header names 'image' twice"),
         ("m.csv", b"image,prompt\na.png,caf\xe9\n", "m.csv: not UTF-8"),
         ("m.json", '{"image": "a.png"}', "must be a list of objects, got dict"),

@@ -101,7 +101,8 @@ def save(storage, step, *, keep=2, may_commit=True, world_size=2, writer="one", 
 
 
 def restorable(storage, say=print):
-    return find_restorable(find_checkpoints(storage), lambda checkpoint: damage_of(storage, checkpoint.shards), say=say)
+    found = find_checkpoints(storage, say=say)
+    return find_restorable(found, lambda checkpoint: damage_of(storage, checkpoint.shards), say=say)
 
 
 def equal(state, tensors):
@@ -191,12 +192,35 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, damage):
         manifest.write_text(json.dumps({"step": 6, "files": {}}))
     said = []
     assert restorable(storage, said.append).step == 3
-    words = {"truncated": "bytes instead of", "flipped": "another checksum", "missing": "is missing"}
+    manifest_words = "step-6/manifest.json is not what was written"
+    words = {
+        "truncated": "bytes instead of", "flipped": "another checksum", "missing": "is missing",
+        "torn manifest": manifest_words, "foreign manifest": manifest_words,
+    }  # fmt: skip
     if damage in words:
         assert "checkpoint step-6 is damaged" in said[0]
         assert words[damage] in said[0]
     save(storage, 4)
     assert [found.step for found in find_checkpoints(storage)] == [4, 3], "what was passed over does not count as kept"
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_neither_passed_over_nor_deleted(tmp_path, monkeypatch):
+    storage = Storage.at(tmp_path)
+    save(storage, 3)
+    save(storage, 6)
+    original = storage.read_text
+
+    def read_text(name):
+        if name.startswith("step-6/"):
+            raise OSError(5, "Input/output error")
+        return original(name)
+
+    monkeypatch.setattr(storage, "read_text", read_text)
+    with pytest.raises(OSError, match="Input/output error"):
+        restorable(storage)
+    assert save(storage, 9)
+    monkeypatch.undo()
+    assert [found.step for found in find_checkpoints(storage)] == [9, 6, 3]
 
 
 def test_a_checkpoint_of_other_parameters_is_refused(storage):
