@@ -233,6 +233,7 @@ def test_a_full_disk_and_then_a_kill_in_the_middle_of_a_file(tmp_path, whole):
     ranks = begin(path, 1, STEPS, 1, trouble)
     wait_for(half_written.exists)
     wait_for((path / "checkpoints/step-3/manifest.json").exists)  # rank 0 writes it while rank 1 is at step 4
+    wait_for(lambda: not (path / "checkpoints/step-2").exists())  # and then deletes what is not whole
     os.kill(ranks[1].pid, signal.SIGKILL)
     ranks[0].kill()
     assert not ended_well(ranks)
