@@ -12,6 +12,7 @@ ceil(samples / global_batch_size) steps, whatever the buckets.
 Nothing here depends on the number of workers, except `deal`.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -115,6 +116,15 @@ class SampleOrder:
     def rows(self) -> IntArray:
         """[num_rows] all rows, ascending."""
         return np.sort(np.concatenate([bucket.rows for bucket in self.buckets]))
+
+    @cached_property
+    def digest(self) -> str:
+        """Hexadecimal, of which row is in which bucket: what of a data set the order depends on."""
+        found = hashlib.blake2b(digest_size=16)
+        for bucket in self.buckets:
+            found.update(f"{bucket.height}x{bucket.width}x{bucket.num_frames}: {len(bucket.rows)} ".encode())
+            found.update(np.asarray(bucket.rows, dtype="<i8").tobytes())
+        return found.hexdigest()
 
     @property
     def steps_per_epoch(self) -> int:

@@ -26,6 +26,15 @@ _CHUNK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
+class TrainedOn:
+    """The data set of the steps before a checkpoint: a run that goes on with another has another order from there."""
+
+    num_rows: int
+    digest: str
+    """Of the order, see SampleOrder."""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A committed checkpoint."""
 
@@ -33,6 +42,8 @@ class Checkpoint:
     token: str
     """Of the attempt that wrote it."""
     shards: tuple[Shard, ...]
+    trained_on: TrainedOn | None = None
+    """None: written by a version that did not keep it."""
 
     @property
     def folder(self) -> str:
@@ -51,12 +62,21 @@ def shard_name(step: int, *, rank: int, world_size: int, writer: str) -> str:
 
 
 def commit_checkpoint(
-    storage: Storage, *, step: int, shards: Sequence[Shard], token: str, may_commit: Callable[[], bool], keep: int
+    storage: Storage,
+    *,
+    step: int,
+    shards: Sequence[Shard],
+    token: str,
+    may_commit: Callable[[], bool],
+    keep: int,
+    trained_on: TrainedOn | None = None,
 ) -> bool:
     """Make the written shards a checkpoint, then drop all but the newest `keep`; False where `may_commit` forbids it."""
     if not may_commit():
         return False
-    manifest = {"step": step, "token": token, "shards": [asdict(shard) for shard in shards]}
+    manifest: dict[str, Any] = {"step": step, "token": token, "shards": [asdict(shard) for shard in shards]}
+    if trained_on is not None:
+        manifest["trained_on"] = asdict(trained_on)
     storage.write_text(f"{folder_of(step)}/{_MANIFEST}", json.dumps(manifest))
     drop_checkpoints(storage, step=step, keep=keep)
     return True
@@ -99,7 +119,8 @@ def find_checkpoints(storage: Storage, *, say: Callable[[str], object] = lambda 
         try:
             manifest = json.loads(storage.read_text(f"{name}/{_MANIFEST}"))
             shards = tuple(Shard(**entry) for entry in manifest["shards"])
-            checkpoint = Checkpoint(step=int(manifest["step"]), token=manifest["token"], shards=shards)
+            trained_on = TrainedOn(**manifest["trained_on"]) if "trained_on" in manifest else None
+            checkpoint = Checkpoint(int(manifest["step"]), manifest["token"], shards, trained_on)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except (ValueError, KeyError, TypeError):

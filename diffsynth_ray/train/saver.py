@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffsynth_ray.errors import RunError
-from diffsynth_ray.train.checkpoint import commit_checkpoint, shard_name
+from diffsynth_ray.train.checkpoint import TrainedOn, commit_checkpoint, shard_name
 from diffsynth_ray.train.shards import Shard, write_shard
 from diffsynth_ray.train.storage import Storage
 from diffsynth_ray.train.strategy.base import StateSlice
@@ -32,6 +32,7 @@ class WriterIdentity:
     """Of the attempt."""
     writer: str
     """Of this group of workers."""
+    trained_on: TrainedOn | None = None
 
 
 class CheckpointSaver:
@@ -130,6 +131,7 @@ class CheckpointSaver:
                 token=self._identity.token,
                 may_commit=self._may_commit,
                 keep=self._keep,
+                trained_on=self._identity.trained_on,
             )
         except OSError as error:
             where = self._storage.path(f"step-{step}")

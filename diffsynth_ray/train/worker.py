@@ -32,7 +32,7 @@ from diffsynth_ray.run_dir import RunDir, write_whole
 from diffsynth_ray.schedule import build_schedule
 from diffsynth_ray.train import selection
 from diffsynth_ray.train.cached_input import CachedInput
-from diffsynth_ray.train.checkpoint import Checkpoint, damage_of, find_checkpoints, find_restorable, read_checkpoint
+from diffsynth_ray.train.checkpoint import Checkpoint, TrainedOn, damage_of, find_checkpoints, find_restorable, read_checkpoint
 from diffsynth_ray.train.environment import describe_environment
 from diffsynth_ray.train.export import export_weights
 from diffsynth_ray.train.feed import DeviceFeed
@@ -290,6 +290,12 @@ class _Worker:
         self.trainer.strategy.load_state(state)
         state.close()
         self.trainer.step = checkpoint.step
+        before = checkpoint.trained_on
+        if before is not None and before != self._trained_on:
+            self.say(
+                f"note: the data set is not the one of the steps before ({before.num_rows} rows then, "
+                f"{self._trained_on.num_rows} now): from here on samples come in the order of the new one"
+            )
         self.say(f"continuing after step {checkpoint.step} of {self.schedule.num_steps}")
 
     def _train(self, feed: DeviceFeed) -> str:
@@ -384,13 +390,17 @@ class _Worker:
     def _build_saver(self) -> CheckpointSaver:
         return CheckpointSaver(
             self.storage,
-            WriterIdentity(rank=self.rank, world_size=self.world_size, token=self.token, writer=self.writer),
+            WriterIdentity(self.rank, self.world_size, self.token, self.writer, self._trained_on),
             keep=self.job.output.keep_checkpoints,
             may_commit=self.may_commit,
             gather=self.writers.gather,
             on_commit=self.run_dir.checkpoint_is_done,
             say=self.say,
         )
+
+    @property
+    def _trained_on(self) -> TrainedOn:
+        return TrainedOn(len(self.index.metadata), self.index.order.digest)
 
     def may_commit(self) -> bool:
         return self.run_dir.may_commit(self.token, self.writer)

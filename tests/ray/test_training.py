@@ -67,6 +67,21 @@ def test_stopped_and_continued_is_bit_equal(reference, tmp_path, photos):
     assert [entry["attempt"] for entry in run.dir.attempts()] == [1, 1, 2, 2]
 
 
+@pytest.mark.slow
+def test_a_run_that_goes_on_with_another_data_set_says_so(tmp_path, photos):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    run = Run(tmp_path, folder)
+    assert run.start("training.max_steps=2") == ExitCode.DONE, run.said
+    assert run.start("training.max_steps=3") == ExitCode.DONE, run.said
+    assert not any("the data set is not the one" in line for line in run.said)
+    table = folder / "metadata.csv"
+    rows = table.read_text().splitlines()
+    table.write_text("\n".join(rows[:-1]) + "\n")
+    assert run.start("training.max_steps=4") == ExitCode.DONE, run.said
+    assert any(f"({len(rows) - 1} rows then, {len(rows) - 2} now)" in line for line in run.said), run.said
+
+
 def test_a_killed_worker_comes_back_and_changes_nothing(reference, tmp_path, photos):
     run = Run(tmp_path, photos)
 

@@ -103,6 +103,16 @@ def test_a_bucket_keeps_its_order_when_another_is_added() -> None:
     assert micro_batches_of_rows_below_20([bucket]) == micro_batches_of_rows_below_20([other, bucket])
 
 
+def test_the_digest_is_that_of_the_rows_and_their_sizes() -> None:
+    def digest(*buckets: Bucket) -> str:
+        return SampleOrder(buckets, repeat=1, batch_size=1, global_batch_size=1, seed=0).digest
+
+    first = Bucket(64, 64, 1, np.arange(3))
+    assert digest(first) == digest(Bucket(64, 64, 1, np.arange(3, dtype=np.int32)))
+    others = [Bucket(64, 64, 1, np.arange(4)), Bucket(64, 32, 1, np.arange(3)), Bucket(64, 64, 1, np.array([0, 2, 3]))]
+    assert len({digest(first), *map(digest, others), digest(first, Bucket(32, 32, 1, np.array([7])))}) == 5
+
+
 def test_mixes_buckets_over_the_epoch() -> None:
     order = SampleOrder(make_buckets([400, 400]), repeat=1, batch_size=4, global_batch_size=16, seed=0)
     mixed = [len({micro.bucket_index for micro in batch.micro_batches}) == 2 for batch in epoch_batches(order, 0)]

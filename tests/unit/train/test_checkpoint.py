@@ -13,6 +13,7 @@ from diffsynth_ray.errors import ModelError, RunError
 from diffsynth_ray.run_dir import RunDir
 from diffsynth_ray.train import saver as saver_module
 from diffsynth_ray.train.checkpoint import (
+    TrainedOn,
     commit_checkpoint,
     damage_of,
     find_checkpoints,
@@ -88,7 +89,7 @@ def storage(request, tmp_path):
     return Storage(pafs.PyFileSystem(ObjectStoreHandler(pafs.LocalFileSystem())), str(tmp_path / "checkpoints"))
 
 
-def save(storage, step, *, keep=2, may_commit=True, world_size=2, writer="one", tensors=TENSORS):
+def save(storage, step, *, keep=2, may_commit=True, world_size=2, writer="one", tensors=TENSORS, trained_on=None):
     shards = [
         write_shard(
             storage,
@@ -97,7 +98,16 @@ def save(storage, step, *, keep=2, may_commit=True, world_size=2, writer="one", 
         )
         for rank in range(world_size)
     ]
-    return commit_checkpoint(storage, step=step, shards=shards, token="t", may_commit=lambda: may_commit, keep=keep)
+    return commit_checkpoint(
+        storage, step=step, shards=shards, token="t", may_commit=lambda: may_commit, keep=keep, trained_on=trained_on
+    )
+
+
+def test_a_checkpoint_says_what_it_was_trained_on(tmp_path):
+    storage = Storage.at(tmp_path)
+    save(storage, 1)  # as older versions have written them
+    save(storage, 2, trained_on=TrainedOn(5, "ab"))
+    assert [found.trained_on for found in find_checkpoints(storage)] == [TrainedOn(5, "ab"), None]
 
 
 def restorable(storage, say=print):
