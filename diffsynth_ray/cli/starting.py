@@ -131,7 +131,7 @@ def report(outcomes: list[Outcome], *, as_json: bool) -> int:
         if outcome.cause:
             render.say(f"cause: {outcome.cause}")
         if outcome.state in ("FAILED", "STOPPED"):
-            render.say("submitting the same job again continues from its last checkpoint")
+            render.say("submitting the same job again continues from its last checkpoint, or begins where there is none")
         if outcome.already_finished:
             render.say("more training.num_epochs or training.max_steps continue it; --new starts afresh")
     return outcomes[-1].exit_code
