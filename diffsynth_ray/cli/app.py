@@ -94,7 +94,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         render.say("interrupted")
         return ExitCode.INTERRUPTED
-    except (BrokenPipeError, SystemExit):  # of a broken pipe typer makes the latter, with 1
+    except (BrokenPipeError, SystemExit) as ended:
+        # Of a broken pipe typer makes a SystemExit; others are Ray's answer to a signal.
+        if not isinstance(ended, BrokenPipeError) and not isinstance(ended.__context__, BrokenPipeError):
+            raise
         render.close_quietly()
         return ExitCode.DONE
     except _UsageError as problem:

@@ -594,3 +594,15 @@ def test_a_reader_that_has_gone_is_no_error(monkeypatch, job_file):
     monkeypatch.setattr("sys.stdout", sys.stdout)
     monkeypatch.setattr("sys.stderr", sys.stderr)
     assert run("plan", job_file) == ExitCode.DONE
+
+
+def test_the_end_by_a_signal_is_no_success(monkeypatch, job_file):
+    """Ray answers SIGTERM with SystemExit while it starts."""
+
+    def ended(*args, **options):
+        raise SystemExit(15)
+
+    monkeypatch.setattr("diffsynth_ray.cli.render.plan", ended)
+    with pytest.raises(SystemExit) as found:
+        run("plan", job_file)
+    assert found.value.code == 15
