@@ -54,7 +54,7 @@ def in_huge_pages(values: Tensor) -> Tensor:
     num_bytes = values.numel() * values.element_size()
     if num_bytes < _HUGE_PAGE:
         return values.to("cpu", copy=True)
-    memory = mmap.mmap(-1, num_bytes)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE)  # a shared one gets none on most systems
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=values.dtype).view(values.shape).copy_(values)
 

@@ -1,11 +1,16 @@
 """Adam on the host in one pass against torch's own step."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from diffsynth_ray.train.strategy.host_adam import MasterUpdate, compiled_steps, in_huge_pages, takes, update_masters
 
 SHAPES = [(700, 3), (64,), (1, 5000)]
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+HAS_HUGE_PAGES = THP.exists() and "[never]" not in THP.read_text()
 
 
 def train(optimizer_class, step, dtype, **settings):
@@ -68,6 +73,19 @@ def test_settings_that_it_does_not_know_are_left_to_torch():
     assert not takes(torch.optim.AdamW(param, amsgrad=True))
     assert not takes(torch.optim.SGD(param, lr=0.1))
     assert not takes(Subclass(param))
+
+
+def huge_bytes():
+    found = re.search(r"AnonHugePages: *(\d+) kB", Path("/proc/self/smaps_rollup").read_text())
+    return int(found[1]) * 1024
+
+
+@pytest.mark.skipif(not HAS_HUGE_PAGES, reason="this system gives no huge pages")
+def test_huge_pages_are_huge():
+    before = huge_bytes()
+    copied = in_huge_pages(torch.ones(16 << 20))
+    assert huge_bytes() - before > 32 << 20
+    del copied
 
 
 def test_huge_pages_hold_what_was_copied_after_the_source_is_gone():
