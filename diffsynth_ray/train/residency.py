@@ -157,18 +157,18 @@ def _install(
     """
     installed: set[nn.Module] = set()
     calls: list[BlockCall] = []
+    recompute = recomputes_at_first(job, family.device)
     for name, found in blocks.items():
         compiles = name in family.predict_components and _compiles(job, family, name)
         if name in partitioned_components(job):
             for block in found:
-                recompute = recomputes_at_first(job, family.device)
                 block.forward = PartitionedBlockCall(block, recompute=recompute, compile=compiles)
             continue
         for block in found:
             is_split = block not in units and any(inner in units for inner in block.modules())
             call = BlockCall(
                 block,
-                recompute=recomputes_at_first(job, family.device),
+                recompute=recompute,
                 compile=compiles and not is_split,
                 unit=units.get(block),
                 offload=offload,
