@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from diffsynth_ray.memory.activations import ActivationStore
+from diffsynth_ray.memory.compilation import let_sizes_vary
 from diffsynth_ray.memory.offload import LayerOffload, Unit
 from diffsynth_ray.memory.selective import RecomputationMeter
 
@@ -30,15 +31,18 @@ class BlockCall:
         *,
         recompute: bool,
         compile: bool = False,
+        sizes_vary: bool = False,
         unit: Unit | None = None,
         offload: LayerOffload | None = None,
         activations: ActivationStore | None = None,
     ) -> None:
+        """`sizes_vary`: what is compiled holds for inputs of other sizes too."""
         self.module = module
         self.recompute = recompute
         self.unit, self.offload, self.activations = unit, offload, activations
         inner: Callable[..., Any] = module.forward
         self.is_compiled = compile
+        self.sizes_vary = sizes_vary
         self.inner = torch.compile(inner) if compile else inner
         self.trained = [param for param in module.parameters() if param.requires_grad]
         self.out_form: _WithoutTensors | None = None
@@ -51,7 +55,7 @@ class BlockCall:
         records = torch.is_grad_enabled() and (self.trained or any(tensor.requires_grad for tensor in tensors))
         if not (self.recompute and records):
             with self.weights():
-                return self.inner(*args, **kwargs)
+                return self._call(args, kwargs, tensors)
         results = _Recomputed.apply(self, arguments, len(tensors), *tensors, *self.trained)
         assert self.out_form is not None  # set by forward
         return self.out_form.filled(results)
@@ -65,8 +69,13 @@ class BlockCall:
     def run(self, arguments: _WithoutTensors, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The results' tensors, one behind the other."""
         args, kwargs = arguments.filled(tensors)
-        results, self.out_form = _take_out(self.inner(*args, **kwargs))
+        results, self.out_form = _take_out(self._call(args, kwargs, tensors))
         return results
+
+    def _call(self, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
+        if self.is_compiled and self.sizes_vary:
+            let_sizes_vary(tensors)
+        return self.inner(*args, **kwargs)
 
     def run_again(self, arguments: _WithoutTensors, tensors: Sequence[Tensor]) -> list[Tensor]:
         """`run` in a backward pass, measured where it is wanted."""
@@ -80,8 +89,8 @@ class BlockCall:
 class PartitionedBlockCall(BlockCall):
     """A module's forward where its parameters are whole only while it runs (ZeRO-3): they are gathered before the call."""
 
-    def __init__(self, module: nn.Module, *, recompute: bool, compile: bool = False) -> None:
-        super().__init__(module, recompute=recompute, compile=compile)
+    def __init__(self, module: nn.Module, *, recompute: bool, compile: bool = False, sizes_vary: bool = False) -> None:
+        super().__init__(module, recompute=recompute, compile=compile, sizes_vary=sizes_vary)
         self._after_backward: Callable[[], object] | None = None
 
     def set_up(self, after_backward: Callable[[], object]) -> None:
@@ -151,7 +160,8 @@ class _Recomputed(torch.autograd.Function):
         else:
             ctx.saved = call.activations.save(tensors)
         with call.weights():
-            return tuple(call.run(arguments, tensors))
+            # Whether an input has a gradient is no matter here, and would be a reason to compile the block once more.
+            return tuple(call.run(arguments, [tensor.detach() for tensor in tensors]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

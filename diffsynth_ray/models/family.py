@@ -200,6 +200,8 @@ class ModelFamily(ABC):
     """Not every model of the family has them; what needs one goes without it then."""
     padded_text_tokens: ClassVar[int | None] = None
     """`predict` pads `prompt_embeds` with zeros to so many tokens, whatever their mask; None: it does not."""
+    text_tokens_vary: ClassVar[bool] = False
+    """Whether `predict` computes with as many tokens as a prompt has; else with the same number for all prompts."""
     predict_components: ClassVar[tuple[str, ...]]
     """Needed for `predict`."""
     encode_version: ClassVar[int] = 1

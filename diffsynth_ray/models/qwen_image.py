@@ -68,6 +68,7 @@ class QwenImage(LibraryFamily):
     text_components = ("text_encoder",)
     image_components = ("vae",)
     extra_components = ("vae",)
+    text_tokens_vary = True
     predict_components = ("dit",)
     size_multiple = VAE_FACTOR * PATCH
     key_layouts: ClassVar[dict[str, KeyLayout]] = layouts.KEY_LAYOUTS["qwen_image"]

@@ -35,6 +35,7 @@ class ZImage(LibraryFamily):
     scheduler_table = "z_image"
     text_components = ("text_encoder",)
     image_components = ("vae",)
+    text_tokens_vary = True
     predict_components = ("dit",)
     size_multiple = image_vae.VAE_FACTOR * PATCH
     depth_keys: ClassVar[dict[str, dict[str, str]]] = {

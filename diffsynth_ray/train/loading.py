@@ -25,10 +25,12 @@ def load_for_training(
     say: Say,
     components: Sequence[str] | None = None,
     group: NodeGroup | None = None,
+    num_sizes: int = 1,
     weights_path: Path | None = None,
 ) -> tuple[ModelFamily, Residency]:
-    """`components` None = all; `group` = the workers of this node, which share host memory; `weights_path` = a file with the
-    trained weights by "component.parameter", in place of the initial ones.
+    """`components` None = all; `group` = the workers of this node, which share host memory; `num_sizes` that the data set's
+    pictures or clips have; `weights_path` = a file with the trained weights by "component.parameter", in place of the initial
+    ones.
     """
     family = load_family(job, device=device, components=components)
     merge_presets(family, job, say)
@@ -40,4 +42,5 @@ def load_for_training(
             prefix = f"{name}."
             own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
             put_weights(component, own)
-    return family, settle(family, job, group=group, say=say)
+    sizes_vary = num_sizes > 1 or family.text_tokens_vary
+    return family, settle(family, job, group=group, sizes_vary=sizes_vary, say=say)

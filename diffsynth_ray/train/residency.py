@@ -60,10 +60,11 @@ class Residency:
             self.activations.clear()
 
 
-def settle(family: ModelFamily, job: Job, *, group: NodeGroup | None = None, say: Say) -> Residency:
+def settle(family: ModelFamily, job: Job, *, group: NodeGroup | None = None, sizes_vary: bool = False, say: Say) -> Residency:
     """Read the family's weights to where the job wants them, and set up how its blocks are called.
 
-    Components whose parameters are partitioned stay on the meta device: the strategy reads them.
+    Components whose parameters are partitioned stay on the meta device: the strategy reads them. `sizes_vary`: samples differ
+    in their numbers of tokens, so that blocks are compiled for all of them at once.
     """
     partitioned = partitioned_components(job)
     placed = {name: component for name, component in family.components.items() if name not in partitioned}
@@ -96,7 +97,7 @@ def settle(family: ModelFamily, job: Job, *, group: NodeGroup | None = None, say
             f"{offload.budget_bytes / 2**30:.1f} GiB of them on the device at a time"
         )
     activations = ActivationStore(family.device) if job.gradient.checkpointing_offload else None
-    calls = _install(family, job, blocks, built, offload, activations)
+    calls = _install(family, job, blocks, built, offload, activations, sizes_vary)
     place_on_node = group.place if group is not None else NodePlace()
     is_cuda = family.device.type == "cuda"
     return Residency(
@@ -150,6 +151,7 @@ def _install(
     units: dict[nn.Module, Unit],
     offload: LayerOffload | None,
     activations: ActivationStore | None,
+    sizes_vary: bool,
 ) -> list[BlockCall]:
     """Put a BlockCall around every block, and around every other module that is loaded by itself.
 
@@ -162,7 +164,7 @@ def _install(
         compiles = name in family.predict_components and _compiles(job, family, name)
         if name in partitioned_components(job):
             for block in found:
-                block.forward = PartitionedBlockCall(block, recompute=recompute, compile=compiles)
+                block.forward = PartitionedBlockCall(block, recompute=recompute, compile=compiles, sizes_vary=sizes_vary)
             continue
         for block in found:
             is_split = block not in units and any(inner in units for inner in block.modules())
@@ -170,6 +172,7 @@ def _install(
                 block,
                 recompute=recompute,
                 compile=compiles and not is_split,
+                sizes_vary=sizes_vary,
                 unit=units.get(block),
                 offload=offload,
                 activations=activations,

@@ -27,6 +27,7 @@ from diffsynth_ray.data.samples import SampleIndex
 from diffsynth_ray.data.stream import StreamedBatch, build_stream, staying_nodes
 from diffsynth_ray.data.teacher import longest_run
 from diffsynth_ray.errors import DsrayError, RunError, is_lost_connection
+from diffsynth_ray.memory.compilation import CompileTime
 from diffsynth_ray.memory.host import NodePlace
 from diffsynth_ray.run_dir import RunDir, write_whole
 from diffsynth_ray.schedule import build_schedule
@@ -173,9 +174,10 @@ class _Worker:
         checkpoint = self._choose_start()
         # Ray Data's processes start while the model is loaded.
         feed = self._build_feed(checkpoint.step if checkpoint else 0)
-        self._build_trainer()
-        self._restore(checkpoint)
-        result = self._train(feed)
+        with CompileTime(self.say) as self.compile_time:
+            self._build_trainer()
+            self._restore(checkpoint)
+            result = self._train(feed)
         feed.close()
         return {"state": result, "step": self.trainer.step, "num_steps": self.schedule.num_steps}
 
@@ -185,7 +187,12 @@ class _Worker:
         self.heartbeat.enter("loading the model", 0)
         job = self.job if self.components is None else job_of_stage(self.job, self.components)
         family, residency = load_for_training(
-            job, device=self.device, components=self.components, group=self._node_workers(), say=self.say
+            job,
+            device=self.device,
+            components=self.components,
+            group=self._node_workers(),
+            num_sizes=len(self.index.order.buckets),
+            say=self.say,
         )
         self.trainer = Trainer(self.job, family, self.schedule, residency=residency)
         count = sum(param.numel() for param in self.trainer.trained.values())
@@ -196,8 +203,13 @@ class _Worker:
         if selects:
             selection.watch(self.trainer)
         self.trainer.start(probe, say=self.say)
+        self._tell_compile_time()
         if selects:
             selection.keep_what_fits(self.trainer, selection.read_memory(), gather=self.control.gather, say=self.say)
+
+    def _tell_compile_time(self) -> None:
+        if seconds := self.compile_time.take_s():
+            self.say(f"blocks were compiled, which took {seconds:.1f} s")
 
     def _node_workers(self) -> NodeWorkers | None:
         context = ray.train.get_context()
@@ -335,6 +347,7 @@ class _Worker:
                 result = self.trainer.train_step(fed.micro_inputs, num_samples=fed.num_samples)
                 reporter.after_step(result, fed, started=started, data_wait_s=data_wait_s)
                 self.validation.after_step()
+                self._tell_compile_time()
                 self._export()
                 flags = self._flags()
                 if flags & _CHECKPOINT:
