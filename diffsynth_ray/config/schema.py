@@ -143,7 +143,7 @@ class TrainingSection(Section):
     max_timestep_boundary: float = _key(1.0, identity=True, ge=0, le=1)
     """Last trained timestep, as a fraction of the timestep ids (1 = least noise)."""
     compile: bool | Literal["auto"] = _key("auto")
-    """Compile the repeated blocks."""
+    """Compile the repeated blocks: once for samples of all sizes where these differ. "auto" = on GPUs."""
 
 
 class OutputSection(Section):

@@ -27,6 +27,8 @@ READ_AHEAD = 8
 LARGEST_PINNED_BYTES = 128 << 20
 """Larger tensors are few, and go to the device from ordinary memory: pinned memory is taken in powers of two."""
 PROGRESS_S = 5.0
+_NOTABLE_BYTES = 1 << 30
+"""Of which nobody wonders what takes time."""
 LARGEST_LOOSE_BYTES = 256 << 20
 """Largest unit outside of the repeated blocks, where no threshold is given."""
 _SCALE = "weight_scale"
@@ -158,7 +160,10 @@ def place(
             if unit.slots:
                 built[module] = unit
     counters = ALIGNMENT * (-(-8 * len(built) // ALIGNMENT))
-    segment = HostSegment(counters + sum(unit.num_bytes for unit in built.values()), device=device, group=group)
+    num_bytes = counters + sum(unit.num_bytes for unit in built.values())
+    if device.type == "cuda" and num_bytes > _NOTABLE_BYTES:
+        say(f"pinning {num_bytes / 2**30:.1f} GiB of host memory")
+    segment = HostSegment(num_bytes, device=device, group=group)
     homes = _give_homes(segment, list(built.values()), start=counters)
     if segment.is_first:
         for param, value in given:
@@ -258,8 +263,14 @@ def _fill(
                 home.copy_(converted, non_blocking=home.is_cuda)
         if time.monotonic() - told > PROGRESS_S:
             told = time.monotonic()
-            speed = num_bytes / (told - started) / 2**30
-            say(f"loading {component}: {num_bytes / 2**30:.1f} GiB read, {speed:.2f} GiB/s")
+            say(f"loading {component}: {_amount(num_bytes, told - started)}")
+    if num_bytes > _NOTABLE_BYTES:
+        say(f"loaded {component}: {_amount(num_bytes, time.monotonic() - started)}")
+
+
+def _amount(num_bytes: int, seconds: float) -> str:
+    gib = num_bytes / 2**30
+    return f"{gib:.1f} GiB in {seconds:.1f} s, {gib / seconds:.2f} GiB/s"
 
 
 def _is_narrowed(spot: Spot) -> bool:
