@@ -17,7 +17,7 @@ the cache that it has filled. Prints a JSON line a run and writes all of them to
 Beside --output lie the runs' logs, each line with its second.
 
 usage: python tests/bench/scaling.py --folder FOLDER --output results.json [--gpus 1 2] [--only NAME ...] [--full-layers N]
-       [--samples N] [--steps N] [--tiny]
+       [--samples N] [--steps N] [--set KEY=VALUE ...] [--tiny]
 """
 
 import argparse
@@ -255,6 +255,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=192, help="pictures to encode for each GPU")
     parser.add_argument("--steps", type=int, default=26)
     parser.add_argument("--timeout-s", type=float, default=900, help="of one run")
+    parser.add_argument("--set", action="append", default=[], help="a key of every job, as of `dsray run`")
     parser.add_argument("--tiny", action="store_true", help="the tiny size on CPUs: to try this program out")
     options = parser.parse_args()
     folder = options.folder.absolute()
@@ -276,7 +277,7 @@ def main() -> None:
     for name in names:
         found = record["methods"][name] = {}
         for gpus in options.gpus:
-            overrides = [*METHODS[name], f"distributed.num_workers={gpus}", f"dataset.global_batch_size={gpus}"]
+            overrides = [*METHODS[name], *options.set, f"distributed.num_workers={gpus}", f"dataset.global_batch_size={gpus}"]
             paths, data, cache = [dit], "", folder / "cache"
             if name.startswith("full"):
                 paths = [dit[: options.full_layers + 1]]

@@ -223,7 +223,7 @@ def run_export(rank, folder):
 
 def run_families():
     """Losses and norms of two steps at stage 3, compiled, beside DDP's, which is not: blocks of one or several kinds, called by
-    name or by place."""
+    name or by place, with samples of several sizes."""
     found = {}
     for name in ("flux", "flux2", "qwen_image", "wan", "z_image"):
         for kind, keys in (("lora", LORA), ("full", FULL)):
@@ -237,12 +237,13 @@ def family_steps(family_type, job):
     family = family_type.build_tiny(0, components=["dit"], dtype=torch.float32, device="meta")
     family.device = torch.device("cpu")
     select_trained(family, job)
-    residency = settle(family, job, say=print)
+    residency = settle(family, job, sizes_vary=True, say=print)
     trainer = Trainer(job, family, build_schedule(job, num_samples=24, global_batch_size=2), residency=residency)
-    blank = family.blank_batch(BatchShape(1, 64, 64, 5 if family.clip_step else 1, text_tokens=12))
 
     def micro_of(index):
         generator = torch.Generator().manual_seed(index)
+        width, tokens = 64 + 16 * (index % 3), 12 + 5 * (index % 2)
+        blank = family.blank_batch(BatchShape(1, 64, width, 5 if family.clip_step else 1, text_tokens=tokens))
         conditions = {
             name: torch.randn(value.shape, generator=generator) if value.is_floating_point() else value
             for name, value in blank.conditions.items()
