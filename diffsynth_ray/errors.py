@@ -104,12 +104,6 @@ class RunNotFoundError(DsrayError):
     exit_code = ExitCode.NOT_FOUND
 
 
-class RunStopped(DsrayError):
-    """The run was stopped on request; its checkpoint is on disk."""
-
-    exit_code = ExitCode.STOPPED
-
-
 _LOST_CONNECTION = re.compile(
     r"connection (closed|reset|refused)|broken pipe|timed out waiting|socket timeout|gloo|nccl", re.IGNORECASE
 )

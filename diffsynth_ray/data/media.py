@@ -130,12 +130,6 @@ def read_info(source: Source) -> MediaInfo:
         return MediaInfo(width, height, num_frames, None)
 
 
-def read_size(source: Source) -> tuple[int, int, int]:
-    """Return (width, height, num_frames) from the header; pixels as displayed."""
-    info = read_info(source)
-    return info.width, info.height, info.num_frames
-
-
 def clip_length(info: MediaInfo, *, num_frames: int, frame_rate: float | None = None, step: int = CLIP_STEP) -> int:
     """Return how many frames a clip gets: `num_frames`, or for a shorter file the largest step * n + 1 that it has.
 
