@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from diffsynth_ray.data.storage import is_remote, is_url, open_binary, read_bytes
-from diffsynth_ray.errors import DataError
+from diffsynth_ray.errors import DataError, first_line
 
 Frames = npt.NDArray[np.uint8]
 Source = str | Path | bytes
@@ -272,6 +272,4 @@ def _reason(error: BaseException, source: Source) -> str:
         return f"more pixels than Pillow takes, make the picture smaller ({error})"
     if not isinstance(source, bytes) and Path(source).is_file() and Path(source).stat().st_size == 0:
         return "the file is empty"
-    lines = str(error).strip().splitlines()
-    cause = lines[0] if lines else type(error).__name__
-    return f"cannot be read, the file is damaged or not what its name says ({cause})"
+    return f"cannot be read, the file is damaged or not what its name says ({first_line(error)})"
