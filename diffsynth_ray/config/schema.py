@@ -1,6 +1,6 @@
 """The job file: one frozen class a section, every key with its bounds, default, unit and meaning.
 
-The reference of the job file (docs in README) is generated from here. Two marks travel with a key:
+The reference of the job file (jobs/REFERENCE.md) is generated from here. Two marks travel with a key:
 
 * ``identity``: it changes what a step computes, so it is part of a run's name (see `resolve.identity`);
 * ``path``: it names a file or folder, relative to the directory the command is run in.
@@ -337,3 +337,8 @@ def mark(field: FieldInfo, name: Literal["identity", "path"]) -> Any:
     """A key's mark, as given to `_key`."""
     extra = field.json_schema_extra
     return extra.get(name) if isinstance(extra, dict) else None
+
+
+def as_list(value: str | list[str] | None) -> list[str]:
+    """The texts of a key that takes one or several."""
+    return [] if value is None else [value] if isinstance(value, str) else value
