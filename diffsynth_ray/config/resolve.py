@@ -32,6 +32,7 @@ MIN_DECODE_CPUS = 0.1
 _DEFAULT_RESOURCES = {"cuda": {"GPU": 1.0, "CPU": 1.0}, "cpu": {"CPU": 0.5}}
 """Of a worker by its device."""
 _CGROUPS = Path("/sys/fs/cgroup")
+_NAMED_WHERE_SET = ("model.tokenizer_1_path", "model.tokenizer_2_path", "model.processor_path")
 DEFAULT_BASE_PATH = "./models"
 """Where DiffSynth-Studio keeps what it downloads."""
 
@@ -179,8 +180,9 @@ def identity(job: Job, global_batch_size: int) -> dict[str, Any]:
     """The keys that change what a step computes, by dotted name (DESIGN: identity of a run)."""
     given = {dotted: lookup(job, dotted) for dotted, field in schema.keys().items() if schema.mark(field, "identity")}
     given["dataset.global_batch_size"] = global_batch_size
-    if isinstance(job.validation.holdout, float):
-        # Only where it is used, so that other runs keep their names; a file takes no row from the training.
+    # What joined the marked keys later counts only where it is set, so that other runs keep their names.
+    given = {dotted: value for dotted, value in given.items() if value is not None or dotted not in _NAMED_WHERE_SET}
+    if isinstance(job.validation.holdout, float):  # a file takes no row from the training
         given["validation.holdout"] = job.validation.holdout
     return given
 

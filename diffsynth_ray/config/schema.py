@@ -78,11 +78,11 @@ class ModelSection(Section):
     tokenizer_path: str | None = _key(identity=True, path=True)
     """Folder of the tokenizer, on disk or, as in "black-forest-labs/FLUX.2-klein-4B:tokenizer/", of a hub, as the next three
     may be. Default: `tokenizer` beside the weights' folders, else the family's own, downloaded."""
-    tokenizer_1_path: str | None = _key(path=True)
+    tokenizer_1_path: str | None = _key(identity=True, path=True)
     """Folder of the first of two tokenizers (FLUX.1: CLIP)."""
-    tokenizer_2_path: str | None = _key(path=True)
+    tokenizer_2_path: str | None = _key(identity=True, path=True)
     """Folder of the second of two tokenizers (FLUX.1: T5)."""
-    processor_path: str | None = _key(path=True)
+    processor_path: str | None = _key(identity=True, path=True)
     """Folder of the image processor of edit models (Qwen-Image-Edit)."""
     extra_inputs: list[str] = _key([], identity=True)
     """Further columns that the model is conditioned on: "edit_image" (Qwen-Image-Edit, FLUX.2), "kontext_images" (FLUX.1
