@@ -113,6 +113,17 @@ def test_the_digest_is_that_of_the_rows_and_their_sizes() -> None:
     assert len({digest(first), *map(digest, others), digest(first, Bucket(32, 32, 1, np.array([7])))}) == 5
 
 
+@pytest.mark.parametrize("change", [{"seed": 1}, {"epoch": 1}])
+def test_rows_meet_others_in_their_micro_batches(change: dict[str, int]) -> None:
+    """With another seed and in every epoch: not the same micro batches in another order."""
+
+    def companies(*, seed: int = 0, epoch: int = 0) -> set[frozenset[int]]:
+        order = SampleOrder(make_buckets([40]), repeat=1, batch_size=4, global_batch_size=4, seed=seed)
+        return {frozenset(micro.rows) for batch in epoch_batches(order, epoch) for micro in batch.micro_batches}
+
+    assert len(companies() & companies(**change)) < 3
+
+
 def test_mixes_buckets_over_the_epoch() -> None:
     order = SampleOrder(make_buckets([400, 400]), repeat=1, batch_size=4, global_batch_size=16, seed=0)
     mixed = [len({micro.bucket_index for micro in batch.micro_batches}) == 2 for batch in epoch_batches(order, 0)]

@@ -247,3 +247,14 @@ def test_the_learning_rate_follows_the_schedule():
     assert trainer.lr(1) == pytest.approx(0.5e-3)
     assert trainer.lr(2) == pytest.approx(1e-3)
     assert trainer.lr(6) == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * 0.5)))
+
+
+def test_a_step_has_its_own_learning_rate_and_noise():
+    trainer = build_trainer(build_job(training={"warmup_steps": 2}))
+    before = weights(trainer)
+    first = trainer.train_step([micro([0])], num_samples=1)
+    assert all(torch.equal(after, before[name]) for name, after in weights(trainer).items()), "warm-up begins with 0"
+    second = trainer.train_step([micro([0])], num_samples=1)
+    assert not all(torch.equal(after, before[name]) for name, after in weights(trainer).items())
+    assert (first.lr, second.lr) == (trainer.lr(0), trainer.lr(1))
+    assert first.loss_sum != second.loss_sum, "the same sample and weights: only noise and timestep are others"
