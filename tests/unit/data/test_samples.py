@@ -287,7 +287,12 @@ def test_a_share_of_the_files_is_held_out_and_never_trained_on(dataset: Dataset)
     trained = {row for step in steps for micro in step.micro_batches for row in micro.rows}
     assert trained == set(range(20)) - held
     assert index.order.num_samples == 20 - len(held)
-    assert held == {micro.rows[0] for micro in dataset.build("validation.holdout=0.2").holdout.singles()}
+    again, *others = (
+        {micro.rows[0] for micro in dataset.build("validation.holdout=0.2", f"seed={seed}").holdout.singles()}
+        for seed in range(4)
+    )
+    assert held == again
+    assert any(held != other for other in others), "the seed chooses"
     assert any("held out" in line for line in dataset.said)
 
 
@@ -299,6 +304,20 @@ def test_no_held_out_row_takes_the_place_of_a_bad_one(dataset: Dataset) -> None:
     bad = min(set(range(6)) - held)
     micro = MicroBatch(0, 48, 64, 1, (bad,), (0,))
     assert not held & {row for step in range(20) for row in index.candidates(bad, micro, step=step, index=0)}
+
+
+def test_which_rows_replace_a_bad_one_follows_from_seed_step_and_place(dataset: Dataset) -> None:
+    for number in range(12):
+        dataset.add(f"{number}.png")
+    micro = MicroBatch(0, 48, 64, 1, (3,), (0,))
+
+    def order(*, seed: int = 0, step: int = 0, index: int = 0) -> list[int]:
+        found = list(dataset.build(f"seed={seed}").candidates(3, micro, step=step, index=index))
+        assert set(found) == set(range(12)) - {3}
+        return found
+
+    assert order() == order()
+    assert len({tuple(each) for each in (order(), order(seed=1), order(step=1), order(index=1))}) == 4
 
 
 def test_a_holdout_of_its_own(dataset: Dataset, tmp_path: Path) -> None:
