@@ -13,6 +13,9 @@ from diffsynth_ray.config.schema import OutputSection
 from diffsynth_ray.errors import ModelError, RunError, SupersededError
 from diffsynth_ray.run_dir import RunDir
 from diffsynth_ray.train import worker as worker_module
+from diffsynth_ray.train.checkpoint import TrainedOn, find_checkpoints
+from diffsynth_ray.train.group import Group
+from diffsynth_ray.train.storage import Storage
 from diffsynth_ray.train.worker import _CHECKPOINT, _LOOK_FOR_PREEMPTION, _STOP, _Worker
 
 NOW_S = 10_000.0
@@ -118,6 +121,24 @@ def test_only_rank_0_of_the_newest_attempt_writes(tmp_path):
     with pytest.raises(SupersededError):
         exporting(tmp_path, may_commit=False)._export_as("step-1")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_as_many_checkpoints_are_kept_as_the_job_says_and_a_request_is_taken_back(tmp_path):
+    worker = exporting(tmp_path)
+    worker.job = build_job(output={"keep_checkpoints": 3})
+    worker.storage, worker.world_size = Storage.at(tmp_path / "checkpoints"), 1
+    worker.token, worker.writer, worker.writers = "token", "writer", Group(1)
+    worker.index = SimpleNamespace(metadata=[{}] * 5, order=SimpleNamespace(digest="digest"))
+    worker.saver = worker._build_saver()
+    worker.run_dir.request_checkpoint()
+    for step in range(1, 6):
+        worker.trainer.step = step
+        worker._checkpoint()
+    worker.saver.finish()
+    found = find_checkpoints(worker.storage)
+    assert [each.step for each in found] == [5, 4, 3]
+    assert found[0].trained_on == TrainedOn(5, "digest")
+    assert not worker.run_dir.is_checkpoint_requested()
 
 
 # How a worker ends
