@@ -13,7 +13,7 @@ from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.data import samples as samples_module
 from diffsynth_ray.data.bad_samples import BadSample, BadSampleList
 from diffsynth_ray.data.batches import MicroBatch
-from diffsynth_ray.data.media import decode
+from diffsynth_ray.data.media import decode, read_info
 from diffsynth_ray.data.samples import SampleIndex, SampleRule, build_sample_index
 from diffsynth_ray.data.stream import _pack_extra, _unpack_extra
 from diffsynth_ray.errors import DataError, DsrayError, JobFileError
@@ -85,6 +85,14 @@ def test_clips_take_the_frames_that_the_family_wants(dataset: Dataset) -> None:
     assert sizes_of(index) == {(48, 64, 1): [2], (48, 64, 9): [0, 1]}
     expected = decode(VIDEOS / "v.mp4", height=48, width=64, num_frames=9, frame_rate=8.0)
     assert np.array_equal(index.decode(micro_of(index, 0), step=0).pixels[0], expected)
+
+
+def test_a_lower_frame_rate_makes_a_clip_shorter(dataset: Dataset) -> None:
+    dataset.add(str(VIDEOS / "v.mp4"))
+    rate = read_info(VIDEOS / "v.mp4").fps
+    dataset.dataset_keys = {"frame_rate": rate / 2}
+    ((_, _, num_frames),) = sizes_of(dataset.build(rule=CLIPS, column="video"))
+    assert num_frames == 9  # of 21 at its own rate every other one, in fours and one
 
 
 def test_an_image_family_takes_the_first_frame(dataset: Dataset) -> None:
