@@ -51,6 +51,7 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
         ((451, 300), {"max_pixels": 1048576}, (288, 448)),
         ((4096, 1024), {"max_pixels": 1048576}, (512, 2048)),
         ((3000, 2000), {"max_pixels": 1048576}, (832, 1248)),
+        ((2731, 384), {"max_pixels": 1048576}, (368, 2720)),  # scaled to a height of 383.98
         ((100, 70), {"max_pixels": 6144}, (64, 80)),
         ((100, 70), {"fixed_height": 260, "fixed_width": 512, "max_pixels": 1024}, (256, 512)),
         ((100, 70), {"fixed_height": 256}, (64, 96)),
@@ -93,6 +94,8 @@ def test_resize_covers_and_crops_the_centre() -> None:
     same = resize_and_crop(image, 32, 96)
     assert np.array_equal(np.asarray(same), np.asarray(image))
     assert np.array_equal(np.asarray(resize_and_crop(image, 32, 32)), np.asarray(image)[:, 32:64])
+    upright = Image.fromarray(np.asarray(image).T.copy())
+    assert np.array_equal(np.asarray(resize_and_crop(upright, 32, 32)), np.asarray(upright)[32:64])
     assert resize_and_crop(image, 64, 33).size == (33, 64)
 
 
