@@ -1,8 +1,9 @@
-"""The error tree and the exit codes. Standard library only: every module may import it."""
+"""The error tree, the exit codes, and how messages are cut. Standard library only: every module may import it."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -98,16 +99,17 @@ class RunError(DsrayError):
     exit_code = ExitCode.RUN_FAILED
 
 
+class SupersededError(RunError):
+    """This attempt, or this group of its workers, may no longer write."""
+
+    def __init__(self) -> None:
+        super().__init__("a newer attempt of this run has taken over; this one writes nothing and ends")
+
+
 class RunNotFoundError(DsrayError):
     """No such run."""
 
     exit_code = ExitCode.NOT_FOUND
-
-
-class RunStopped(DsrayError):
-    """The run was stopped on request; its checkpoint is on disk."""
-
-    exit_code = ExitCode.STOPPED
 
 
 _LOST_CONNECTION = re.compile(
@@ -118,3 +120,28 @@ _LOST_CONNECTION = re.compile(
 def is_lost_connection(error: BaseException) -> bool:
     """Whether an error of a collective operation says no more than that another worker is gone."""
     return isinstance(error, RuntimeError) and bool(_LOST_CONNECTION.search(str(error)))
+
+
+MOST_LISTED = 10
+"""Of many problems, those that a message has."""
+
+
+def listed(problems: Sequence[object], *, total: int | None = None) -> list[str]:
+    """The first of many problems, a line each, and how many more there are; `total`: of all, where fewer are given."""
+    shown = [str(problem) for problem in problems[:MOST_LISTED]]
+    left = (len(problems) if total is None else total) - len(shown)
+    return [*shown, f"... and {left} more"] if left > 0 else shown
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's text; the name of its class where it has none."""
+    return _lines(error)[0]
+
+
+def last_line(error: BaseException) -> str:
+    """As `first_line`: where an error's text begins with another process's traceback."""
+    return _lines(error)[-1]
+
+
+def _lines(error: BaseException) -> list[str]:
+    return str(error).strip().splitlines() or [type(error).__name__]

@@ -10,7 +10,7 @@ from typing import Any
 from diffsynth_ray.config.distillation import DIRECT_DISTILL
 from diffsynth_ray.config.origins import local_tokenizer
 from diffsynth_ray.config.resolve import ResolvedJob, show_amounts
-from diffsynth_ray.config.schema import Job
+from diffsynth_ray.config.schema import Job, as_list
 from diffsynth_ray.config.zero import read_zero_config
 from diffsynth_ray.data.holdout import held_out_rows, holdout_errors
 from diffsynth_ray.data.metadata import PROMPT_COLUMN, Metadata, read_metadata
@@ -225,8 +225,7 @@ def _inspect_model(resolved: ResolvedJob) -> list[ModelFiles]:
             ("distributed.deepspeed_config", resolved.job.distributed.deepspeed_config),
             ("lora.preset_path", resolved.job.lora.preset_path),
         )
-        if value is not None
-        for path in ([value] if isinstance(value, str) else value)
+        for path in as_list(value)
     ]
     problems += [Problem(key, f"{path} does not exist") for key, path in named if not Path(path).exists()]
     if problems:

@@ -60,9 +60,9 @@ def check_host(resolved: ResolvedJob, found: Estimate) -> None:
     """Refuse what this machine's memory cannot hold, where the job runs on this machine's GPUs."""
     if resolved.device != "cuda":
         return
-    from diffsynth_ray.train.fit import check_host
+    from diffsynth_ray.train import fit
 
-    check_host(resolved.job, found, host_bytes=_host_bytes())
+    fit.check_host(resolved.job, found, host_bytes=_host_bytes())
 
 
 def _host_bytes() -> int:

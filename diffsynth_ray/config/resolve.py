@@ -29,7 +29,10 @@ READ_CPUS = 0.1
 MIN_DECODE_CPUS = 0.1
 """Fewest CPUs that a decoding task can be given."""
 
+_DEFAULT_RESOURCES = {"cuda": {"GPU": 1.0, "CPU": 1.0}, "cpu": {"CPU": 0.5}}
+"""Of a worker by its device."""
 _CGROUPS = Path("/sys/fs/cgroup")
+_NAMED_WHERE_SET = ("model.tokenizer_1_path", "model.tokenizer_2_path", "model.processor_path")
 DEFAULT_BASE_PATH = "./models"
 """Where DiffSynth-Studio keeps what it downloads."""
 
@@ -133,7 +136,7 @@ def resolve(job: Job, resources: Resources, *, source: str = "job", remote: bool
     """
     problems = check_rules(job)
     min_workers, num_workers, device = _workers(job, resources)
-    per_worker = job.distributed.resources_per_worker or ({"GPU": 1.0, "CPU": 1.0} if device == "cuda" else {"CPU": 0.5})
+    per_worker = job.distributed.resources_per_worker or _DEFAULT_RESOURCES[device]
     # An elastic run starts with what fits now, and needs room for its fewest workers only.
     now = max(min_workers, min(num_workers, _most_workers(resources, per_worker)))
     decode_cpus, decode_tasks, starved = _data_cpus(job, resources, num_workers=now, per_worker=per_worker)
@@ -177,8 +180,9 @@ def identity(job: Job, global_batch_size: int) -> dict[str, Any]:
     """The keys that change what a step computes, by dotted name (DESIGN: identity of a run)."""
     given = {dotted: lookup(job, dotted) for dotted, field in schema.keys().items() if schema.mark(field, "identity")}
     given["dataset.global_batch_size"] = global_batch_size
-    if isinstance(job.validation.holdout, float):
-        # Only where it is used, so that other runs keep their names; a file takes no row from the training.
+    # What joined the marked keys later counts only where it is set, so that other runs keep their names.
+    given = {dotted: value for dotted, value in given.items() if value is not None or dotted not in _NAMED_WHERE_SET}
+    if isinstance(job.validation.holdout, float):  # a file takes no row from the training
         given["validation.holdout"] = job.validation.holdout
     return given
 
@@ -208,7 +212,7 @@ def _encode_resources(
     split = job.split
     if not split.enabled:
         return None, []
-    per_worker = split.resources_per_worker or ({"GPU": 1.0, "CPU": 1.0} if device == "cuda" else {"CPU": 0.5})
+    per_worker = split.resources_per_worker or _DEFAULT_RESOURCES[device]
     on_gpus = resources.gpus > 0 and per_worker.get("GPU", 0.0) > 0
     count = split.num_workers or (num_workers if on_gpus else 1)
     decode_cpus, decode_tasks, problems = _data_cpus(job, resources, num_workers=count, per_worker=per_worker, section="split")

@@ -1,6 +1,6 @@
 """The job file: one frozen class a section, every key with its bounds, default, unit and meaning.
 
-The reference of the job file (docs in README) is generated from here. Two marks travel with a key:
+The reference of the job file (jobs/REFERENCE.md) is generated from here. Two marks travel with a key:
 
 * ``identity``: it changes what a step computes, so it is part of a run's name (see `resolve.identity`);
 * ``path``: it names a file or folder, relative to the directory the command is run in.
@@ -78,11 +78,11 @@ class ModelSection(Section):
     tokenizer_path: str | None = _key(identity=True, path=True)
     """Folder of the tokenizer, on disk or, as in "black-forest-labs/FLUX.2-klein-4B:tokenizer/", of a hub, as the next three
     may be. Default: `tokenizer` beside the weights' folders, else the family's own, downloaded."""
-    tokenizer_1_path: str | None = _key(path=True)
+    tokenizer_1_path: str | None = _key(identity=True, path=True)
     """Folder of the first of two tokenizers (FLUX.1: CLIP)."""
-    tokenizer_2_path: str | None = _key(path=True)
+    tokenizer_2_path: str | None = _key(identity=True, path=True)
     """Folder of the second of two tokenizers (FLUX.1: T5)."""
-    processor_path: str | None = _key(path=True)
+    processor_path: str | None = _key(identity=True, path=True)
     """Folder of the image processor of edit models (Qwen-Image-Edit)."""
     extra_inputs: list[str] = _key([], identity=True)
     """Further columns that the model is conditioned on: "edit_image" (Qwen-Image-Edit, FLUX.2), "kontext_images" (FLUX.1
@@ -337,3 +337,8 @@ def mark(field: FieldInfo, name: Literal["identity", "path"]) -> Any:
     """A key's mark, as given to `_key`."""
     extra = field.json_schema_extra
     return extra.get(name) if isinstance(extra, dict) else None
+
+
+def as_list(value: str | list[str] | None) -> list[str]:
+    """The texts of a key that takes one or several."""
+    return [] if value is None else [value] if isinstance(value, str) else value

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth_ray.data.storage import Stamp, read_stamps
-from diffsynth_ray.errors import DataError
+from diffsynth_ray.errors import MOST_LISTED, DataError, listed
 from diffsynth_ray.run_dir import append_line, read_jsonl, write_whole
-
-_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -51,14 +49,13 @@ class BadSample:
         }
 
 
-def check_limit(bad: Sequence[BadSample] | Sequence[str], *, num_bad: int, num_rows: int, limit: float) -> None:
-    """Raise DataError where more than a share `limit` of the rows is bad."""
+def check_limit(bad: Sequence[object], *, num_bad: int, num_rows: int, limit: float) -> None:
+    """Raise DataError where more than a share `limit` of the rows is bad; `bad` are some of them and their causes."""
     if num_bad <= limit * num_rows:
         return
-    shown = [str(one) for one in bad[:_SHOWN]]
-    more = [f"... and {num_bad - len(shown)} more"] if num_bad > len(shown) else []
+    head = f"{num_bad} of {num_rows} rows are bad, above dataset.bad_sample_limit = {limit:g}:"
     raise DataError(
-        "\n  ".join([f"{num_bad} of {num_rows} rows are bad, above dataset.bad_sample_limit = {limit:g}:", *shown, *more]),
+        "\n  ".join([head, *listed(bad, total=num_bad)]),
         hint="mend or remove those files (`dsray data check` lists them all), or raise dataset.bad_sample_limit",
     )
 
@@ -95,7 +92,7 @@ class BadSampleList:
                 new.append(bad)
         if not new:
             return None
-        self._causes += [str(bad) for bad in new[: _SHOWN - len(self._causes)]]
+        self._causes += [str(bad) for bad in new[: MOST_LISTED - len(self._causes)]]
         num_rows = new[0].num_rows
         check_limit(self._causes, num_bad=len(self._rows), num_rows=num_rows, limit=self._limit)
         more = f" and {len(new) - 1} more" if len(new) > 1 else ""

@@ -130,11 +130,6 @@ class SampleOrder:
     def steps_per_epoch(self) -> int:
         return -(-self.num_samples // self.global_batch_size)
 
-    @property
-    def num_micro_batches(self) -> int:
-        """Micro batches of an epoch before global batches cut any in two."""
-        return int(self._first_full[-1]) + len(self._tail_buckets)
-
     @cached_property
     def _first_full(self) -> IntArray:
         """[num_buckets + 1] number of each bucket's first full micro batch; the last entry is how many there are."""

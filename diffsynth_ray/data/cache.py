@@ -34,7 +34,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffsynth_ray.data.store import open_store, parse_parquet
-from diffsynth_ray.errors import DataError
+from diffsynth_ray.errors import DataError, first_line
 
 Kind = Literal["text", "image", "extra"]
 """What an entry is of; "extra": a row's extra inputs, with its prompt where the family reads both together."""
@@ -227,7 +227,7 @@ class Cache:
             return table.select(_INDEX_SCHEMA.names).cast(_INDEX_SCHEMA)
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise DataError(
-                f"{self.store.path(name)}: the index file is damaged, or of another version ({_first_line(error)})",
+                f"{self.store.path(name)}: the index file is damaged, or of another version ({first_line(error)})",
                 hint="delete that file: what it lists is encoded anew by the next submission",
             ) from error
 
@@ -292,7 +292,3 @@ def entry_sha256(key: str, layout: str, data: bytes) -> str:
     digest = hashlib.sha256(f"{key} {layout} ".encode())
     digest.update(data)
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -105,7 +105,8 @@ def read_manifest(cache: Cache, manifest_id: str) -> Manifest:
     try:
         content = cache.store.read(name)
     except FileNotFoundError as error:
-        raise DataError(f"{cache.store.path(name)}: no such data set in the cache", hint=_LIST) from error
+        message = f"{cache.store.path(name)}: no such data set in the cache"
+        raise DataError(message, hint="`dsray cache ls` shows what is there") from error
     try:
         table = parse_parquet(content)
         about = json.loads(table.schema.metadata[_MARK])
@@ -148,6 +149,3 @@ def only_manifest(cache: Cache) -> Manifest:
             "`dsray cache gc --dataset ID`",
         )
     return next(iter(newest.values()))
-
-
-_LIST = "`dsray cache ls` shows what is there"

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from diffsynth_ray.data.storage import is_remote, is_url, open_binary, read_bytes
-from diffsynth_ray.errors import DataError
+from diffsynth_ray.errors import DataError, first_line
 
 Frames = npt.NDArray[np.uint8]
 Source = str | Path | bytes
@@ -128,12 +128,6 @@ def read_info(source: Source) -> MediaInfo:
             width, height = height, width
         num_frames = getattr(image, "n_frames", 1) if image.format == "GIF" else 1
         return MediaInfo(width, height, num_frames, None)
-
-
-def read_size(source: Source) -> tuple[int, int, int]:
-    """Return (width, height, num_frames) from the header; pixels as displayed."""
-    info = read_info(source)
-    return info.width, info.height, info.num_frames
 
 
 def clip_length(info: MediaInfo, *, num_frames: int, frame_rate: float | None = None, step: int = CLIP_STEP) -> int:
@@ -278,6 +272,4 @@ def _reason(error: BaseException, source: Source) -> str:
         return f"more pixels than Pillow takes, make the picture smaller ({error})"
     if not isinstance(source, bytes) and Path(source).is_file() and Path(source).stat().st_size == 0:
         return "the file is empty"
-    lines = str(error).strip().splitlines()
-    cause = lines[0] if lines else type(error).__name__
-    return f"cannot be read, the file is damaged or not what its name says ({cause})"
+    return f"cannot be read, the file is damaged or not what its name says ({first_line(error)})"

@@ -28,7 +28,7 @@ from diffsynth_ray.data.storage import (
     read_stamps,
 )
 from diffsynth_ray.data.tables import RawTable, read_table
-from diffsynth_ray.errors import DataError
+from diffsynth_ray.errors import DataError, listed
 
 Value = str | int | float | bool | list[Any] | dict[str, Any]
 Row = dict[str, Value]
@@ -38,7 +38,6 @@ PROMPT_COLUMN = "prompt"
 DEFAULT_DATA_FILE_KEYS = ("image", "video")
 METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl", "metadata.parquet")
 
-_MAX_LISTED = 10
 _NUM_CAPTION_THREADS = 16
 _ROWS_PER_DIGEST = 10_000
 
@@ -112,7 +111,7 @@ def read_metadata(
     if check_files:
         problems += _check_files(table, rows, file_columns, base)
     if problems:
-        raise DataError(_summary(table.name, problems, len(rows)))
+        raise DataError("\n  ".join([f"{table.name}: {len(problems)} problem(s) in {len(rows)} rows", *listed(problems)]))
     trained = [column for column in file_columns if column in DEFAULT_DATA_FILE_KEYS]
     if len(trained) > 1 and (num_both := sum(all(row[column] for column in trained) for row in rows)):
         notes.append(
@@ -326,13 +325,6 @@ def _digest(columns: Sequence[str], rows: Sequence[Row]) -> str:
         # Sorted keys: CSV and JSON may name the same columns in another order.
         digest.update(json.dumps(rows[first : first + _ROWS_PER_DIGEST], sort_keys=True, default=str).encode())
     return digest.hexdigest()
-
-
-def _summary(name: str, problems: Sequence[str], num_rows: int) -> str:
-    lines = [f"{name}: {len(problems)} problem(s) in {num_rows} rows", *problems[:_MAX_LISTED]]
-    if len(problems) > _MAX_LISTED:
-        lines.append(f"... and {len(problems) - _MAX_LISTED} more")
-    return "\n  ".join(lines)
 
 
 def _quoted(names: Sequence[str]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,7 +30,7 @@ from diffsynth_ray.data.metadata import PROMPT_COLUMN, Metadata, Value, media_co
 from diffsynth_ray.data.order import IntArray, KeyedPermutation, derive_key
 from diffsynth_ray.data.sizes import index_places, read_media_infos
 from diffsynth_ray.data.teacher import check_teacher_runs
-from diffsynth_ray.errors import DataError, JobFileError, Problem
+from diffsynth_ray.errors import DataError, JobFileError, Problem, listed
 
 if TYPE_CHECKING:
     from diffsynth_ray.config.resolve import ResolvedJob
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 Extra = tuple[Frames, ...] | Value
 """A further input of one sample: its files decoded, or the cell's value where the column holds no files."""
 
-_SHOWN_PROBLEMS = 10
 # A bad sample is replaced by the first of so many that can be read: where none can, the data are no data.
 _CANDIDATES = 16
 
@@ -326,8 +324,7 @@ def _check_one_file(metadata: Metadata) -> None:
         if len(files := metadata.files(row, media_column(metadata, row))) > 1
     ]
     if several:
-        more = [f"... and {len(several) - _SHOWN_PROBLEMS} more"] if len(several) > _SHOWN_PROBLEMS else []
-        message = "\n  ".join(["a row is trained on one file:", *several[:_SHOWN_PROBLEMS], *more])
+        message = "\n  ".join(["a row is trained on one file:", *listed(several)])
         raise DataError(message, hint="give each file a row of its own; lists are for the columns of model.extra_inputs")
 
 
@@ -381,12 +378,11 @@ def _are_images(paths: Sequence[str], rule: SampleRule) -> bool:
 
 def _check_problems(problems: dict[int, str], dataset: DatasetSection, *, num_rows: int) -> None:
     """Raise DataError where the run cannot go on with these unusable rows."""
-    listed = [f"row {row + 1}: {cause}" for row, cause in islice(problems.items(), _SHOWN_PROBLEMS)]
+    causes = [f"row {row + 1}: {cause}" for row, cause in problems.items()]
     if dataset.bad_sample == "error" or len(problems) == num_rows:
-        more = [f"... and {len(problems) - len(listed)} more"] if len(problems) > len(listed) else []
         raise DataError(
-            "\n  ".join([f"{len(problems)} of {num_rows} files cannot be used:", *listed, *more]),
+            "\n  ".join([f"{len(problems)} of {num_rows} files cannot be used:", *listed(causes)]),
             hint="mend or remove them; `dsray data check` finds files that are damaged further inside too"
             + ("" if dataset.bad_sample == "skip" else ', and dataset.bad_sample = "skip" goes on without them'),
         )
-    check_limit(listed, num_bad=len(problems), num_rows=num_rows, limit=dataset.bad_sample_limit)
+    check_limit(causes, num_bad=len(problems), num_rows=num_rows, limit=dataset.bad_sample_limit)

@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffsynth_ray.errors import DataError
+from diffsynth_ray.errors import DataError, first_line
 
 _HTTP_TIMEOUT_S = 30.0
 _HTTP_ATTEMPTS = 3
@@ -93,7 +93,7 @@ def open_binary(path: str) -> io.BufferedReader:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be opened: {_first_line(error)}") from error
+        raise DataError(f"{path}: cannot be opened: {first_line(error)}") from error
 
 
 def exists(path: str) -> bool:
@@ -214,7 +214,7 @@ def _ask(question: Any, argument: Any, *, path: str) -> Any:
     try:
         return question(argument)
     except OSError as error:
-        raise DataError(f"{path}: the storage does not answer: {_first_line(error)}", hint=_S3_HINT) from error
+        raise DataError(f"{path}: the storage does not answer: {first_line(error)}", hint=_S3_HINT) from error
 
 
 def _filesystem(path: str) -> tuple[Any, str]:
@@ -232,8 +232,4 @@ def _s3_of_bucket(bucket: str) -> Any:
     try:
         return FileSystem.from_uri(f"s3://{bucket}")[0]
     except (OSError, ValueError) as error:
-        raise DataError(f"s3://{bucket}: cannot be opened: {_first_line(error)}", hint=_S3_HINT) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"s3://{bucket}: cannot be opened: {first_line(error)}", hint=_S3_HINT) from error

@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from diffsynth_ray.data.storage import open_binary
-from diffsynth_ray.errors import DataError
-
-_MAX_LISTED = 10
+from diffsynth_ray.errors import DataError, first_line, listed
 
 
 @dataclass
@@ -159,7 +157,7 @@ def _read_parquet(path: str, file: IO[bytes]) -> RawTable:
         # A handle and not a path, so that no directory or URL is guessed from the name.
         table = pyarrow.parquet.read_table(file)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{path}: not a Parquet file: {first_line(error)}") from error
     return RawTable(name=path, columns=list(table.column_names), rows=table.to_pylist())
 
 
@@ -173,5 +171,4 @@ def _collect_columns(rows: list[dict[str, Any]]) -> list[str]:
 
 def _raise_problems(problems: list[str]) -> None:
     if problems:
-        more = [f"... and {len(problems) - _MAX_LISTED} more"] if len(problems) > _MAX_LISTED else []
-        raise DataError("\n  ".join([*problems[:_MAX_LISTED], *more]))
+        raise DataError("\n  ".join(listed(problems)))

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 from diffsynth_ray.config.distillation import REQUIRED_COLUMNS
 from diffsynth_ray.data.metadata import Metadata, Value
-from diffsynth_ray.errors import DataError
+from diffsynth_ray.errors import DataError, listed
 
 RAND_DEVICES = ("cpu", "cuda")
 MAX_STEPS = 1000
-_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -67,5 +66,4 @@ def check_teacher_runs(metadata: Metadata) -> None:
         except DataError as error:
             problems.append(f"row {number}, {error.message}")
     if problems:
-        more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise DataError("direct distillation:\n  " + "\n  ".join(problems[:_SHOWN]) + more)
+        raise DataError("\n  ".join(["direct distillation:", *listed(problems)]))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsynth_ray.config.resolve import show_amounts
-from diffsynth_ray.errors import ClusterError
+from diffsynth_ray.errors import ClusterError, last_line
 from diffsynth_ray.launch.node_checks import (
     Finding,
     Request,
@@ -153,7 +153,7 @@ def _on_every_node(nodes: list[dict[str, Any]], request: Request, probe: str | N
         try:
             found[where], findings = ray.get(reference, timeout=0.1)
         except (ray.exceptions.RayError, TimeoutError) as error:
-            last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            last = last_line(error)
             cure = "install dsray there as on the head (cluster/Dockerfile), and see that the node is not overloaded"
             yield Finding("nodes", where, "failed", last, cure)
             continue
@@ -223,7 +223,7 @@ def _measure(group: Any, bundle: dict[str, float], *, size: int, backend: str) -
         hosts = len({host for host, _ in results})
         seconds = max(spent for _, spent in results)
     except (ray.exceptions.RayError, TimeoutError) as error:
-        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        last = last_line(error)
         cure = "let the nodes reach each other on all ports; NCCL_DEBUG=INFO says more, NCCL_SOCKET_IFNAME picks the network"
         return Finding("all_reduce", "cluster", "failed", f"{size} workers, {backend}: {last}", cure)
     finally:

@@ -27,6 +27,7 @@ from diffsynth_ray.launch.registry import state_dir
 START_TIMEOUT_S = 60.0
 IDLE_GRACE_S = 10.0
 FIRST_JOB_TIMEOUT_S = 120.0
+_LOG_LINES = 15
 
 
 @dataclass(frozen=True)
@@ -185,9 +186,9 @@ def stop(*, timeout_s: float = 30.0) -> bool:
     return True
 
 
-def _tail(path: Path, num_lines: int = 15) -> str:
+def _tail(path: Path) -> str:
     try:
         lines = path.read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return "  (no log)"
-    return "\n".join(f"  {line}" for line in lines[-num_lines:])
+    return "\n".join(f"  {line}" for line in lines[-_LOG_LINES:])

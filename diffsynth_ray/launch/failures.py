@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from diffsynth_ray.errors import DsrayError, is_lost_connection
+from diffsynth_ray.errors import DsrayError, is_lost_connection, last_line
 
 _DIED, _RAISED, _FOLLOWED = 0, 1, 2
 """How likely a failure is the root: a process that died, an error of its own, a lost connection to another worker."""
@@ -45,9 +45,7 @@ def describe(error: BaseException) -> tuple[str, int]:
         error = cause
     if isinstance(error, DsrayError):
         return with_hint(error), _RAISED
-    last_line = (str(error).strip().splitlines() or [""])[-1]
-    text = f"{type(error).__name__}: {last_line}"
-    return text, _FOLLOWED if is_lost_connection(error) else _RAISED
+    return f"{type(error).__name__}: {last_line(error)}", _FOLLOWED if is_lost_connection(error) else _RAISED
 
 
 def _describe_death(text: str) -> str:

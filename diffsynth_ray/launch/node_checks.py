@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from diffsynth_ray import __version__
-from diffsynth_ray.errors import DsrayError
+from diffsynth_ray.errors import DsrayError, first_line
 
 State = Literal["ok", "warning", "failed", "skipped"]
 MUST_BE_EQUAL = ("python", "dsray", "ray", "torch", "diffusers", "transformers", "peft", "deepspeed")
@@ -210,7 +210,7 @@ def _why_not_writable(path: str) -> str | None:
         is_same = storage.read_text(name) == name
         storage.delete(name)
     except OSError as error:
-        return f"cannot be written: {error.strerror or (str(error).strip().splitlines() or [type(error).__name__])[0]}"
+        return f"cannot be written: {error.strerror or first_line(error)}"
     return None if is_same else "what was written there reads differently"
 
 

@@ -11,13 +11,14 @@ import os
 import re
 import socket
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
 
 from diffsynth_ray.errors import OutputError
-from diffsynth_ray.run_dir import append_line
+from diffsynth_ray.run_dir import append_line, read_jsonl
 
 _MAX_BYTES = 1 << 20
 _CLOCK_S = 5.0
@@ -100,15 +101,9 @@ def note(submission: Submission) -> None:
 def submissions() -> list[Submission]:
     """All remembered submissions, oldest first; lines of other versions or cut by a crash are left out."""
     found = []
-    try:
-        lines = (state_dir() / "runs.jsonl").read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    for line in lines:
-        try:
-            found.append(Submission(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError):
-            continue
+    for entry in read_jsonl(state_dir() / "runs.jsonl"):
+        with suppress(TypeError):
+            found.append(Submission(**entry))
     return found
 
 

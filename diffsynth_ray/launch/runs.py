@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,11 +145,8 @@ def view(submission: Submission, *, cluster: Cluster | None = None) -> RunView:
     newest = jobs.get(max(jobs, default=0))
     if view_of_files is None or (newest and _is_newer(newest, run_dir)):
         return _from_cluster(submission, cluster, newest, note)
-    url = cluster.url if cluster else None
-    shown = {"address": url}
-    if view_of_files.state in ACTIVE:
-        return _replace(view_of_files, **shown, **_liveness(submission, view_of_files, jobs, note))
-    return _replace(view_of_files, **shown)
+    changes = _liveness(submission, view_of_files, jobs, note) if view_of_files.state in ACTIVE else {}
+    return replace(view_of_files, address=cluster.url if cluster else None, **changes)
 
 
 def _is_newer(job: dict[str, Any], run_dir: RunDir | None) -> bool:
@@ -220,7 +217,7 @@ def _seconds(milliseconds: float | None) -> float | None:
 
 
 def _liveness(submission: Submission, seen: RunView, jobs: dict[int, dict[str, Any]], note: str | None) -> dict[str, Any]:
-    """Whether an attempt without an end still runs."""
+    """What changes of the view of an attempt without an end: whether it still runs."""
     if submission.is_elsewhere:
         return {"note": f"as its output path shows it; it was started on {submission.host}"}
     if submission.pid is not None:
@@ -233,11 +230,6 @@ def _liveness(submission: Submission, seen: RunView, jobs: dict[int, dict[str, A
         limit = f"as its output path shows it; {note}"
         return {"note": f"{seen.note}; {limit}" if seen.state == "PENDING" else limit}
     return {"state": "FAILED", "cause": _DIED}
-
-
-def _replace(seen: RunView, **changes: Any) -> RunView:
-    values = {name: getattr(seen, name) for name in RunView.__dataclass_fields__}
-    return RunView(**(values | changes))
 
 
 def exports(run_dir: RunDir) -> list[str]:

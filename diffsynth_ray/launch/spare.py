@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from diffsynth_ray.config.resolve import READ_CPUS, ResolvedJob
+from diffsynth_ray.errors import first_line
 from diffsynth_ray.launch.fetch import bring_here
 from diffsynth_ray.train.sampler import Errand, Made
 
@@ -65,7 +66,7 @@ class SpareRoom:
             return self._made
         except Exception as error:  # noqa: BLE001  a boundary: however its process ends, the training goes on
             cause = getattr(error, "cause", None) or error
-            return f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
+            return f"{type(cause).__name__}: {first_line(cause)}"
         return None
 
     def give_up(self) -> None:

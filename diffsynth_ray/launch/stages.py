@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -15,8 +16,8 @@ from ray.util.metrics import Gauge
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.config.validation import check_sample_size
-from diffsynth_ray.data.cached import open_cached_samples
-from diffsynth_ray.data.samples import SampleRule, build_sample_index
+from diffsynth_ray.data.cached import CachedRows, open_cached_samples
+from diffsynth_ray.data.samples import SampleIndex, SampleRule, build_sample_index
 from diffsynth_ray.errors import ClusterError
 from diffsynth_ray.launch.early import start_early
 from diffsynth_ray.launch.fetch import bring_model, bring_to_worker
@@ -24,6 +25,8 @@ from diffsynth_ray.launch.queue import QueuePlace, need_to_encode, need_to_train
 from diffsynth_ray.run_dir import EncodeProgress, RunDir
 
 if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
     from diffsynth_ray.models.family import ModelFamily
 
 _TORCH_TIMEOUT_MARGIN_S = 60
@@ -120,28 +123,49 @@ def train_stage(
     `manifest_id` is what stage one returned.
     """
     start_early()  # before the imports below, which are seconds too
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from diffsynth_ray.launch.watch import Watch
     from diffsynth_ray.train.services import check_services
-    from diffsynth_ray.train.split import split_parts
 
     resolved = ResolvedJob.model_validate_json(resolved_json)
 
     def say(line: str) -> None:
         board.say.remote(line)
 
-    stopped = {"state": "STOPPED", "step": 0, "num_steps": 0}
     check_services(resolved.job.logging)
     # Downloads end, and what the files say is checked, before any GPU is taken.
     if (resolved.encode is not None and manifest_id is None) or not bring_model(resolved, board):
-        return stopped
+        return {"state": "STOPPED", "step": 0, "num_steps": 0}
+    index, cached, components = _open_samples(resolved, manifest_id, board, say)
+    if place is not None:
+        wait_for_turn(place, need_to_train(resolved), waits=board.wait.remote)
+    count = f"{resolved.min_workers} to {resolved.num_workers}" if resolved.is_elastic else f"{resolved.num_workers}"
+    say(f"starting {count} training worker(s)")
+    # Ray's dashboard shows it: JSON and handles, no secrets.
+    config = {
+        "resolved_json": resolved_json,
+        "token": token,
+        "index": ray.put(index),
+        "cached": ray.put(cached),
+        "components": components,
+        "board": board,
+    }
+    result = _build_trainer(resolved, config, attempt_name=attempt_name).fit()
+    assert isinstance(result.return_value, dict), result  # rank 0's
+    return result.return_value
+
+
+def _open_samples(
+    resolved: ResolvedJob, manifest_id: str | None, board: Any, say: Callable[[str], None]
+) -> tuple[SampleIndex, CachedRows | None, tuple[str, ...] | None]:
+    """What is trained on, where the cache has it, and the components that stage two loads; without split training the latter
+    two are None."""
     rule = sample_rule(resolved.job)
     check_sample_size(resolved.job, multiple=rule.size_multiple)
+    cached = components = None
     if manifest_id is None:
-        index, cached, components = build_sample_index(resolved, say, rule=rule), None, None
+        index = build_sample_index(resolved, say, rule=rule)
     else:
+        from diffsynth_ray.train.split import split_parts
+
         parts = split_parts(_family_of(resolved.job), resolved.job)
         index, cached = open_cached_samples(resolved, manifest_id, kinds=parts.kinds, rule=rule, say=say)
         components = parts.train
@@ -150,27 +174,25 @@ def train_stage(
         say(f"stage train loads {', '.join(components)}")
     if index.unusable:
         board.note_bad.remote(index.bad_headers())
-    if place is not None:
-        wait_for_turn(place, need_to_train(resolved), waits=board.wait.remote)
-    count = f"{resolved.min_workers} to {resolved.num_workers}" if resolved.is_elastic else f"{resolved.num_workers}"
-    say(f"starting {count} training worker(s)")
+    return index, cached, components
+
+
+def _build_trainer(resolved: ResolvedJob, config: dict[str, Any], *, attempt_name: str) -> TorchTrainer:
+    """`config`: the arguments of `_train_loop` on every worker."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from diffsynth_ray.launch.watch import Watch
+
     trainer_class = TorchTrainer
     if resolved.is_elastic:
         # It stands on insides of Ray Train: other runs do without them.
         from diffsynth_ray.launch.elastic import ElasticTrainer
 
         trainer_class = ElasticTrainer
-    trainer = trainer_class(
+    return trainer_class(
         _train_loop,
-        # Ray's dashboard shows it: JSON and handles, no secrets.
-        train_loop_config={
-            "resolved_json": resolved_json,
-            "token": token,
-            "index": ray.put(index),
-            "cached": ray.put(cached),
-            "components": components,
-            "board": board,
-        },
+        train_loop_config=config,
         # The driver ends what hangs after timeout_s, and names it; torch's own time-out is for what it does not see.
         torch_config=TorchConfig(timeout_s=int(resolved.job.distributed.timeout_s) + _TORCH_TIMEOUT_MARGIN_S),
         scaling_config=ScalingConfig(
@@ -183,9 +205,6 @@ def train_stage(
             name=attempt_name,
             storage_path=str(RunDir(resolved.output_path).ray_dir),
             failure_config=FailureConfig(max_failures=resolved.job.distributed.max_failures),
-            callbacks=[Watch(board, resolved.output_path)],
+            callbacks=[Watch(config["board"], resolved.output_path)],
         ),
     )
-    result = trainer.fit()
-    assert isinstance(result.return_value, dict), result  # rank 0's
-    return result.return_value

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from diffsynth_ray.config.origins import local_tokenizer
 from diffsynth_ray.config.resolve import ResolvedJob
-from diffsynth_ray.errors import DsrayError
+from diffsynth_ray.config.schema import as_list
+from diffsynth_ray.errors import DsrayError, last_line
 from diffsynth_ray.launch.node_checks import sees, write_probe
 
 _TIMEOUT_S = 60.0
@@ -42,7 +43,7 @@ def check_visible(resolved: ResolvedJob, say: Callable[[str], None]) -> None:
             try:
                 problems += [f"node {node}: {problem}" for problem in ray.get(reference, timeout=0.1)]
             except (ray.exceptions.RayError, TimeoutError) as error:
-                last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                last = last_line(error)
                 say(f"node {node} was not asked for the job's paths: {last}")
     finally:
         for probe in probes.values():
@@ -67,7 +68,7 @@ def shared_folders(resolved: ResolvedJob) -> list[tuple[str, str]]:
 def named_paths(resolved: ResolvedJob) -> list[tuple[str, str]]:
     """Key and path of everything that workers read; URLs are left out."""
     job = resolved.job
-    named = [("model.paths", path) for entry in job.model.paths for path in ([entry] if isinstance(entry, str) else entry)]
+    named = [("model.paths", path) for entry in job.model.paths for path in as_list(entry)]
     for key, path in (
         ("dataset.base_path", job.dataset.base_path),
         ("model.tokenizer_path", local_tokenizer(job.model)),
@@ -76,8 +77,7 @@ def named_paths(resolved: ResolvedJob) -> list[tuple[str, str]]:
         ("lora.preset_path", job.lora.preset_path),
         ("distributed.deepspeed_config", job.distributed.deepspeed_config),
     ):
-        if path is not None:
-            named += [(key, one) for one in ([path] if isinstance(path, str) else path)]
+        named += [(key, one) for one in as_list(path)]
     return [(key, path) for key, path in named if "://" not in path]
 
 

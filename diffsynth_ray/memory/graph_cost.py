@@ -39,8 +39,10 @@ class _Walk:
     """The graph's nodes by what they are for a device."""
 
     is_fused: bool
-    kind: dict[fx.Node, str] = field(default_factory=dict)
+    kind: dict[fx.Node, str]
+    """See `_kind`."""
     group: dict[fx.Node, int] = field(default_factory=dict)
+    """Number of the kernel of each pointwise node."""
 
 
 def nbytes(value: object) -> int:
@@ -61,9 +63,7 @@ def storages(values: Iterable[object]) -> dict[int, int]:
 
 def graph_cost(graph: fx.Graph, *, is_fused: bool, kept: frozenset[int] = frozenset()) -> GraphCost:
     """Cost of a graph. `kept`: storages that stay alive whatever the graph does (parameters); they are not counted."""
-    walk = _Walk(is_fused)
-    for node in graph.nodes:
-        walk.kind[node] = _kind(node)
+    walk = _Walk(is_fused, {node: _kind(node) for node in graph.nodes})
     _join_groups(graph, walk)
     products, attention = [], 0
     for node, kind in walk.kind.items():
@@ -76,6 +76,12 @@ def graph_cost(graph: fx.Graph, *, is_fused: bool, kept: frozenset[int] = frozen
 
 def _value(node: fx.Node) -> Any:
     return node.meta.get("val")
+
+
+def _values(node: fx.Node) -> Iterable[Any]:
+    """Of a node with one result or several."""
+    value = _value(node)
+    return value if isinstance(value, (tuple, list)) else [value]
 
 
 def _name(node: fx.Node) -> str:
@@ -189,13 +195,11 @@ def _peak(graph: fx.Graph, walk: _Walk, kept: frozenset[int]) -> int:
     last_use: dict[int, int] = {}
     sizes: list[dict[int, int]] = []
     for position, node in enumerate(graph.nodes):
-        values = _value(node) if isinstance(_value(node), (tuple, list)) else [_value(node)]
         exists = walk.kind[node] != "pointwise" or _leaves_group(node, walk)
-        found = storages(values) if exists and node.op != "output" else {}
+        found = storages(_values(node)) if exists and node.op != "output" else {}
         sizes.append({storage: size for storage, size in found.items() if storage not in kept})
         for each in (node, *node.all_input_nodes):
-            values = _value(each) if isinstance(_value(each), (tuple, list)) else [_value(each)]
-            last_use.update(dict.fromkeys(storages(values), position))
+            last_use.update(dict.fromkeys(storages(_values(each)), position))
     alive: dict[int, int] = {}
     peak = 0
     for position, node in enumerate(graph.nodes):

@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from diffsynth_ray.errors import first_line
+
 USUAL_RUNS = 2
 """Runs of a set of shapes before it is captured: they compile what is compiled, and fill what caches by shape."""
 MOST_GRAPHS = 8
@@ -131,7 +133,7 @@ class StepReplay:
         except torch.OutOfMemoryError:
             problem = "" if self._graphs else "there is no memory for one"
         except RuntimeError as error:  # a copy from unpinned memory, a look at a value
-            problem = f"a step of this model cannot be captured ({str(error).strip().splitlines()[0]})"
+            problem = f"a step of this model cannot be captured ({first_line(error)})"
         else:
             self._graphs[key] = _Captured(graph, inputs, losses)
             return

@@ -83,18 +83,6 @@ class EncodedBatch:
             for index, conditions in enumerate(split_conditions(self.conditions, num_samples=self.latents.shape[0]))
         ]
 
-    @staticmethod
-    def stack(batches: Sequence[EncodedBatch]) -> EncodedBatch:
-        """Several batches of one latent size as one; texts of different lengths are padded and get a mask."""
-        shapes = {tuple(batch.latents.shape[1:]) for batch in batches}
-        if len(shapes) != 1:
-            raise ModelError(f"a batch has one latent size, got {sorted(shapes)}")
-        return EncodedBatch(
-            latents=torch.cat([batch.latents for batch in batches]),
-            conditions=stack_conditions([batch.conditions for batch in batches]),
-            sample_ids=tuple(sample_id for batch in batches for sample_id in batch.sample_ids),
-        )
-
 
 def stack_conditions(conditions: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Join conditions along the batch.
@@ -183,9 +171,9 @@ class ModelFamily(ABC):
     """Key of [model] (tokenizer_path, tokenizer_1_path, tokenizer_2_path, processor_path) -> "owner/name:folder/" that is
     used where the job names none."""
     scheduler_table: ClassVar[str]
+    """Name of the sigma table in `flow_matching`."""
     draws_noise_in_float32: ClassVar[bool] = False
     """Whether DiffSynth-Studio's pipeline draws a seed's noise in float32; else in the model's number format."""
-    """Name of the sigma table in `flow_matching`."""
     default_lora_targets: ClassVar[dict[str, tuple[str, ...]]]
     """By component: module name endings, the family's recipe."""
     text_components: ClassVar[tuple[str, ...]]
@@ -359,13 +347,6 @@ class ModelFamily(ABC):
     def sample(self, request: SampleRequest) -> Frames:
         """One picture or clip, uint8 [f, h, w, 3], made by diffusers' pipeline with the weights as they are."""
         raise ModelError(f"the family {self.name} makes no sample pictures; remove validation.prompts")
-
-    def to(self, device: torch.device | str) -> ModelFamily:
-        """Move every component, in place."""
-        self.device = torch.device(device)
-        for module in self.components.values():
-            module.to(self.device)
-        return self
 
     def component(self, name: str) -> Any:
         """A loaded component (typed Any: its attributes are its own class's), or an error that names what is loaded."""

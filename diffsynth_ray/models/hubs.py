@@ -18,9 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffsynth_ray.errors import HubError, ModelError
+
+if TYPE_CHECKING:
+    import requests
 
 Kind = Literal["model", "dataset"]
 
@@ -284,23 +287,29 @@ class HuggingFace(Hub):
                 with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S) as reply:
                     if reply.status_code not in (200, 206):
                         raise requests.HTTPError(response=reply)
-                    with part.open("ab" if reply.status_code == 206 else "wb") as out:
-                        for chunk in reply.iter_content(_CHUNK_BYTES):
-                            out.write(chunk)
-                            received(len(chunk))
-                            told += len(chunk)
-                            if stop.is_set():
-                                return
+                    for num_bytes in _write_body(reply, part):
+                        received(num_bytes)
+                        told += num_bytes
+                        if stop.is_set():
+                            return
                 if part.stat().st_size <= have:
                     raise requests.ConnectionError("the reply brought nothing new")
             except requests.RequestException as error:
-                if getattr(error.response, "status_code", None) == 416:
+                status = getattr(error.response, "status_code", None)
+                if status == 416:
                     raise self.wrong_checksum(repo, file.path) from None  # the hub's file is shorter than listed
                 failures = 0 if part.stat().st_size > have else failures + 1
-                status = getattr(error.response, "status_code", None)
                 if failures > _RETRIES or (status is not None and status < 500 and status not in (408, 429)):
                     raise self.refused(repo, status, "the connection fails", path=file.path) from None
                 time.sleep(_RETRY_S * 2 ** max(failures - 1, 0))
+
+
+def _write_body(reply: requests.Response, part: Path) -> Iterator[int]:
+    """Write what comes to the file, behind what it has where only the rest comes; yields the bytes of each piece."""
+    with part.open("ab" if reply.status_code == 206 else "wb") as out:
+        for chunk in reply.iter_content(_CHUNK_BYTES):
+            out.write(chunk)
+            yield len(chunk)
 
 
 def _checksum_fits(path: Path, file: RemoteFile) -> bool:

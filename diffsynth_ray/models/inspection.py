@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffsynth_ray.config.distillation import condition_columns
-from diffsynth_ray.config.schema import Job, ModelSection
+from diffsynth_ray.config.schema import Job, ModelSection, as_list
 from diffsynth_ray.errors import ModelError, Problem
 from diffsynth_ray.models import layouts, sources
 
@@ -122,7 +122,7 @@ def _describe(component: str | None, name: str, files: sources.Files, model: Mod
 def _entries(model: ModelSection) -> Iterator[tuple[str, str, sources.Files]]:
     """(key, as it is to be shown, where it is) of paths and ids."""
     for entry in model.paths:
-        paths = tuple(Path(path) for path in ([entry] if isinstance(entry, str) else entry))
+        paths = tuple(Path(path) for path in as_list(entry))
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         missing = sources.what_lacks(paths) if all(path.exists() for path in paths) else None
         first = paths[0] if paths else Path()

@@ -199,9 +199,8 @@ def _fuse_group(part: Part, group: Mapping[int, Pair]) -> Pair:
     index, (first_a, first_b) = next(iter(group.items()))
     rows = part.rows(first_b.shape[0] * sum(part.shares) // part.shares[index])
     if all(torch.equal(lora_a, first_a) for lora_a, _ in group.values()):
-        blocks = [group[index][1] if index in group else first_b.new_zeros(rows[index], first_b.shape[1])
-                  for index in range(len(rows))]  # fmt: skip
-        return first_a, torch.cat(blocks)
+        zeros = [first_b.new_zeros(height, first_b.shape[1]) for height in rows]
+        return first_a, torch.cat([group[index][1] if index in group else zero for index, zero in enumerate(zeros)])
     ranks = {index: lora_a.shape[0] for index, (lora_a, _) in group.items()}
     lora_b = first_b.new_zeros(sum(rows), sum(ranks.values()))
     top = left = 0

@@ -6,7 +6,6 @@ s = h/2 * w/2 image tokens of 2x2 latent pixels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -305,11 +304,6 @@ class QwenImage(LibraryFamily):
         return []
 
     @classmethod
-    def checkpoint_key(cls, component: str, name: str) -> str:
-        """The names in memory are the exported names, for all three components."""
-        return name
-
-    @classmethod
     def memory_key(cls, component: str, key: str) -> str | None:
         """The text encoder's `model.*` and `visual.*` are `model.language_model.*` and `model.visual.*` in memory.
 
@@ -324,8 +318,3 @@ class QwenImage(LibraryFamily):
         if key.startswith("model.") and not key.startswith(("model.language_model.", "model.visual.")):
             return f"model.language_model.{key.removeprefix('model.')}"
         return key
-
-
-def parameter_count(component: str, config: Mapping[str, Any]) -> int:
-    """Parameters of a component with this configuration, without loading it."""
-    return sum(math.prod(parameter.shape) for parameter in QwenImage.build_component(component, config).parameters())

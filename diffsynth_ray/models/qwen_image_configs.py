@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffsynth_ray.errors import ModelError
-
-Shapes = Mapping[str, tuple[int, ...]]
+from diffsynth_ray.models.library_family import InferConfig, Shapes, count_blocks
 
 # Rotary axes (frame, height, width) by width of a head; they leave no trace in the weights.
 _ROPE_AXES = {128: (16, 56, 56), 32: (8, 12, 12)}
@@ -112,10 +110,6 @@ SCHEDULER: dict[str, Any] = {
 """Of the released models' sampling."""
 
 
-def _count_blocks(shapes: Shapes, prefix: str) -> int:
-    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in shapes if key.startswith(prefix))
-
-
 def _infer_dit(shapes: Shapes) -> dict[str, Any]:
     inner, in_channels = shapes["img_in.weight"]
     head_dim = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
@@ -125,7 +119,7 @@ def _infer_dit(shapes: Shapes) -> dict[str, Any]:
         "patch_size": 2,
         "in_channels": in_channels,
         "out_channels": shapes["proj_out.weight"][0] // 4,
-        "num_layers": _count_blocks(shapes, "transformer_blocks."),
+        "num_layers": count_blocks(shapes, "transformer_blocks."),
         "attention_head_dim": head_dim,
         "num_attention_heads": inner // head_dim,
         "joint_attention_dim": shapes["txt_in.weight"][1],
@@ -151,7 +145,7 @@ def _infer_text_encoder(shapes: Shapes) -> dict[str, Any]:
     return TEXT_ENCODER_7B
 
 
-INFER: dict[str, Callable[[Shapes], dict[str, Any]]] = {
+INFER: dict[str, InferConfig] = {
     "dit": _infer_dit,
     "text_encoder": _infer_text_encoder,
     "vae": _infer_vae,

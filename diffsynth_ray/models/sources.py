@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from diffsynth_ray.config.origins import Origin, parse_folder, parse_origin, tokenizer_ids
-from diffsynth_ray.config.schema import ModelSection
+from diffsynth_ray.config.schema import ModelSection, as_list
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models.layouts import read_header
 
@@ -149,7 +149,7 @@ def model_origins(model: ModelSection) -> list[Origin]:
 
 def model_entries(model: ModelSection) -> list[list[Path]]:
     """Weight files, one list a component: those of `paths`, then those of the ids. Raises ModelError where some lack."""
-    entries = [[Path(path) for path in ([entry] if isinstance(entry, str) else entry)] for entry in model.paths]
+    entries = [[Path(path) for path in as_list(entry)] for entry in model.paths]
     for origin in model_origins(model):
         assert model.base_path is not None  # resolve fills it in where there are ids
         found = find(origin, model.base_path)

@@ -34,7 +34,8 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Names of number formats in a safetensors header."""
+"""Number formats by their names in a safetensors header."""
+SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 """Beside NAME.weight in FP8 files: what its values are multiplied by; one number, or one an output channel."""

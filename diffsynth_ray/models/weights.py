@@ -90,12 +90,6 @@ def read_shapes(paths: Sequence[Path], *, family: str | None = None) -> layouts.
     return layouts.join_shards(((path, _read_shapes_of_file(path)) for path in paths), known)
 
 
-def load_state_dict(paths: Sequence[Path]) -> dict[str, Tensor]:
-    """All tensors of one component's shards on the CPU, memory-mapped where the format allows it."""
-    read_shapes(paths)
-    return {key: read() for path in paths for key, _, read in _read_file(path)}
-
-
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of one file of any kind (a LoRA, an export) on the CPU."""
     return {key: read() for key, _, read in _read_file(path)}

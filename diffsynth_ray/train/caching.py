@@ -16,14 +16,12 @@ from diffsynth_ray.data.cached import PLURAL, locate_rows
 from diffsynth_ray.data.digests import file_digests
 from diffsynth_ray.data.manifest import Manifest, only_manifest, write_manifest
 from diffsynth_ray.data.samples import SampleRule, build_sample_index
-from diffsynth_ray.errors import DataError
+from diffsynth_ray.errors import DataError, listed
 from diffsynth_ray.models.family import ComponentFiles, ModelFamily
 from diffsynth_ray.run_dir import EncodeProgress
 from diffsynth_ray.train.encode import encode_missing
 from diffsynth_ray.train.named_rows import NamedRows, name_rows
 from diffsynth_ray.train.split import encoder_digests, split_parts
-
-_SHOWN_PROBLEMS = 10
 
 Say = Callable[[str], None]
 
@@ -84,7 +82,7 @@ def cache_dataset(
         say(f"starting {resolved.encode.num_workers} encoder(s) that load {', '.join(components)}")
         errors = encode_missing(resolved, new, rule=rule, components=components, encoders=encoders, board=board, report=report)
         if errors and job.dataset.bad_sample == "error":
-            raise DataError(_summary([str(each) for each in errors], "files cannot be encoded; all others are in the cache"))
+            raise DataError(_summary(errors, "files cannot be encoded; all others are in the cache"))
         unreadable = {each.key: each.cause for each in errors}
         rows.mark_bad(unreadable)
         new = {kind: [item for item in found if item.key not in unreadable] for kind, found in new.items()}
@@ -100,10 +98,10 @@ def _replace_bad(resolved: ResolvedJob, rows: NamedRows, say: Say) -> None:
     bad = rows.bad()
     if not bad:
         return
-    dataset, listed = resolved.job.dataset, [f"row {row + 1}: {cause}" for row, cause in bad.items()]
+    causes = [f"row {row + 1}: {cause}" for row, cause in bad.items()]
     if len(bad) == len(rows.rows):
-        raise DataError(_summary(listed, "rows, and none can be used"))
-    check_limit(listed, num_bad=len(bad), num_rows=len(rows.rows), limit=dataset.bad_sample_limit)
+        raise DataError(_summary(causes, "rows, and none can be used"))
+    check_limit(causes, num_bad=len(bad), num_rows=len(rows.rows), limit=resolved.job.dataset.bad_sample_limit)
     say(f"{len(bad)} of {len(rows.rows)} rows cannot be used; others are trained on in their place")
     rows.lend_sizes(resolved.job.seed)
 
@@ -171,7 +169,5 @@ def _check_cached(
     return manifest
 
 
-def _summary(problems: Sequence[str], what: str) -> str:
-    shown = [*problems[:_SHOWN_PROBLEMS]]
-    more = [f"... and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
-    return "\n  ".join([f"{len(problems)} {what}:", *shown, *more])
+def _summary(problems: Sequence[object], what: str) -> str:
+    return "\n  ".join([f"{len(problems)} {what}:", *listed(problems)])

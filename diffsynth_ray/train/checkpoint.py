@@ -175,10 +175,6 @@ def read_checkpoint(storage: Storage, checkpoint: Checkpoint, *, expected_master
 def _sha256(storage: Storage, name: str) -> str:
     digest = hashlib.sha256()
     with storage.open(name) as file:
-        while block := _next_block(file):
+        while block := file.read_buffer(_CHUNK_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _next_block(file: Any) -> Any:
-    return file.read_buffer(_CHUNK_BYTES)

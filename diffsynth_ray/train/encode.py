@@ -28,7 +28,7 @@ from diffsynth_ray.config.resolve import READ_CPUS, EncodeResources, ResolvedJob
 from diffsynth_ray.config.schema import DatasetSection
 from diffsynth_ray.data.cache import Cache, Entry, Kind, pack_entry, unpack_entry
 from diffsynth_ray.data.samples import SampleRule
-from diffsynth_ray.errors import DsrayError, RunError
+from diffsynth_ray.errors import DsrayError, RunError, first_line
 from diffsynth_ray.run_dir import EncodeProgress
 from diffsynth_ray.train.split import SampleEncoder, load_encoders
 from diffsynth_ray.train.units import ImageItem, Item, Unreadable, decode_unit, extra_item, units_of, unpack_extra
@@ -294,7 +294,7 @@ def _out_of_memory(item: dict[str, Any], error: torch.OutOfMemoryError) -> RunEr
     item = item.get("image", item)
     what = f"{item['path']} ({item['width']}x{item['height']}, {item['num_frames']} frame(s))" if "path" in item else "a text"
     return RunError(
-        f"stage encode: the GPU's memory is full with {what} alone: {str(error).splitlines()[0]}",
+        f"stage encode: the GPU's memory is full with {what} alone: {first_line(error)}",
         hint="give every encoder a whole GPU (split.resources_per_worker = { GPU = 1, CPU = 1 }), or lower dataset.max_pixels",
     )
 

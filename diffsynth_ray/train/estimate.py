@@ -6,7 +6,7 @@ Nothing here is measured. Memory is what torch allocates; a CUDA context and the
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from diffsynth_ray.config.schema import Job
@@ -56,7 +56,7 @@ class Estimate:
     moved_bytes: int
     """Copied to the device in one step."""
     notes: tuple[str, ...] = ()
-    advice: tuple[tuple[int, str], ...] = field(default=())
+    advice: tuple[tuple[int, str], ...] = ()
     """(bytes, setting) that would lower the peak."""
 
     @property
@@ -104,9 +104,12 @@ class Spread:
     """How many workers a job has, and what each does in a step."""
 
     num_workers: int = 1
+    """Of all nodes."""
     workers_on_node: int = 1
     micro_steps: int = 1
+    """Of one worker in a step."""
     object_store_bytes: int = 2 * GIB
+    """Of a node."""
 
 
 @dataclass(frozen=True)
@@ -334,7 +337,7 @@ def _host_memory(job: Job, cost: ModelCost, spread: Spread) -> dict[str, int]:
     """Bytes of one node."""
     workers = spread.workers_on_node
     found = {"processes of the workers": _PROCESS_BYTES * workers, "Ray's object store": spread.object_store_bytes}
-    elements, share = cost.weights.num_trained, spread.num_workers or 1
+    elements = cost.weights.num_trained
     if job.offload.cpu_offload:
         found["pinned weights, once a node"] = _units(job, cost)[0]
     state = int(elements * state_bytes(job.training))
@@ -343,10 +346,10 @@ def _host_memory(job: Job, cost: ModelCost, spread: Spread) -> dict[str, int]:
         found["gradients on the host"] = 4 * elements + cost.weights.trained_bytes
     if job.distributed.strategy == "deepspeed":
         if job.distributed.offload_optimizer_device == "cpu":
-            found["masters, optimizer state and gradients"] = (8 * elements + state) * workers // share
+            found["masters, optimizer state and gradients"] = (8 * elements + state) * workers // spread.num_workers
         if job.distributed.offload_param_device == "cpu":
             weights = _partitioned(job, cost)
-            found["pinned parameters"] = (weights.frozen_bytes + weights.trained_bytes) * workers // share
+            found["pinned parameters"] = (weights.frozen_bytes + weights.trained_bytes) * workers // spread.num_workers
     if job.gradient.checkpointing_offload:
         found["pinned activations"] = workers * sum(kind.count * kind.input_bytes for kind in cost.blocks)
     largest = max((kind.weights.frozen_bytes + kind.weights.trained_bytes for kind in cost.blocks), default=0)

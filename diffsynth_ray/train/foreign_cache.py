@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diffsynth_ray.data.cache import Cache, Entry, Kind, entry_key, pack_entry
 from diffsynth_ray.data.manifest import Manifest, ManifestRow, write_manifest
-from diffsynth_ray.errors import DataError
+from diffsynth_ray.errors import DataError, first_line, listed
 from diffsynth_ray.models.family import MASK_SUFFIX
 from diffsynth_ray.train.split import LATENTS, tensor_bytes
 
@@ -34,7 +34,6 @@ _DRAWN_ANEW = {"latents", "noise"}
 _PRECISIONS = {"BF16": "bf16", "F32": "fp32"}
 _SHARD_ENTRIES = 64
 _SAY_S = 5.0
-_SHOWN = 10
 
 
 @dataclass
@@ -74,8 +73,8 @@ def import_cache(folder: Path, cache: Cache, *, family: str, trust_pickles: bool
         rows.append(ManifestRow(sample.prompt, text, image, sample.height, sample.width, sample.num_frames))
     writer.flush()
     if not rows:
-        shown = "\n  ".join(refused[:_SHOWN])
-        raise DataError(f"{folder}: none of {len(paths)} files can be taken:\n  {shown}", hint=_hint(trust_pickles))
+        shown = "\n  ".join([f"{folder}: none of {len(paths)} files can be taken:", *listed(refused)])
+        raise DataError(shown, hint=_hint(trust_pickles))
     if len(dtypes) != 1 or not dtypes <= _PRECISIONS.keys():
         raise DataError(f"{folder}: its tensors are {', '.join(sorted(dtypes))}; all must be BF16, or all F32")
     manifest = Manifest(
@@ -170,7 +169,7 @@ def _load(path: Path, *, trust_pickles: bool) -> Any:
         refused = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
         raise DataError(f"{path}: it holds more than tensors{_what(refused)}; it is not unpickled") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise DataError(f"{path}: cannot be read ({(str(error).splitlines() or [''])[0]}); truncated?") from error
+        raise DataError(f"{path}: cannot be read ({first_line(error)}); truncated?") from error
 
 
 def _what(line: str) -> str:

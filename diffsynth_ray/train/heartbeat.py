@@ -42,12 +42,15 @@ class Heartbeat:
 
     def end(self) -> None:
         """No more signs: the training function has ended."""
-        self._ended.set()
-        self._send(DONE, self._step, 0.0)
+        with self._telling:
+            self._ended.set()
+            self._send(DONE, self._step, 0.0)
 
     def _run(self) -> None:
-        while not self._ended.is_set():
+        while True:
             with self._telling:
+                if self._ended.is_set():
+                    return
                 self._tell()
             self._ended.wait(self._every_s)
 

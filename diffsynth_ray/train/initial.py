@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from diffsynth_ray.config.schema import Job
+from diffsynth_ray.config.schema import Job, as_list
 from diffsynth_ray.errors import JobFileError, ModelError, Problem
 from diffsynth_ray.models.family import ModelFamily
 from diffsynth_ray.models.lora import load_lora, merge_lora
@@ -31,11 +31,6 @@ def preset_loras(job: Job) -> list[tuple[str, str]]:
     if len(components) == 1:
         components = components * len(paths)
     return list(zip(paths, components, strict=True))  # resolve has checked the lengths
-
-
-def as_list(value: str | list[str] | None) -> list[str]:
-    """One, several or none."""
-    return [] if value is None else [value] if isinstance(value, str) else value
 
 
 def load_initial_weights(family: ModelFamily, job: Job, say: Callable[[str], object]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffsynth_ray.config.schema import Job
+from diffsynth_ray.config.schema import Job, as_list
 from diffsynth_ray.errors import JobFileError, ModelError, Problem
 from diffsynth_ray.memory.fake_pass import BlockCost, block_cost, fake_weights, kept_by_autograd, tensors_of
 from diffsynth_ray.memory.fp8 import convert_to_fp8
@@ -133,7 +133,7 @@ def find_configs(job: Job) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
         return model.family, family.tiny_configs(model.extra_inputs), []
     configs: dict[str, dict[str, Any]] = {}
     families: set[str] = set() if model.family is None else {model.family}
-    entries, notes = [list(map(Path, entry)) for entry in map(_as_list, model.paths)], []
+    entries, notes = [list(map(Path, entry)) for entry in map(as_list, model.paths)], []
     for origin in sources.model_origins(model):
         found = sources.find(origin, model.base_path) if model.base_path is not None else None
         if found is not None and found.missing is None:
@@ -155,10 +155,6 @@ def find_configs(job: Job) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
     if len(families) != 1:
         raise ModelError(f"[model] names files of several families: {', '.join(sorted(families))}")
     return families.pop(), configs, notes
-
-
-def _as_list(entry: str | list[str]) -> list[str]:
-    return [entry] if isinstance(entry, str) else entry
 
 
 def measure_model(job: Job, shape: BatchShape, *, capability: tuple[int, int] | None, say: Say) -> ModelCost:

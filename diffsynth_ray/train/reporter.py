@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import torch
 
-from diffsynth_ray.errors import RunError
+from diffsynth_ray.errors import RunError, SupersededError
 from diffsynth_ray.run_dir import Progress, RunDir
 from diffsynth_ray.train.feed import FedStep
 from diffsynth_ray.train.figures import FigureWriter
@@ -30,10 +30,6 @@ class Gauge(Protocol):
     def set(self, value: float, /) -> object:
         """Show this one from now on."""
         ...
-
-
-def superseded() -> RunError:
-    return RunError("a newer attempt of this run has taken over; this one writes nothing and ends")
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ class Reporter:
     def publish_validation(self, step: int, figures: Mapping[str, float]) -> None:
         """Called on rank 0 after a validation."""
         if not self.may_commit():
-            raise superseded()
+            raise SupersededError
         assert self.figures is not None  # rank 0's
         self.figures.write(step, figures)
         self.gauges["validation_loss"].set(figures["validation_loss"])
@@ -154,7 +150,7 @@ class Reporter:
         if self.figures is None:
             return
         if not self.may_commit():
-            raise superseded()
+            raise SupersededError
         self.figures.write(step, figures | parts | memory)
         progress = Progress(step=step, num_steps=num_steps, left_s=round((num_steps - step) * step_s), **figures)
         self.say(progress.line())

@@ -161,17 +161,17 @@ def _install(
     calls: list[BlockCall] = []
     recompute = recomputes_at_first(job, family.device)
     for name, found in blocks.items():
-        compiles = name in family.predict_components and _compiles(job, family, name)
+        is_compiled = name in family.predict_components and _compiles(job, family, name)
         if name in partitioned_components(job):
             for block in found:
-                block.forward = PartitionedBlockCall(block, recompute=recompute, compile=compiles, sizes_vary=sizes_vary)
+                block.forward = PartitionedBlockCall(block, recompute=recompute, compile=is_compiled, sizes_vary=sizes_vary)
             continue
         for block in found:
             is_split = block not in units and any(inner in units for inner in block.modules())
             call = BlockCall(
                 block,
                 recompute=recompute,
-                compile=compiles and not is_split,
+                compile=is_compiled and not is_split,
                 sizes_vary=sizes_vary,
                 unit=units.get(block),
                 offload=offload,
@@ -196,6 +196,7 @@ def compiles(job: Job, component: str, capability: tuple[int, int] | None) -> bo
 
 
 def _compiles(job: Job, family: ModelFamily, component: str) -> bool:
+    """`compiles` for the device that there is; sets up what compiling needs."""
     asked = job.training.compile
     if family.device.type != "cuda":
         asked = asked is True

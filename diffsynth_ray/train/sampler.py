@@ -18,6 +18,7 @@ from diffsynth_ray.config.schema import Job
 from diffsynth_ray.config.validation import sample_size
 from diffsynth_ray.data.media import Frames, decode, read_info
 from diffsynth_ray.data.samples import SampleRule, target_of
+from diffsynth_ray.errors import first_line
 from diffsynth_ray.models.family import ModelFamily
 from diffsynth_ray.models.sampling import SampleRequest
 from diffsynth_ray.run_dir import RunDir, write_whole
@@ -68,8 +69,7 @@ class Sampler:
         except Exception as error:  # noqa: BLE001  a boundary: no sample is worth the run
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
-            lines = str(error).splitlines() or [""]
-            return Made(number, f"{type(error).__name__}: {lines[0]}")
+            return Made(number, f"{type(error).__name__}: {first_line(error)}")
         return Made(number)
 
     def _sample(self, number: int) -> Frames:

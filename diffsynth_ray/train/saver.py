@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsynth_ray.errors import RunError
+from diffsynth_ray.errors import RunError, SupersededError
 from diffsynth_ray.train.checkpoint import TrainedOn, commit_checkpoint, shard_name
 from diffsynth_ray.train.shards import Shard, write_shard
 from diffsynth_ray.train.storage import Storage
@@ -137,7 +137,7 @@ class CheckpointSaver:
             where = self._storage.path(f"step-{step}")
             raise CheckpointNotWrittenError(f"checkpoint {where} could not be committed: {error}") from error
         if not committed:
-            raise RunError("a newer attempt of this run has taken over; this one writes nothing and ends")
+            raise SupersededError
         self._on_commit()
         num_bytes = sum(shard.num_bytes for shard in shards)
         self._say(

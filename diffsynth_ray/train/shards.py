@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from diffsynth_ray.errors import ModelError
-from diffsynth_ray.models.weight_source import SAFETENSORS_DTYPES
+from diffsynth_ray.models.weight_source import SAFETENSORS_DTYPES, SAFETENSORS_NAMES
 from diffsynth_ray.train.storage import Storage
 from diffsynth_ray.train.strategy.base import StateSlice
 
-_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _CHUNK_BYTES = 64 << 20
 
 
@@ -67,7 +66,7 @@ def write_shard(storage: Storage, name: str, slices: Mapping[str, StateSlice]) -
         values = slices[key].values
         num_bytes = values.numel() * values.element_size()
         header[key] = {
-            "dtype": _DTYPE_NAMES[values.dtype],
+            "dtype": SAFETENSORS_NAMES[values.dtype],
             "shape": [values.numel()],
             "data_offsets": [offset, offset + num_bytes],
         }

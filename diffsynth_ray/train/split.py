@@ -23,7 +23,7 @@ from diffsynth_ray.data.store import Store
 from diffsynth_ray.errors import DataError, JobFileError, Problem
 from diffsynth_ray.models.family import ComponentFiles, ModelFamily, split_conditions
 from diffsynth_ray.models.layouts import TRAINED_TINY
-from diffsynth_ray.models.weight_source import SAFETENSORS_DTYPES
+from diffsynth_ray.models.weight_source import SAFETENSORS_DTYPES, SAFETENSORS_NAMES
 from diffsynth_ray.schedule import trained_components
 from diffsynth_ray.train.graph import extra_inputs
 from diffsynth_ray.train.initial import merge_presets, preset_loras
@@ -35,8 +35,6 @@ DECODE_VERSION = 1
 _KINDS: tuple[Kind, ...] = ("text", "image", "extra")
 LATENTS = "latents"
 """Name of an image entry's tensor."""
-
-_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -234,7 +232,7 @@ def extra_key(
 def tensor_bytes(tensor: Tensor) -> TensorBytes:
     """A tensor's bits."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return TensorBytes(_DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes())
+    return TensorBytes(SAFETENSORS_NAMES[tensor.dtype], tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes())
 
 
 def bytes_tensor(stored: TensorBytes) -> Tensor:

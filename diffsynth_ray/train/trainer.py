@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffsynth_ray.config.distillation import DIRECT_DISTILL, condition_columns
-from diffsynth_ray.config.schema import Job
+from diffsynth_ray.config.schema import Job, as_list
 from diffsynth_ray.errors import JobFileError, Problem
 from diffsynth_ray.models.family import EncodedBatch, ModelFamily, get_family
 from diffsynth_ray.models.flow_matching import draw_noise_and_timestep, timestep_id_range
@@ -23,7 +23,6 @@ from diffsynth_ray.models.weights import find_model
 from diffsynth_ray.schedule import Schedule, trained_components
 from diffsynth_ray.train.distill import DistillGraph, draw_noise, teacher_runs
 from diffsynth_ray.train.graph import AnyBatch, HalfEncodedBatch, SampleBatch, TrainGraph
-from diffsynth_ray.train.initial import as_list
 from diffsynth_ray.train.optim import MasterOptimizer, lr_factor
 from diffsynth_ray.train.residency import Residency, partitioned_components
 from diffsynth_ray.train.strategy import build_strategy, trained_parameters

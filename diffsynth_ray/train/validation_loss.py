@@ -74,7 +74,6 @@ class ValidationLoss:
             raise DataError(causes[0])
         if len(causes) == len(singles):
             raise DataError(f"none of the {len(singles)} validation samples can be read; {causes[0]}")
-        self.num_samples = len(singles) - len(causes)
         self._most = max(self._group.gather(len(self._samples)))
         good = next(position for position in range(len(singles)) if position not in all_bad)
         self._filler = self._samples[-1] if self._samples else self._read(good, singles[good])

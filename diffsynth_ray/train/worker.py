@@ -26,7 +26,7 @@ from diffsynth_ray.data.cached import CachedBatch, CachedRows, read_batches
 from diffsynth_ray.data.samples import SampleIndex
 from diffsynth_ray.data.stream import StreamedBatch, build_stream, staying_nodes
 from diffsynth_ray.data.teacher import longest_run
-from diffsynth_ray.errors import DsrayError, RunError, is_lost_connection
+from diffsynth_ray.errors import DsrayError, RunError, SupersededError, first_line, is_lost_connection
 from diffsynth_ray.memory.compilation import CompileTime
 from diffsynth_ray.memory.host import NodePlace
 from diffsynth_ray.run_dir import RunDir, write_whole
@@ -43,7 +43,7 @@ from diffsynth_ray.train.group import Group, NodeWorkers
 from diffsynth_ray.train.heartbeat import Heartbeat
 from diffsynth_ray.train.loading import load_for_training
 from diffsynth_ray.train.memory_report import measure, out_of_memory
-from diffsynth_ray.train.reporter import Reporter, superseded
+from diffsynth_ray.train.reporter import Reporter
 from diffsynth_ray.train.sampler import Errand, Spare
 from diffsynth_ray.train.saver import CheckpointSaver, WriterIdentity
 from diffsynth_ray.train.split import job_of_stage
@@ -71,8 +71,8 @@ def train_loop(
     """Ray Train's train function on every worker.
 
     `token` is the attempt's right to commit, `index` holds a SampleIndex, `board` is the handle of the run's Board, `spare` is
-    where samples may be made while the training goes on. Under split
-    training `cached` holds the CachedRows (else None), and `components` are what stage two loads (else None: all).
+    where samples may be made while the training goes on. Under split training `cached` holds the CachedRows (else None), and
+    `components` are what stage two loads (else None: all).
     Returns {"state", "step", "num_steps"} of the run.
     """
     rank = ray.train.get_context().get_world_rank()
@@ -218,7 +218,7 @@ class _Worker:
 
     def out_of_memory(self, error: torch.OutOfMemoryError) -> RunError:
         """What the user is told of a full device."""
-        cause = str(error).splitlines()[0]
+        cause = first_line(error)
         if not hasattr(self, "trainer"):
             return RunError(f"rank {self.rank}: the weights do not fit the device's memory. {cause}")
         return out_of_memory(
@@ -248,7 +248,7 @@ class _Worker:
         """The name of this group of workers, given by rank 0; from here on no earlier group commits anything."""
         writer = self.control.from_rank_zero(self.run_dir.claim_writer(self.token) if self.rank == 0 else None)
         if writer is None:
-            raise superseded()
+            raise SupersededError
         return str(writer)
 
     def _choose_start(self) -> Checkpoint | None:
@@ -471,7 +471,7 @@ class _Worker:
         if self.rank != 0:
             return
         if not self.may_commit():
-            raise superseded()
+            raise SupersededError
         family, folder = self.trainer.family, self.run_dir.path
         paths = export_weights(family, self.job, masters=masters, output_dir=folder, stem=stem)
         if averages:

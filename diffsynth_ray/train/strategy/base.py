@@ -63,8 +63,6 @@ class GradientWatch:
 class Strategy(Protocol):
     """How forward, backward and the update are spread over the workers."""
 
-    rank: int
-    world_size: int
     communication: CommunicationTimer
     """How long the steps have waited for other workers."""
 

@@ -75,6 +75,10 @@ def test_what_does_not_change_the_run(change: dict[str, Any]) -> None:
         {"training": {"warmup_steps": 10}},
         {"training": {"optimizer": "torch.optim.Adam"}},
         {"training": {"max_timestep_boundary": 0.5}},
+        {"model": {"tokenizer_path": "/other"}},
+        {"model": {"tokenizer_1_path": "/other"}},
+        {"model": {"tokenizer_2_path": "/other"}},
+        {"model": {"processor_path": "/other"}},
         {"lora": {"rank": 16}},
         {"lora": {"target_modules": ["to_q"]}},
         {"dataset": {"max_pixels": 65536}},
@@ -89,7 +93,7 @@ def test_what_changes_the_run(change: dict[str, Any]) -> None:
     }
     changed, steady = resolve(build_job(**merged), LAPTOP), resolve(build_job(**STEADY), LAPTOP)
     assert changed.run != steady.run
-    differing = {key for key in steady.given if changed.given[key] != steady.given[key]}
+    differing = {key for key in changed.given if changed.given[key] != steady.given.get(key)}
     (section, value), *_ = change.items()
     assert differing == ({f"{section}.{key}" for key in value} if isinstance(value, dict) else {section})
 
@@ -110,9 +114,12 @@ def test_the_run_bears_the_jobs_name() -> None:
 
 
 def test_the_name_is_made_of_the_marked_keys_only() -> None:
-    assert sorted(resolve(build_job(), LAPTOP).given) == sorted(
+    every = {"tokenizer_1_path": "/clip", "tokenizer_2_path": "/t5", "processor_path": "/processor"}
+    assert sorted(resolve(build_job(model=every), LAPTOP).given) == sorted(
         {key for key, field in schema.keys().items() if schema.mark(field, "identity")} | {"dataset.global_batch_size"}
     )
+    # Where these are unset, a run has the name that it had before they counted.
+    assert not resolve(build_job(), LAPTOP).given.keys() & {f"model.{key}" for key in every}
     assert resolve(build_job(), LAPTOP).run == resolve(build_job(), Resources(cpus=2, gpus=0)).run
 
 

@@ -65,12 +65,12 @@ def test_every_step_is_full_but_the_last(order: SampleOrder, epoch: int) -> None
 @given(order=orders())
 def test_a_micro_batch_is_cut_only_by_global_batches_and_the_end_of_its_bucket(order: SampleOrder) -> None:
     batches = epoch_batches(order, 0)
-    num_short = sum(len(bucket.rows) * order.repeat % order.batch_size > 0 for bucket in order.buckets)
+    num_full = sum(len(bucket.rows) * order.repeat // order.batch_size for bucket in order.buckets)
+    num_uncut = sum(-(-len(bucket.rows) * order.repeat // order.batch_size) for bucket in order.buckets)
     num_pieces = sum(len(batch.micro_batches) for batch in batches)
-    assert order.num_micro_batches <= num_pieces <= order.num_micro_batches + len(batches) - 1
+    assert num_uncut <= num_pieces <= num_uncut + len(batches) - 1
     if order.global_batch_size % order.batch_size == 0:
         sizes = [len(micro_batch.rows) for batch in batches for micro_batch in batch.micro_batches]
-        num_full = order.num_micro_batches - num_short
         assert sizes[:num_full] == [order.batch_size] * num_full
 
 
@@ -111,6 +111,17 @@ def test_the_digest_is_that_of_the_rows_and_their_sizes() -> None:
     assert digest(first) == digest(Bucket(64, 64, 1, np.arange(3, dtype=np.int32)))
     others = [Bucket(64, 64, 1, np.arange(4)), Bucket(64, 32, 1, np.arange(3)), Bucket(64, 64, 1, np.array([0, 2, 3]))]
     assert len({digest(first), *map(digest, others), digest(first, Bucket(32, 32, 1, np.array([7])))}) == 5
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"epoch": 1}])
+def test_rows_meet_others_in_their_micro_batches(change: dict[str, int]) -> None:
+    """With another seed and in every epoch: not the same micro batches in another order."""
+
+    def companies(*, seed: int = 0, epoch: int = 0) -> set[frozenset[int]]:
+        order = SampleOrder(make_buckets([40]), repeat=1, batch_size=4, global_batch_size=4, seed=seed)
+        return {frozenset(micro.rows) for batch in epoch_batches(order, epoch) for micro in batch.micro_batches}
+
+    assert len(companies() & companies(**change)) < 3
 
 
 def test_mixes_buckets_over_the_epoch() -> None:

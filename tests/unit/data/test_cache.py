@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,10 @@ def test_missing_keys_are_told_once_and_in_order(cache: Cache) -> None:
 
 def test_a_key_names_every_part() -> None:
     assert entry_key(a=1, b="x") == entry_key(b="x", a=1)
-    assert len({entry_key(a=1), entry_key(a=2), entry_key(b=1), entry_key(a="1"), entry_key(a=[1])}) == 5
+    keys = [entry_key(a=a) for a in (1, 2, "1", [1], "x", "X", "é", "e")]
+    assert len({*keys, entry_key(b=1)}) == 9
+    # A literal value: another would make every cache stale.
+    assert entry_key(text="Ein Käse", size=[1, 2]) == "3522beb881907cc37567fd187bc98507"
 
 
 def test_a_shard_without_its_index_does_not_count(tmp_path: Path) -> None:
@@ -122,6 +126,18 @@ def test_a_flipped_bit_is_found_at_read_and_by_verify(cache: Cache, tmp_path: Pa
     assert cache.read(location(cache, seed)) == entry(seed)
 
 
+@pytest.mark.parametrize("change", [{"key": entry_key(n=2)}, {"layout": "F32"}])
+def test_an_entry_is_read_under_its_own_key_and_layout_only(cache: Cache, change: dict[str, str]) -> None:
+    """A damaged or forged index hands out no other bits, and none of another type."""
+    write(cache, 1)
+    found = location(cache, 1)
+    if "layout" in change:
+        change = {"layout": found.layout.replace("F32", "I32")}
+    with pytest.raises(DataError, match="damaged"):
+        cache.read(replace(found, **change))  # type: ignore[arg-type]
+    assert cache.read(found) == entry(1)
+
+
 def test_a_flipped_bit_in_a_header_is_found_by_verify(tmp_path: Path) -> None:
     cache = Cache(str(tmp_path))
     write(cache, 1)
@@ -137,6 +153,7 @@ def test_a_damaged_index_is_never_believed(tmp_path: Path) -> None:
     name = write(cache, *range(40))
     size = (tmp_path / name).stat().st_size
     original = (tmp_path / name).read_bytes()
+    num_refused = 0
     for offset in range(0, size, size // 60):
         flip(tmp_path / name, offset)
         try:
@@ -144,8 +161,9 @@ def test_a_damaged_index_is_never_believed(tmp_path: Path) -> None:
             place = index.positions([entry_key(n=3)])[0]
             assert place < 0 or cache.read(index.location(place)) == entry(3)
         except DataError:
-            pass
+            num_refused += 1
         (tmp_path / name).write_bytes(original)
+    assert num_refused > 20
     (tmp_path / name).write_bytes(original[: size // 2])
     with pytest.raises(DataError, match="index file is damaged") as caught:
         cache.index()

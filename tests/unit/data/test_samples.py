@@ -13,7 +13,7 @@ from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.data import samples as samples_module
 from diffsynth_ray.data.bad_samples import BadSample, BadSampleList
 from diffsynth_ray.data.batches import MicroBatch
-from diffsynth_ray.data.media import decode
+from diffsynth_ray.data.media import decode, read_info
 from diffsynth_ray.data.samples import SampleIndex, SampleRule, build_sample_index
 from diffsynth_ray.data.stream import _pack_extra, _unpack_extra
 from diffsynth_ray.errors import DataError, DsrayError, JobFileError
@@ -85,6 +85,14 @@ def test_clips_take_the_frames_that_the_family_wants(dataset: Dataset) -> None:
     assert sizes_of(index) == {(48, 64, 1): [2], (48, 64, 9): [0, 1]}
     expected = decode(VIDEOS / "v.mp4", height=48, width=64, num_frames=9, frame_rate=8.0)
     assert np.array_equal(index.decode(micro_of(index, 0), step=0).pixels[0], expected)
+
+
+def test_a_lower_frame_rate_makes_a_clip_shorter(dataset: Dataset) -> None:
+    dataset.add(str(VIDEOS / "v.mp4"))
+    rate = read_info(VIDEOS / "v.mp4").fps
+    dataset.dataset_keys = {"frame_rate": rate / 2}
+    ((_, _, num_frames),) = sizes_of(dataset.build(rule=CLIPS, column="video"))
+    assert num_frames == 9  # of 21 at its own rate every other one, in fours and one
 
 
 def test_an_image_family_takes_the_first_frame(dataset: Dataset) -> None:
@@ -287,7 +295,12 @@ def test_a_share_of_the_files_is_held_out_and_never_trained_on(dataset: Dataset)
     trained = {row for step in steps for micro in step.micro_batches for row in micro.rows}
     assert trained == set(range(20)) - held
     assert index.order.num_samples == 20 - len(held)
-    assert held == {micro.rows[0] for micro in dataset.build("validation.holdout=0.2").holdout.singles()}
+    again, *others = (
+        {micro.rows[0] for micro in dataset.build("validation.holdout=0.2", f"seed={seed}").holdout.singles()}
+        for seed in range(4)
+    )
+    assert held == again
+    assert any(held != other for other in others), "the seed chooses"
     assert any("held out" in line for line in dataset.said)
 
 
@@ -299,6 +312,20 @@ def test_no_held_out_row_takes_the_place_of_a_bad_one(dataset: Dataset) -> None:
     bad = min(set(range(6)) - held)
     micro = MicroBatch(0, 48, 64, 1, (bad,), (0,))
     assert not held & {row for step in range(20) for row in index.candidates(bad, micro, step=step, index=0)}
+
+
+def test_which_rows_replace_a_bad_one_follows_from_seed_step_and_place(dataset: Dataset) -> None:
+    for number in range(12):
+        dataset.add(f"{number}.png")
+    micro = MicroBatch(0, 48, 64, 1, (3,), (0,))
+
+    def order(*, seed: int = 0, step: int = 0, index: int = 0) -> list[int]:
+        found = list(dataset.build(f"seed={seed}").candidates(3, micro, step=step, index=index))
+        assert set(found) == set(range(12)) - {3}
+        return found
+
+    assert order() == order()
+    assert len({tuple(each) for each in (order(), order(seed=1), order(step=1), order(index=1))}) == 4
 
 
 def test_a_holdout_of_its_own(dataset: Dataset, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from diffsynth_ray.config.load import load_job
 from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.data import storage
-from diffsynth_ray.data.media import decode, read_size
+from diffsynth_ray.data.media import decode, read_info
 from diffsynth_ray.data.metadata import read_metadata
 from diffsynth_ray.data.samples import build_sample_index
 from diffsynth_ray.errors import DataError
@@ -65,7 +65,7 @@ def test_metadata_and_media_on_s3_are_those_of_the_folder(bucket: Path) -> None:
         assert metadata.digest == local.digest
     assert metadata.files(0, "image") == ["s3://bucket/images/0.png"]
     for name in ("images/0.png", "videos/v.mp4", "videos/g.gif"):
-        assert read_size(f"s3://bucket/{name}") == read_size(DATASET / name)
+        assert read_info(f"s3://bucket/{name}") == read_info(DATASET / name)
         expected = decode(DATASET / name, height=32, width=48, num_frames=5)
         assert np.array_equal(decode(f"s3://bucket/{name}", height=32, width=48, num_frames=5), expected)
 

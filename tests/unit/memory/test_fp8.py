@@ -45,6 +45,13 @@ def test_the_largest_weight_never_overflows(largest):
     assert torch.log2(scale.float()) % 1 == 0
 
 
+@pytest.mark.parametrize("largest", [448.0, 0.875, 448.0 * 2**10])
+def test_a_row_that_fits_the_range_exactly_uses_all_of_it(largest):
+    narrow, scale = quantize(torch.tensor([[largest, largest / 4]]))
+    assert narrow.float().tolist() == [[448.0, 112.0]]
+    assert scale.item() == largest / 448
+
+
 def test_dequantising_is_exact_in_bf16():
     weight = (torch.randn(64, 64) * 0.02).bfloat16()
     narrow, scale = quantize(weight)

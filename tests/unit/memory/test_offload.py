@@ -280,3 +280,48 @@ def test_a_load_that_fails_leaves_nothing_in_use(failing, monkeypatch):
     found, expected = step(model, x), step(real, x)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("slots", [3, 4, 6])
+def test_in_a_known_order_everything_is_there_before_it_is_asked_for(slots, monkeypatch):
+    _, model, offload, _ = build(budget_bytes=slots * BLOCK_BYTES)
+    offload.begin()
+    step(model, torch.ones(1, 64))
+    late = []
+    arrive = offload._arrive
+    monkeypatch.setattr(offload, "_arrive", lambda unit: (late.append(unit.name), arrive(unit)))
+    for _ in range(3):
+        offload.begin()
+        step(model, torch.ones(1, 64))
+    assert late == []
+
+
+def test_a_unit_that_is_being_written_is_waited_for_and_not_loaded_ahead():
+    """As after an update on the host, whose threads write the weights while the next step begins."""
+    _, model, offload, _ = build(budget_bytes=3 * BLOCK_BYTES)
+    x = torch.ones(1, 64)
+    for _ in range(2):
+        offload.begin()
+        step(model, x)
+
+    class Writing:
+        def __init__(self, unit):
+            self.unit, self.waited = unit, False
+
+        def done(self):
+            return False
+
+        def wait(self):
+            self.waited = True
+            for slot in self.unit.slots:
+                slot.view(self.unit.host).fill_(0.25)
+
+    for unit in offload.units:
+        offload.evict(unit)
+        unit.pending = Writing(unit)
+    writing = [unit.pending for unit in offload.units]
+    offload.begin()
+    with offload.use(offload.units[0]):
+        assert [each.waited for each in writing] == [True] + [False] * (len(writing) - 1)
+        assert all(bool((slot.param == 0.25).all()) for slot in offload.units[0].slots)
+    assert offload.units[0].pending is None

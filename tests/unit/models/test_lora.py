@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models.family import EncodedBatch
-from diffsynth_ray.models.lora import add_lora, load_lora, lora_state_dict, merge_lora
+from diffsynth_ray.models.lora import MergedWeights, add_lora, load_lora, lora_state_dict, merge_lora
 from diffsynth_ray.models.names import LORA_FORMATS, lora_from_memory, lora_to_memory, rename_lora
 from diffsynth_ray.models.qwen_image import QwenImage
 
@@ -243,3 +244,12 @@ def test_merged_preset_is_the_adapter():
     assert merge_lora(plain.components["dit"], lora_state_dict(trained.components["dit"])) == 24
     read_weights(plain)
     assert (output(plain) - output(trained)).abs().max() < 1e-5
+
+
+def test_a_preset_is_added_in_float32_and_rounded_once():
+    draw = torch.Generator().manual_seed(0)
+    weight, down, up = (torch.randn(shape, generator=draw).bfloat16() for shape in ((16, 16), (4, 16), (16, 4)))
+    source = SimpleNamespace(read=lambda name, into=None: weight)
+    merged = MergedWeights(source, {"layer": (down, up)})
+    assert torch.equal(merged.read("layer.weight"), (weight.double() + up.double() @ down.double()).bfloat16())
+    assert merged.read("layer.bias") is weight, "other weights are as they were"

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models.qwen_image import QwenImage
 from diffsynth_ray.models.weight_source import seeded_generator
-from diffsynth_ray.models.weights import load_components, load_state_dict
+from diffsynth_ray.models.weights import load_components, load_tensors
 
 torch.set_num_threads(1)
 TINY = Path(__file__).parents[2] / "assets" / "qwen_image_tiny"
@@ -92,7 +92,7 @@ def test_truncated_files(tmp_path):
     cut = tmp_path / "cut.pth"
     cut.write_bytes(whole.read_bytes()[:-1000])
     with pytest.raises(ModelError, match=r"cut\.pth: not a readable"):
-        load_state_dict([cut])
+        load_tensors(cut)
 
 
 def test_pth_cannot_run_code(tmp_path):
@@ -102,7 +102,7 @@ def test_pth_cannot_run_code(tmp_path):
 
     torch.save({"a": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(ModelError, match="evil"):
-        load_state_dict([tmp_path / "evil.pth"])
+        load_tensors(tmp_path / "evil.pth")
     assert not (tmp_path / "touched").exists()
 
 

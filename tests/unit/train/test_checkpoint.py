@@ -239,6 +239,20 @@ def test_a_checkpoint_of_other_parameters_is_refused(storage):
         read_checkpoint(storage, restorable(storage), expected_masters={"v"})
 
 
+def test_what_cannot_be_deleted_is_no_checkpoint_any_more(storage, monkeypatch):
+    save(storage, 1)
+    monkeypatch.setattr(Storage, "delete_folder", lambda self, name: None)
+    save(storage, 2, keep=1)
+    assert [found.step for found in find_checkpoints(storage)] == [2]
+
+
+def test_a_copy_under_another_name_is_no_checkpoint(tmp_path):
+    storage = Storage.at(tmp_path)
+    save(storage, 3)
+    shutil.copytree(tmp_path / "step-3", tmp_path / "step-9")
+    assert [found.step for found in find_checkpoints(storage)] == [3]
+
+
 def test_nothing_there(storage):
     assert restorable(storage) is None
 

@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tiny_trainer import build_job
 
 from diffsynth_ray.train import export
+from diffsynth_ray.train.residency import settle
+from diffsynth_ray.train.trainer import load_family, select_trained
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
@@ -30,3 +34,23 @@ def test_a_full_disk_is_told_as_one_and_leaves_nothing(tmp_path: Path, monkeypat
         export.write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
     assert caught.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_asked_prefix_is_taken_off_the_first_component_only(tmp_path: Path) -> None:
+    """The LoRA's file; a component trained in full beside it loses its own prefix."""
+    job = build_job(training={"trainable_models": ["vae"]}, output={"remove_prefix_in_ckpt": "pipe."})
+    family = load_family(job, device=torch.device("cpu"))
+    select_trained(family, job)
+    settle(family, job, say=print)
+    masters = {
+        f"{component}.{name}": parameter.detach().float()
+        for component, module in family.components.items()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+    lora, vae = (
+        set(load_file(path)) for path in export.export_weights(family, job, masters=masters, output_dir=tmp_path, stem="a")
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "a.vae.safetensors"]
+    assert all(key.startswith("dit.") and ".lora_" in key for key in lora)
+    assert vae == set(family.checkpoint_tensors("vae", dict(family.component("vae").named_parameters())))

@@ -46,3 +46,20 @@ def test_a_step_that_has_begun_is_told_at_once_and_never_taken_back():
     for thread in [each for each in threading.enumerate() if each.name == "heartbeat"]:
         thread.join(5)
     assert arrived == sorted(arrived)
+
+
+def test_the_end_comes_after_a_sign_that_is_being_sent():
+    arrived, is_sending = [], threading.Event()
+
+    def send(phase, step, age_s):
+        if phase != "done":
+            is_sending.set()
+            time.sleep(0.2)  # long enough for the training function to end
+        arrived.append(phase)
+
+    heartbeat = Heartbeat(send, every_s=0.01)
+    assert is_sending.wait(5)
+    heartbeat.end()
+    for thread in [each for each in threading.enumerate() if each.name == "heartbeat"]:
+        thread.join(5)
+    assert arrived[-1] == "done"

@@ -270,7 +270,7 @@ def test_of_two_attempts_at_once_the_older_one_ends_and_writes_nothing(tmp_path,
 
 @pytest.mark.slow
 def test_two_kills_change_no_bit(tmp_path):
-    soak(tmp_path, num_kills=2, num_steps=6, every=1)
+    soak(tmp_path, num_kills=2, num_steps=20, every=1)
 
 
 @pytest.mark.slow

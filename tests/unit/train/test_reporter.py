@@ -54,6 +54,29 @@ def test_parts_of_a_step_and_its_tokens(tmp_path):
     assert len(said) == 1, "the first step is not logged"
 
 
+def test_figures_are_means_without_the_step_that_waits_for_the_start(tmp_path):
+    trainer = build_trainer(build_job())
+    run_dir, shown = RunDir(tmp_path), Shown()
+    reporter = Reporter(
+        trainer=trainer, run_dir=run_dir, rank=0, gauges=shown, may_commit=lambda: True, say=print,
+        figures=FigureWriter(run_dir, LoggingSection(tensorboard=False), start_step=0),
+    )  # fmt: skip
+    for spent_s, data_wait_s in ((100.0, 50.0), (1.0, 0.2), (3.0, 0.4)):
+        micro_inputs = [micro([0, 1]), micro([2])]
+        result = trainer.train_step(micro_inputs, num_samples=3)
+        fed = FedStep(micro_inputs, 3, (0, 1, 2), ())
+        reporter.after_step(result, fed, started=time.monotonic() - spent_s, data_wait_s=data_wait_s)
+    rows = [line.split(",") for line in run_dir.loss_path.read_text().splitlines()[1:]]
+    written = {key: float(value) for step, key, value in rows if int(step) == 3}
+    assert written["loss"] == pytest.approx(result.loss_sum.item() / 3)
+    assert written["lr"] == result.lr
+    assert written["grad_norm"] == pytest.approx(result.grad_norm.item())
+    assert written["step_s"] == pytest.approx(2.0, abs=0.5)
+    assert written["samples_per_s"] == pytest.approx(3 / written["step_s"])
+    assert written["data_wait_s"] == pytest.approx(0.3)
+    assert {key: pytest.approx(value) for key, value in written.items() if key in shown}.items() <= shown.items()
+
+
 def test_waits_for_other_workers_are_told_a_step(tmp_path):
     trainer = build_trainer(build_job(logging={"every_steps": 2}))
     timer = trainer.strategy.communication = CommunicationTimer(torch.device("cpu"), world_size=2)

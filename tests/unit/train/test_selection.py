@@ -83,9 +83,9 @@ def test_what_fits_is_kept_and_said(left, kept):
 
 def test_all_workers_decide_by_the_smallest_budget_and_the_largest_blocks():
     trainer = measured_trainer()
-    other = (1200, [BlockUse(1100, 9.0), BlockUse(1000, 9.0)])
+    other = (2050, [BlockUse(1100, 9.0), BlockUse(1000, 9.0)])
     kept = keep_what_fits(trainer, budget_for(trainer, 5000), gather=lambda value: [value, other], say=lambda line: None)
-    assert kept == 1  # 1200 bytes for one of 1000, of which rank 0 alone would keep both
+    assert kept == 1  # rank 0 alone would keep both, of 1000 bytes each, and so in the other's 2050
     assert [call.recompute for call in block_calls(trainer)] == [True, False]
 
 

@@ -117,6 +117,18 @@ def test_what_changes_extra_inputs_encodes_them_anew(stage):
     assert stage.counts == "encoded 0 texts, 1 images and 1 extra inputs, reused 2 texts, 1 images and 1 extra inputs"
 
 
+def test_other_rates_and_sizes_encode_what_they_change(stage):
+    case = "wan, a column's frame"
+    write_rows(stage, case)
+    dataset = job_of(stage, case).job.dataset.model_dump()
+    stage.run(job_of(stage, case))
+    stage.run(job_of(stage, case, dataset=dataset | {"frame_rate": 8.0}))
+    assert stage.counts == "encoded 0 texts, 2 images and 2 extra inputs, reused 2 texts, 0 images and 0 extra inputs"
+    # The clips' size is fixed; that of an input picture follows from the bound.
+    stage.run(job_of(stage, case, dataset=dataset | {"max_pixels": 512}))
+    assert stage.counts == "encoded 0 texts, 0 images and 2 extra inputs, reused 2 texts, 2 images and 0 extra inputs"
+
+
 def test_a_prompt_that_is_read_with_its_pictures_is_encoded_with_them(stage):
     write_rows(stage, "edit")
     resolved = job_of(stage, "edit")

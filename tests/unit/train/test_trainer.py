@@ -1,9 +1,12 @@
 """One step of the trainer, at the tiny size, in this process."""
 
 import math
+import multiprocessing
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_trainer import build_job, build_trainer, micro, train, weights
 
 from diffsynth_ray.errors import JobFileError, ModelError
@@ -247,3 +250,57 @@ def test_the_learning_rate_follows_the_schedule():
     assert trainer.lr(1) == pytest.approx(0.5e-3)
     assert trainer.lr(2) == pytest.approx(1e-3)
     assert trainer.lr(6) == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * 0.5)))
+
+
+def test_a_step_has_its_own_learning_rate_and_noise():
+    trainer = build_trainer(build_job(training={"warmup_steps": 2}))
+    before = weights(trainer)
+    first = trainer.train_step([micro([0])], num_samples=1)
+    assert all(torch.equal(after, before[name]) for name, after in weights(trainer).items()), "warm-up begins with 0"
+    second = trainer.train_step([micro([0])], num_samples=1)
+    assert not all(torch.equal(after, before[name]) for name, after in weights(trainer).items())
+    assert (first.lr, second.lr) == (trainer.lr(0), trainer.lr(1))
+    assert first.loss_sum != second.loss_sum, "the same sample and weights: only noise and timestep are others"
+
+
+def test_the_trained_range_of_timesteps_is_the_jobs():
+    trainer = build_trainer(
+        build_job(training={"min_timestep_boundary": 0.4, "max_timestep_boundary": 0.5}), probe=False, num_samples=4
+    )
+    ids = [trainer._draw(micro([0, 1, 2, 3]), step=step)[1] for step in range(50)]
+    assert 400 <= int(torch.cat(ids).min()) < 410
+    assert 490 <= int(torch.cat(ids).max()) < 500
+
+
+def train_as_rank(rank, folder, job, hand):
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    trainer = build_trainer(job)
+    trainer.train_step(hand, num_samples=4)
+    torch.save(weights(trainer), folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_workers_sum_the_gradients_of_all_their_micro_steps(precision, tmp_path):
+    """In bf16 each micro step's go over the workers by themselves, before they are added to the masters' gradients."""
+    sgd = {"optimizer": "torch.optim.SGD", "max_grad_norm": 0, "weight_decay": 0, "learning_rate": 1.0}
+    job = build_job(training={"precision": precision} | sgd)
+    alone = build_trainer(job)
+    before = weights(alone)
+    alone.train_step([micro([index]) for index in range(4)], num_samples=4)
+    hands = [[micro([0]), micro([1])], [micro([2]), micro([3])]]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=train_as_rank, args=(rank, tmp_path, job, hand)) for rank, hand in enumerate(hands)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(100)
+        process.kill()
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, expected in weights(alone).items():
+        assert torch.equal(first[name], second[name]), name
+        update, expected_update = first[name] - before[name], expected - before[name]
+        tolerance = 1e-5 if precision == "fp32" else 0.02
+        assert (update - expected_update).norm() <= tolerance * expected_update.norm() + 1e-7, name

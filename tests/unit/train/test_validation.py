@@ -143,10 +143,11 @@ def test_the_best_and_the_end():
     assert not judge(entries(2.0, math.nan), early_stopping=None).is_best
 
 
-def run(tmp_path, *, training=None, **keys):
-    """(what was said, exports, published figures, the validation) of six steps."""
+def run(tmp_path, *, training=None, start_step=0, **keys):
+    """(what was said, exports, published figures, the validation) of six steps, or of those after `start_step`."""
     job = build_job(validation={"holdout": "held.csv", "every_steps": 2, **keys}, training={"max_steps": 6} | (training or {}))
     trainer = build_trainer(job)
+    trainer.step = start_step
     said, exported, published = [], [], {}
     around = Surroundings(
         run_dir=RunDir(tmp_path),
@@ -187,6 +188,25 @@ def test_early_stopping_survives_a_restart(tmp_path):
     assert [entry.step for entry in run_dir.validations()] == [0, 1]
     run_dir.forget_validations(after_step=0)
     assert run_dir.validations() == []
+
+
+def test_a_run_that_goes_on_judges_by_the_validations_before_its_checkpoint(tmp_path):
+    run_dir = RunDir(tmp_path)
+    for step, loss in ((2, 1e-9), (4, 1.0), (6, 1e-10)):  # the last one was after the checkpoint of step 4
+        run_dir.note_validation(ValidationEntry(step=step, loss=loss, quantiles=[loss], num_samples=1, seconds=0.1))
+    _, exported, published, _ = run(tmp_path, start_step=4, keep_best=True)
+    assert [entry.step for entry in run_dir.validations()] == [2, 4, 6]
+    assert sorted(published) == [6]
+    assert exported == [], "step 2 is the best"
+
+
+def test_a_training_that_has_ended_early_does_not_go_on(tmp_path):
+    for step, loss in ((2, 1e-9), (4, 1.0)):
+        RunDir(tmp_path).note_validation(ValidationEntry(step=step, loss=loss, quantiles=[loss], num_samples=1, seconds=0.1))
+    said, _, published, validation = run(tmp_path, start_step=4, early_stopping=1)
+    assert validation.has_ended
+    assert published == {}
+    assert "ending after step 4 of 6" in said[-1]
 
 
 def test_early_stopping_ends_the_run(tmp_path, monkeypatch):
