@@ -12,7 +12,7 @@ from diffsynth_ray.config.origins import local_tokenizer
 from diffsynth_ray.config.resolve import ResolvedJob, show_amounts
 from diffsynth_ray.config.schema import Job, as_list
 from diffsynth_ray.config.zero import read_zero_config
-from diffsynth_ray.data.holdout import held_out_rows, holdout_errors
+from diffsynth_ray.data.holdout import held_out, held_out_rows, holdout_errors
 from diffsynth_ray.data.metadata import PROMPT_COLUMN, Metadata, read_metadata
 from diffsynth_ray.data.teacher import check_teacher_runs
 from diffsynth_ray.errors import DataError, JobFileError, Problem
@@ -179,10 +179,17 @@ def _count_rows(resolved: ResolvedJob, *, check_files: bool) -> tuple[int, int, 
     job, dataset = resolved.job, resolved.job.dataset
     if dataset.base_path is None:
         from diffsynth_ray.data.cache import Cache
-        from diffsynth_ray.data.manifest import only_manifest
+        from diffsynth_ray.data.manifest import holdout_of, only_manifest
 
-        manifest = only_manifest(Cache(job.split.cache_path))
-        return len(manifest.rows), 0, [f"trains from the data set {manifest.id} in the cache"]
+        cache, holdout, num_held_out = Cache(job.split.cache_path), job.validation.holdout, 0
+        manifest = only_manifest(cache)
+        num_rows = len(manifest.rows)
+        if isinstance(holdout, float):
+            num_held_out = len(held_out(manifest.media, share=holdout, seed=job.seed))
+            num_rows -= num_held_out
+        elif holdout is not None:
+            num_held_out = len(holdout_of(cache, manifest).rows)
+        return num_rows, num_held_out, [f"trains from the data set {manifest.id} in the cache"]
     metadata = read_metadata(
         dataset.base_path,
         dataset.metadata_path,

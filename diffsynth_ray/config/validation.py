@@ -26,10 +26,12 @@ def check_validation(job: Job) -> list[Problem]:
             for name in ("early_stopping", "keep_best")
             if getattr(validation, name)
         ]
-    if job.split.enabled:
-        message = "needs encoders, which the training stage of split training does not load; set split.enabled = false"
-        asked = {"holdout": holdout is not None, "prompts": bool(validation.prompts)}
-        problems += [Problem(f"validation.{name}", message) for name, is_asked in asked.items() if is_asked]
+    if job.split.enabled and validation.prompts:
+        message = (
+            "pictures need encoders, which the training stage of split training does not load; "
+            "set split.enabled = false, or validation.holdout alone"
+        )
+        problems.append(Problem("validation.prompts", message))
     problems += _check_samples(job)
     if job.training.ema_decay is not None and (job.distributed.strategy != "ddp" or job.offload.optimize_on_cpu):
         message = 'needs distributed.strategy = "ddp" without offload.optimize_on_cpu: elsewhere no worker has all weights'

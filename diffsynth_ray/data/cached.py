@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from diffsynth_ray.data.bad_samples import BadSample
-from diffsynth_ray.data.batches import MicroBatch, SampleOrder, build_buckets
+from diffsynth_ray.data.batches import MicroBatch
 from diffsynth_ray.data.cache import Cache, Entry, Index, Kind, Positions
-from diffsynth_ray.data.manifest import Manifest, read_manifest
+from diffsynth_ray.data.holdout import held_out
+from diffsynth_ray.data.manifest import Manifest, holdout_of, read_manifest
 from diffsynth_ray.data.metadata import PROMPT_COLUMN, Metadata
-from diffsynth_ray.data.samples import SampleIndex, SampleRule, build_sample_index
+from diffsynth_ray.data.order import IntArray
+from diffsynth_ray.data.samples import SampleIndex, SampleRule, build_order, build_sample_index, for_validation, hold_out
 from diffsynth_ray.errors import DataError
 
 if TYPE_CHECKING:
@@ -41,6 +45,8 @@ class CachedRows:
     """Rows that cannot be used, and why; only where images are cached."""
     places: dict[Kind, Positions]
     """Kind -> [num_rows] place in `index`, -1 for bad rows; a kind that is not cached is not there."""
+    holdout: CachedRows | None = None
+    """Those of the validation samples where they have metadata of their own; else they are among these rows."""
 
     def has(self, kind: Kind) -> bool:
         """Whether this kind is cached."""
@@ -125,11 +131,28 @@ def open_cached_samples(
     resolved: ResolvedJob, manifest_id: str, *, kinds: Sequence[Kind], rule: SampleRule, say: Callable[[str], None]
 ) -> tuple[SampleIndex, CachedRows]:
     """A data set of the cache for stage two. Media and metadata are read only where images are not among the cached kinds."""
-    cache = Cache(resolved.job.split.cache_path)
+    cache, holdout = Cache(resolved.job.split.cache_path), resolved.job.validation.holdout
     manifest = read_manifest(cache, manifest_id)
     rows = locate_rows(cache, manifest, kinds=kinds)
+    held = holdout_of(cache, manifest) if isinstance(holdout, str) else None
+    if held is not None:
+        rows = replace(rows, holdout=locate_rows(cache, held, kinds=kinds))
     if "image" not in kinds:
         return build_sample_index(resolved, say, rule=rule), rows
+    whole = _index_of(manifest, resolved, rule)
+    if held is not None:
+        return replace(whole, holdout=for_validation(_index_of(held, resolved, rule))), rows
+    if isinstance(holdout, float):
+        chosen = held_out(manifest.media, share=holdout, seed=resolved.job.seed)
+        return hold_out(whole, chosen, resolved, _sizes_of(manifest), say), rows
+    return whole, rows
+
+
+def _sizes_of(manifest: Manifest) -> IntArray:
+    return np.array([(row.height, row.width, row.num_frames) for row in manifest.rows], dtype=np.int64)
+
+
+def _index_of(manifest: Manifest, resolved: ResolvedJob, rule: SampleRule) -> SampleIndex:
     metadata = Metadata(
         rows=[{PROMPT_COLUMN: row.prompt} for row in manifest.rows],
         columns=(PROMPT_COLUMN,),
@@ -137,14 +160,8 @@ def open_cached_samples(
         base_path="",
         digest=manifest.id,
     )
-    order = SampleOrder(
-        buckets=build_buckets([(row.height, row.width, row.num_frames) for row in manifest.rows]),
-        repeat=resolved.job.dataset.repeat,
-        batch_size=resolved.job.dataset.batch_size,
-        global_batch_size=resolved.global_batch_size,
-        seed=resolved.job.seed,
-    )
-    return SampleIndex(metadata=metadata, order=order, dataset=resolved.job.dataset, rule=rule), rows
+    order = build_order(resolved, _sizes_of(manifest), np.arange(len(manifest.rows)))
+    return SampleIndex(metadata=metadata, order=order, dataset=resolved.job.dataset, rule=rule)
 
 
 class CacheReader:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -23,16 +23,22 @@ def holdout_errors() -> Iterator[None]:
 
 
 def held_out_rows(metadata: Metadata, *, share: float, seed: int) -> IntArray:
+    """`held_out` of metadata."""
+    return held_out([media_path(metadata, row) for row in range(len(metadata))], share=share, seed=seed)
+
+
+def held_out(media: Sequence[object], *, share: float, seed: int) -> IntArray:
     """Rows [n], ascending: all rows of about `share` of the files, at least of one, chosen by the seed.
 
-    By file and not by row, so that a picture that several rows have is not trained on and held out at once.
+    By file and not by row, so that a picture that several rows have is not trained on and held out at once. `media` [num_rows]
+    tells the files apart.
     """
-    files: dict[str, list[int]] = {}
-    for row in range(len(metadata)):
-        files.setdefault(media_path(metadata, row), []).append(row)
+    files: dict[object, list[int]] = {}
+    for row, name in enumerate(media):
+        files.setdefault(name, []).append(row)
     if len(files) < 2:
         raise DataError(
-            f"validation.holdout: got a share of {share:g}, but the metadata name {len(files)} file; nothing would be left",
+            f"validation.holdout: got a share of {share:g}, but the data set has {len(files)} file; nothing would be left",
             hint="name a metadata file of its own instead",
         )
     count = min(max(1, round(share * len(files))), len(files) - 1)

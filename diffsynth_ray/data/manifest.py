@@ -27,9 +27,16 @@ _SCHEMA = pa.schema(
         ("width", pa.int64()),
         ("num_frames", pa.int64()),
         ("bad", pa.list_(pa.string())),
+        ("file", pa.int64()),
     ]
 )
+_LATER = {"file"}
+"""Columns that older manifests lack."""
 _MARK = b"dsray"
+HOLDOUT = "holdout"
+"""In a manifest's source: the id of the manifest with its validation samples, where these have metadata of their own."""
+IS_HOLDOUT = "is_holdout"
+"""In a manifest's source: it is that of another's validation samples."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class ManifestRow:
     """None without model.extra_inputs."""
     bad: Sequence[str] | None = None
     """File and cause where it cannot be used: `bad_sample = "skip"` takes other rows in its place."""
+    file: int | None = None
+    """Number of what is trained on among the data set's files; None in older manifests, and where the files are not known."""
 
     def key(self, kind: Kind) -> str | None:
         """Of its entry of a kind."""
@@ -76,8 +85,16 @@ class Manifest:
         digest = hashlib.blake2b(digest_size=16)
         digest.update(json.dumps([self.source, self.family, self.dtype, self.encoders], sort_keys=True).encode())
         for row in self.rows:
-            digest.update(json.dumps(list(asdict(row).values()), ensure_ascii=False).encode())
+            values = asdict(row)
+            if row.file is None:  # so have older manifests their names
+                del values["file"]
+            digest.update(json.dumps(list(values.values()), ensure_ascii=False).encode())
         return digest.hexdigest()
+
+    @property
+    def media(self) -> list[object]:
+        """[num_rows] what tells the rows' files apart, as `held_out` wants it."""
+        return [(row.image_key or row.bad) if row.file is None else row.file for row in self.rows]
 
     def entry_keys(self) -> Iterable[str]:
         """The keys of all entries, repeated as rows repeat them."""
@@ -110,14 +127,16 @@ def read_manifest(cache: Cache, manifest_id: str) -> Manifest:
     try:
         table = parse_parquet(content)
         about = json.loads(table.schema.metadata[_MARK])
-        rows = tuple(ManifestRow(**row) for row in table.select(_SCHEMA.names).to_pylist())
+        names = [name for name in _SCHEMA.names if name in table.column_names or name not in _LATER]
+        rows = tuple(ManifestRow(**row) for row in table.select(names).to_pylist())
         manifest = Manifest(rows=rows, **about)
+        found = manifest.id  # what is no text, say, has no name
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{cache.store.path(name)}: damaged, or of another version",
             hint="delete that file and submit with [dataset]: nothing is encoded twice for it",
         ) from error
-    if manifest.id != manifest_id:
+    if found != manifest_id:
         raise DataError(f"{cache.store.path(name)}: its content does not fit its name", hint="delete that file")
     return manifest
 
@@ -129,11 +148,13 @@ def manifest_ids(cache: Cache) -> list[str]:
 
 
 def only_manifest(cache: Cache) -> Manifest:
-    """The manifest of a cache that holds one data set: of several states of it the newest. Raises DataError otherwise."""
+    """The manifest of a cache that holds one data set to train on: of several states of it the newest. Else a DataError."""
     newest: dict[str, Manifest] = {}
     for manifest_id in manifest_ids(cache):
         manifest = read_manifest(cache, manifest_id)
-        source = json.dumps(manifest.source, sort_keys=True)
+        if manifest.source.get(IS_HOLDOUT):
+            continue
+        source = json.dumps({key: value for key, value in manifest.source.items() if key != HOLDOUT}, sort_keys=True)
         if source not in newest or newest[source].created < manifest.created:
             newest[source] = manifest
     if not newest:
@@ -149,3 +170,13 @@ def only_manifest(cache: Cache) -> Manifest:
             "`dsray cache gc --dataset ID`",
         )
     return next(iter(newest.values()))
+
+
+def holdout_of(cache: Cache, manifest: Manifest) -> Manifest:
+    """The manifest of the validation samples with metadata of their own."""
+    if HOLDOUT not in manifest.source:
+        raise DataError(
+            f"validation.holdout: the data set {manifest.id} in {cache.path} was cached without validation samples of its own",
+            hint="submit the job where the media are, with [dataset]; or hold out a share, as in 0.1",
+        )
+    return read_manifest(cache, str(manifest.source[HOLDOUT]))

@@ -262,7 +262,7 @@ def build_sample_index(resolved: ResolvedJob, say: Callable[[str], None], *, rul
     rows = np.arange(len(metadata))
     whole = SampleIndex(
         metadata=metadata,
-        order=_build_order(resolved, sizes, rows),
+        order=build_order(resolved, sizes, rows),
         dataset=dataset,
         rule=rule,
         extra_columns=tuple(name for name in resolved.job.model.extra_inputs if name in metadata.columns),
@@ -270,19 +270,26 @@ def build_sample_index(resolved: ResolvedJob, say: Callable[[str], None], *, rul
     )
     holdout = resolved.job.validation.holdout
     if isinstance(holdout, str):
-        return replace(whole, holdout=_read_holdout(holdout, whole, resolved, say))
+        return replace(whole, holdout=read_holdout(holdout, whole, resolved, say))
     if holdout is None:
         return whole
-    held = held_out_rows(metadata, share=holdout, seed=resolved.job.seed)
+    return hold_out(whole, held_out_rows(metadata, share=holdout, seed=resolved.job.seed), resolved, sizes, say)
+
+
+def hold_out(
+    whole: SampleIndex, held: IntArray, resolved: ResolvedJob, sizes: IntArray, say: Callable[[str], None]
+) -> SampleIndex:
+    """The index without these rows, which are its validation samples then; `sizes` as for `build_order`."""
+    rows = np.arange(len(whole.metadata))
     say(f"{len(held)} of {len(rows)} rows are held out for the validation loss")
     return replace(
         whole,
-        order=_build_order(resolved, sizes, np.setdiff1d(rows, held)),
-        holdout=_for_validation(replace(whole, order=_build_order(resolved, sizes, held))),
+        order=build_order(resolved, sizes, np.setdiff1d(rows, held)),
+        holdout=for_validation(replace(whole, order=build_order(resolved, sizes, held))),
     )
 
 
-def _build_order(resolved: ResolvedJob, sizes: IntArray, rows: IntArray) -> SampleOrder:
+def build_order(resolved: ResolvedJob, sizes: IntArray, rows: IntArray) -> SampleOrder:
     """The order of these rows; `sizes` [num_rows, 3] are those of the whole metadata."""
     buckets = [Bucket(b.height, b.width, b.num_frames, rows[b.rows]) for b in build_buckets(sizes[rows])]
     dataset = resolved.job.dataset
@@ -295,7 +302,7 @@ def _build_order(resolved: ResolvedJob, sizes: IntArray, rows: IntArray) -> Samp
     )
 
 
-def _read_holdout(path: str, trained: SampleIndex, resolved: ResolvedJob, say: Callable[[str], None]) -> SampleIndex:
+def read_holdout(path: str, trained: SampleIndex, resolved: ResolvedJob, say: Callable[[str], None]) -> SampleIndex:
     """The samples of a metadata file of their own."""
     dataset = trained.dataset.model_copy(update={"metadata_path": path, "bad_sample": "error"})
     validation = resolved.job.validation.model_copy(update={"holdout": None})
@@ -312,7 +319,8 @@ def _read_holdout(path: str, trained: SampleIndex, resolved: ResolvedJob, say: C
     return index
 
 
-def _for_validation(index: SampleIndex) -> SampleIndex:
+def for_validation(index: SampleIndex) -> SampleIndex:
+    """The same as validation samples, of which a bad one is an error."""
     return replace(index, dataset=index.dataset.model_copy(update={"bad_sample": "error"}))
 
 

@@ -13,6 +13,7 @@ from diffsynth_ray.data.batches import MicroBatch
 from diffsynth_ray.data.cache import Entry
 from diffsynth_ray.data.cached import CachedBatch, CachedRows, CacheReader, usable_rows
 from diffsynth_ray.data.samples import SampleIndex
+from diffsynth_ray.errors import DataError
 from diffsynth_ray.models.family import EncodedBatch, stack_conditions
 from diffsynth_ray.train.graph import HalfEncodedBatch
 from diffsynth_ray.train.split import LATENTS, bytes_tensor
@@ -36,13 +37,25 @@ class CachedInput:
 
     def probe(self, micro: MicroBatch) -> MicroInput:
         """The costliest micro batch; noise in place of images that are not cached."""
-        read, rows = self._reader.entries, usable_rows(self.samples, self.rows, micro, step=0)
+        rows = usable_rows(self.samples, self.rows, micro, step=0)
         if self.rows.has("image"):
-            images = self._latents(read("image", rows))
-            return self._micro_input(micro, rows, images, read("text", rows), read("extra", rows))
+            return self._read(micro, rows)
         shape = (len(rows), micro.num_frames, micro.height, micro.width, 3)
         noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         return self.from_pixels(micro, rows, torch.from_numpy(noise))
+
+    def exactly(self, micro: MicroBatch) -> MicroInput:
+        """These rows and no others in their place: a DataError where one cannot be used. Images are decoded if not cached."""
+        for row in micro.rows:
+            if row in self.rows.bad:
+                raise DataError(str(self.rows.bad[row]))
+        if self.rows.has("image"):
+            return self._read(micro, micro.rows)
+        return self.from_pixels(micro, micro.rows, torch.as_tensor(self.samples.decode(micro, step=0).pixels))
+
+    def _read(self, micro: MicroBatch, rows: tuple[int, ...]) -> MicroInput:
+        read = self._reader.entries
+        return self._micro_input(micro, rows, self._latents(read("image", rows)), read("text", rows), read("extra", rows))
 
     def _micro_input(
         self,

@@ -65,11 +65,12 @@ def cache_dataset(
             hint="add the files to model.paths, or leave [dataset] out to train from a cache that holds the data set",
         )
     rule = SampleRule(family.size_multiple, family.clip_step)
-    index = build_sample_index(resolved, say, rule=rule)
-    rows = name_rows(
-        resolved, family, index, encoders=encoders, digest=partial(_digests, cache=cache, dataset=job.dataset, say=say)
-    )
-    items = rows.found
+    index = build_sample_index(_with_all_rows(resolved), say, rule=rule)
+    digest = partial(_digests, cache=cache, dataset=job.dataset, say=say)
+    name = partial(name_rows, resolved, family, encoders=encoders, digest=digest)
+    rows, held = name(index), None if index.holdout is None else name(index.holdout)
+    named = [rows] if held is None else [rows, held]
+    items = {kind: {key: item for each in named for key, item in each.found[kind].items()} for kind in rows.found}
     known = cache.index()
     lack = set(known.missing([key for found in items.values() for key in found]))
     new = {kind: [item for key, item in found.items() if key in lack] for kind, found in items.items()}
@@ -83,14 +84,27 @@ def cache_dataset(
         errors = encode_missing(resolved, new, rule=rule, components=components, encoders=encoders, board=board, report=report)
         if errors and job.dataset.bad_sample == "error":
             raise DataError(_summary(errors, "files cannot be encoded; all others are in the cache"))
-        unreadable = {each.key: each.cause for each in errors}
-        rows.mark_bad(unreadable)
+        unreadable = {error.key: error.cause for error in errors}
+        for each in named:
+            each.mark_bad(unreadable)
         new = {kind: [item for item in found if item.key not in unreadable] for kind, found in new.items()}
     say(f"encoded {_count({kind: len(found) for kind, found in new.items()})}, reused {_count(reused)}")
     _replace_bad(resolved, rows, say)
-    manifest = rows.manifest(resolved, family, encoders)
+    of_holdout = None
+    if held is not None:
+        of_holdout = held.manifest(resolved, family, encoders, metadata_path=str(job.validation.holdout), is_holdout=True)
+        write_manifest(cache, of_holdout)
+    manifest = rows.manifest(resolved, family, encoders, metadata_path=job.dataset.metadata_path, holdout=of_holdout)
     write_manifest(cache, manifest)
     return manifest.id
+
+
+def _with_all_rows(resolved: ResolvedJob) -> ResolvedJob:
+    """A share that is held out is encoded as well; which rows these are is stage two's matter."""
+    validation = resolved.job.validation
+    if isinstance(validation.holdout, float):
+        validation = validation.model_copy(update={"holdout": None})
+    return resolved.model_copy(update={"job": resolved.job.model_copy(update={"validation": validation})})
 
 
 def _replace_bad(resolved: ResolvedJob, rows: NamedRows, say: Say) -> None:

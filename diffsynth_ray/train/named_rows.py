@@ -9,7 +9,7 @@ from typing import Protocol
 
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.data.cache import Kind
-from diffsynth_ray.data.manifest import Manifest, ManifestRow
+from diffsynth_ray.data.manifest import HOLDOUT, IS_HOLDOUT, Manifest, ManifestRow
 from diffsynth_ray.data.metadata import Value
 from diffsynth_ray.data.samples import SampleIndex, lenders
 from diffsynth_ray.errors import DataError
@@ -56,16 +56,33 @@ class NamedRows:
                 height, width, num_frames = _size(self.rows[lender])
                 self.rows[number] = replace(self.rows[number], height=height, width=width, num_frames=num_frames)
 
-    def manifest(self, resolved: ResolvedJob, family: type[ModelFamily], encoders: Mapping[Kind, str]) -> Manifest:
-        """What stage two needs to know."""
-        dataset = resolved.job.dataset
+    def manifest(
+        self,
+        resolved: ResolvedJob,
+        family: type[ModelFamily],
+        encoders: Mapping[Kind, str],
+        *,
+        metadata_path: str | None,
+        holdout: Manifest | None = None,
+        is_holdout: bool = False,
+    ) -> Manifest:
+        """What stage two needs to know of the rows of these metadata.
+
+        `holdout` = the manifest of their validation samples where these have metadata of their own; `is_holdout` = this is one.
+        """
+        dataset, numbers = resolved.job.dataset, {path: n for n, path in enumerate(dict.fromkeys(self.paths))}
+        source: dict[str, object] = {
+            "base_path": dataset.base_path,
+            "metadata_path": metadata_path,
+            "size": [dataset.height, dataset.width, dataset.max_pixels, dataset.num_frames, dataset.frame_rate],
+        }
+        if is_holdout:
+            source[IS_HOLDOUT] = True
+        if holdout is not None:
+            source[HOLDOUT] = holdout.id
         return Manifest(
-            rows=tuple(self.rows),
-            source={
-                "base_path": dataset.base_path,
-                "metadata_path": dataset.metadata_path,
-                "size": [dataset.height, dataset.width, dataset.max_pixels, dataset.num_frames, dataset.frame_rate],
-            },
+            rows=tuple(replace(row, file=numbers[path]) for row, path in zip(self.rows, self.paths, strict=True)),
+            source=source,
             family=family.name,
             dtype=resolved.job.training.precision,
             encoders={str(kind): digest for kind, digest in encoders.items()},

@@ -247,14 +247,14 @@ class Trainer:
         return noise, torch.tensor([timestep_id for _, timestep_id in draws])
 
     @torch.no_grad()
-    def encode(self, batch: SampleBatch) -> EncodedBatch:
-        """Decoded samples -> encoded ones, outside of a step and without gradients."""
+    def encode(self, batch: AnyBatch) -> EncodedBatch:
+        """Samples, decoded or not, -> encoded ones, outside of a step and without gradients."""
         self.residency.begin()
         with fastest_attention():
             return self.graph.encode(batch)
 
     @torch.no_grad()
-    def evaluate(self, batch: SampleBatch | EncodedBatch, noise: Tensor, timestep_ids: Tensor) -> Tensor:
+    def evaluate(self, batch: AnyBatch, noise: Tensor, timestep_ids: Tensor) -> Tensor:
         """Weighted losses [b] at this noise and these timesteps, without gradients; changes nothing."""
         assert self.strategy is not None, "start() comes first"
         self.residency.begin()

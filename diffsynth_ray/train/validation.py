@@ -12,6 +12,7 @@ from pathlib import Path
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.data.samples import SampleIndex
 from diffsynth_ray.run_dir import RunDir, ValidationEntry
+from diffsynth_ray.train.cached_input import CachedInput
 from diffsynth_ray.train.group import Group
 from diffsynth_ray.train.pictures import Samples
 from diffsynth_ray.train.sample_file import SampleFile
@@ -45,6 +46,8 @@ class Surroundings:
     """Whether no newer attempt has taken over."""
     spare: Spare | None = None
     """Where rank 0 may have samples made while the training goes on."""
+    cached: CachedInput | None = None
+    """Under split training, where the validation samples are."""
     errand: Callable[[int, Path], Errand] | None = None
     """What is sent there for the samples of a step, with its weights in a file."""
 
@@ -63,6 +66,7 @@ class Validation:
                 rank=around.rank,
                 world_size=around.world_size,
                 enter=around.enter,
+                cached=around.cached,
             )
         self._samples: Samples | None = None
         if job.validation.prompts:

@@ -20,7 +20,8 @@ from diffsynth_ray.errors import DataError
 from diffsynth_ray.models.family import EncodedBatch
 from diffsynth_ray.models.flow_matching import draw_validation_noise
 from diffsynth_ray.run_dir import ValidationEntry
-from diffsynth_ray.train.graph import SampleBatch
+from diffsynth_ray.train.cached_input import CachedInput
+from diffsynth_ray.train.graph import AnyBatch, SampleBatch
 from diffsynth_ray.train.group import Group
 from diffsynth_ray.train.trainer import Trainer
 
@@ -50,10 +51,19 @@ class ValidationLoss:
     """One worker's part. All methods are called on all ranks after the same step."""
 
     def __init__(
-        self, trainer: Trainer, index: SampleIndex, *, group: Group, rank: int, world_size: int, enter: Callable[[str], object]
+        self,
+        trainer: Trainer,
+        index: SampleIndex,
+        *,
+        group: Group,
+        rank: int,
+        world_size: int,
+        enter: Callable[[str], object],
+        cached: CachedInput | None = None,
     ) -> None:
-        """`enter` hears of every sample that is begun: a sign of life."""
+        """`enter` hears of every sample that is begun: a sign of life. `cached`: under split training, where they are."""
         self._trainer, self._index, self._group, self._enter = trainer, index, group, enter
+        self._cached = cached
         self._rank, self._world_size = rank, world_size
         self._samples: list[_Sample] = []
         self._kept_bytes = 0
@@ -80,7 +90,7 @@ class ValidationLoss:
         return causes
 
     def _read(self, position: int, micro: MicroBatch) -> _Sample:
-        batch = self._decode(micro)
+        batch = self._batch(micro)
         graph = self._trainer.graph
         if graph.text_is_trained or graph.image_is_trained or self._kept_bytes > _KEPT_BYTES:
             return _Sample(position, micro)
@@ -88,7 +98,9 @@ class ValidationLoss:
         self._kept_bytes += sum(tensor.nbytes for tensor in (kept.latents, *kept.conditions.values()))
         return _Sample(position, micro, kept)
 
-    def _decode(self, micro: MicroBatch) -> SampleBatch:
+    def _batch(self, micro: MicroBatch) -> AnyBatch:
+        if self._cached is not None:
+            return self._cached.exactly(micro).batch
         decoded = self._index.decode(micro, step=0)
         return SampleBatch(decoded.pixels, decoded.prompts, decoded.rows, decoded.extra)
 
@@ -117,7 +129,7 @@ class ValidationLoss:
     def _losses(self, sample: _Sample) -> list[float]:
         """One a quantile; weighted as in training."""
         trainer = self._trainer
-        batch = self._decode(sample.micro_batch) if sample.kept is None else sample.kept.to(trainer.family.device)
+        batch = self._batch(sample.micro_batch) if sample.kept is None else sample.kept.to(trainer.family.device)
         shape = trainer.graph.latents_shape(batch)
         losses = []
         for quantile, timestep_id in enumerate(quantile_ids(trainer.id_range)):

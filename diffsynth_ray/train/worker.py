@@ -152,6 +152,9 @@ class _Worker:
         self.index: SampleIndex = ray.get(index)
         self.device = ray.train.torch.get_device()
         self.cached = CachedInput(self.index, cached, device=self.device) if cached is not None else None
+        self.cached_holdout: CachedInput | None = None
+        if cached is not None and self.index.holdout is not None:
+            self.cached_holdout = CachedInput(self.index.holdout, cached.holdout or cached, device=self.device)
         self.components = components
         self.schedule = build_schedule(
             self.job, num_samples=self.index.order.num_samples, global_batch_size=self.resolved.global_batch_size
@@ -436,6 +439,7 @@ class _Worker:
             show=reporter.show_samples,
             may_write=self.may_commit,
             spare=self.spare if self.rank == 0 else None,
+            cached=self.cached_holdout,
             errand=self._errand,
         )
         return Validation(self.job, self.trainer, self.index, around)

@@ -23,6 +23,7 @@ from training_runs import wait_until
 from diffsynth_ray.config.resolve import Resources, available_cpus, resolve
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.data.cache import Cache
+from diffsynth_ray.data.manifest import manifest_ids
 from diffsynth_ray.data.samples import SampleRule
 from diffsynth_ray.errors import ExitCode
 from diffsynth_ray.run_dir import RunDir
@@ -199,6 +200,22 @@ def test_split_and_combined_are_bit_identical(split, module_folder):
     combined = Recipe(module_folder, "combined")
     assert combined.start(split=False) == ExitCode.DONE, combined.said
     assert_same(split, combined)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of_its_own", [False, True], ids=["share", "metadata of its own"])
+def test_the_validation_loss_is_that_of_combined_training(tmp_path, photos, of_its_own):
+    held = tmp_path / "held.csv"
+    held.write_text("image,prompt\ncat.jpg,a cat that no other row has\nrocket.jpg,\n")
+    keys = [f"validation.holdout={held if of_its_own else 0.4}", "validation.every_steps=1", "validation.keep_best=true"]
+    one, other = Run(tmp_path, photos, "split"), Run(tmp_path, photos, "combined")
+    assert one.start(*keys) == ExitCode.DONE, one.said
+    assert other.start(*keys, split=False) == ExitCode.DONE, other.said
+    assert_same(one, other)
+    assert [(entry.step, entry.num_samples) for entry in one.dir.validations()] == [(step, 2) for step in range(4)]
+    assert [entry.quantiles for entry in one.dir.validations()] == [entry.quantiles for entry in other.dir.validations()]
+    assert (one.output / "best.safetensors").exists() == (other.output / "best.safetensors").exists()
+    assert len(manifest_ids(one.cache)) == (2 if of_its_own else 1)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from diffsynth_ray.errors import DataError, JobFileError, ModelError
 from diffsynth_ray.models.family import EncodedBatch
 from diffsynth_ray.models.qwen_image import QwenImage
 from diffsynth_ray.models.weights import find_model
+from diffsynth_ray.plan import build_plan
 from diffsynth_ray.train import encode, units
 from diffsynth_ray.train.cached_input import CachedInput
 from diffsynth_ray.train.feed import DeviceFeed
@@ -69,6 +70,67 @@ def test_split_and_combined_are_bit_identical(stage: Stage, trained: dict[str, A
     split = train_in_process(resolved, manifest_id=stage.run(resolved))
     assert split[0] == combined[0]
     assert all(torch.equal(split[1][name], combined[1][name]) for name in combined[1])
+
+
+def validated(resolved: ResolvedJob, manifest_id: str | None = None) -> list[Any]:
+    """Losses of two steps, causes of samples left out, and the validations before and after (loss, by quantile, samples)."""
+    seen: list[Any] = []
+    losses, _ = train_in_process(resolved, manifest_id=manifest_id, validated=seen)
+    return [losses, *seen[:1], *((entry.loss, entry.quantiles, entry.num_samples) for entry in seen[1:])]
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [LORA, TEXT_TRAINED, pytest.param(VAE_TRAINED, marks=pytest.mark.slow)],
+    ids=["lora", "text_encoder", "vae"],
+)
+@pytest.mark.parametrize("of_its_own", [False, True], ids=["share", "metadata of its own"])
+def test_the_validation_loss_of_split_training_is_that_of_combined(
+    stage: Stage, trained: dict[str, Any], of_its_own: bool
+) -> None:
+    holdout: object = 0.4
+    if of_its_own:
+        held = stage.photos / "held.csv"
+        rows = (stage.photos / "metadata.csv").read_text().splitlines()
+        held.write_text("\n".join([rows[0], rows[2], rows[4]]))
+        holdout = str(held)
+    resolved = stage.job(**trained, validation={"holdout": holdout})
+    combined = validated(resolved)
+    assert combined[2][2] == 2
+    assert combined[2][0] != combined[3][0]
+    manifest_id = stage.run(resolved)
+    assert validated(resolved, manifest_id) == combined
+    if trained is LORA:  # nothing but the cache is needed, and it knows which of its data sets is the one to train on
+        shutil.rmtree(stage.photos)
+        alone = stage.job(**trained, validation={"holdout": holdout}, dataset={"base_path": None, "metadata_path": None})
+        assert stage.run(alone) == manifest_id
+        assert validated(alone, manifest_id) == combined
+        planned = build_plan(alone)
+        assert (planned.num_rows, planned.num_held_out) == (5 if of_its_own else 3, 2)
+
+
+def test_validation_samples_that_were_not_cached_are_asked_for(stage: Stage) -> None:
+    manifest_id = stage.run(stage.job(**LORA))
+    held = {"holdout": str(stage.photos / "metadata.csv")}
+    alone = stage.job(**LORA, validation=held, dataset={"base_path": None, "metadata_path": None})
+    with pytest.raises(DataError, match=r"validation\.holdout: .*was cached without"):
+        train_in_process(alone, manifest_id=manifest_id, validated=[])
+
+
+def test_a_validation_sample_that_cannot_be_encoded_is_left_out(stage: Stage) -> None:
+    sections = LORA | {"validation": {"holdout": 0.4}}
+    skip = {"bad_sample": "skip", "bad_sample_limit": 1.0}
+    held = build_sample_index(stage.job(**sections), lambda line: None, rule=SampleRule(16, None)).holdout
+    assert held is not None
+    broken = Path(held.path(held.singles()[0].rows[0]))
+    broken.write_bytes(broken.read_bytes()[:-3000])
+    resolved = stage.job(**sections, dataset=stage.job(**LORA).job.dataset.model_dump() | skip)
+    combined = validated(resolved)
+    split = validated(resolved, stage.run(resolved))
+    assert [len(found[1]) for found in (combined, split)] == [1, 1]
+    assert "validation sample 1" in split[1][0]
+    assert split[2:] == combined[2:]
+    assert combined[2][2] == 1
 
 
 def test_what_each_stage_loads_follows_from_what_is_trained(stage: Stage) -> None:
