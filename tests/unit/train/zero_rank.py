@@ -15,6 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from diffsynth_ray.config.schema import Job
+from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models.family import BatchShape, ComponentFiles, EncodedBatch, get_family
 from diffsynth_ray.models.qwen_image import QwenImage
 from diffsynth_ray.models.qwen_image_configs import TINY
@@ -206,6 +207,47 @@ def run_chain(rank, world_size, folder):
     }
 
 
+ESTIMATING = {"training": {"optimizer": "estimating_optimizer.Estimating"}}
+RESUMED = {"1": zero(1), "2": zero(2), "3": zero(3), "2 host": zero(2, **ON_HOST)}
+
+
+def run_resume(rank, world_size, folder):
+    """Largest differences of a run whose optimizer steers itself by numbers, interrupted once, from an uninterrupted one."""
+    found, estimates = {}, {}
+    for name, strategy in RESUMED.items():
+        straight, first, second = (build_trainer(build_job(FULL, ESTIMATING, strategy)) for _ in range(3))
+        expected, _ = train(straight, steps=5)
+        losses, _ = train(first, steps=3)
+        storage = Storage.at(folder / name)
+        write_shard(storage, str(rank), first.strategy.state_slices())
+        dist.barrier()
+        second.strategy.load_state(ShardedState(storage, [str(each) for each in range(world_size)]))
+        second.step = 3
+        losses += train(second, steps=2)[0]
+        masters = [copied(trainer.strategy.full_masters()) for trainer in (straight, second)]
+        found[name] = max(abs(a - b) for a, b in zip(expected, losses, strict=True))
+        if rank == 0:
+            found[name] = max(found[name], *(float((masters[0][key] - masters[1][key]).abs().max()) for key in masters[0]))
+        estimates[name] = [None] * world_size
+        dist.all_gather_object(estimates[name], straight.strategy._torch_optimizer.param_groups[0]["distance"])
+        for trainer in (straight, first, second):
+            close(trainer)
+    return {"difference": found, "estimates": estimates, "refused": refusal()}
+
+
+def refusal():
+    """What is said of an optimizer whose state has neither one value a weight nor one in all."""
+    trainer = build_trainer(build_job(FULL, {"training": {"optimizer": "estimating_optimizer.Sliced"}}, zero(2)))
+    train(trainer, steps=1)
+    try:
+        trainer.strategy.state_slices()
+    except ModelError as error:
+        return error.message
+    finally:
+        close(trainer)
+    return None
+
+
 def run_export(rank, folder):
     """A consolidated export at stage 3 beside DDP's."""
     paths = {}
@@ -346,6 +388,7 @@ def main():
         "chain": lambda: run_chain(rank, world_size, folder),
         "export": lambda: run_export(rank, folder),
         "families": run_families,
+        "resume": lambda: run_resume(rank, world_size, folder),
     }
     results, references = {}, {}
     for case in CASES[world_size] if options.cases == ["all"] else options.cases:
