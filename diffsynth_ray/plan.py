@@ -16,7 +16,7 @@ from diffsynth_ray.data.holdout import held_out_rows, holdout_errors
 from diffsynth_ray.data.metadata import PROMPT_COLUMN, Metadata, read_metadata
 from diffsynth_ray.data.teacher import check_teacher_runs
 from diffsynth_ray.errors import DataError, JobFileError, Problem
-from diffsynth_ray.models.inspection import ModelFiles, inspect_model
+from diffsynth_ray.models.inspection import ModelFiles, check_family, inspect_model
 from diffsynth_ray.schedule import build_schedule, export_file_names, trained_components
 
 _SHOWN_FILES = 3
@@ -108,7 +108,7 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
     job = resolved.job
     models, refusal = [], None
     try:
-        models = _inspect_model(resolved) if check_files else []
+        models = _inspect_model(resolved, check_files=check_files)
     except JobFileError as error:
         refusal = error
     try:
@@ -213,24 +213,29 @@ def _strategy(job: Job) -> str:
     return f"DeepSpeed ZeRO-{distributed.zero_stage}" + (f", {' and '.join(offloaded)} on the host" if offloaded else "")
 
 
-def _inspect_model(resolved: ResolvedJob) -> list[ModelFiles]:
-    entries, problems = inspect_model(resolved.job)
+def _inspect_model(resolved: ResolvedJob, *, check_files: bool) -> list[ModelFiles]:
+    job = resolved.job
+    if not check_files:
+        if problems := check_family(job, job.model.family):
+            raise JobFileError(f"job {job.name}", problems)
+        return []
+    entries, problems = inspect_model(job)
     named = [
         (key, path)
         for key, value in (
-            ("model.tokenizer_path", local_tokenizer(resolved.job.model)),
-            ("training.resume_from_checkpoint", resolved.job.training.resume_from_checkpoint),
-            ("validation.inputs", resolved.job.validation.inputs),
-            ("lora.checkpoint", resolved.job.lora.checkpoint),
-            ("distributed.deepspeed_config", resolved.job.distributed.deepspeed_config),
-            ("lora.preset_path", resolved.job.lora.preset_path),
+            ("model.tokenizer_path", local_tokenizer(job.model)),
+            ("training.resume_from_checkpoint", job.training.resume_from_checkpoint),
+            ("validation.inputs", job.validation.inputs),
+            ("lora.checkpoint", job.lora.checkpoint),
+            ("distributed.deepspeed_config", job.distributed.deepspeed_config),
+            ("lora.preset_path", job.lora.preset_path),
         )
         if value is not None
         for path in ([value] if isinstance(value, str) else value)
     ]
     problems += [Problem(key, f"{path} does not exist") for key, path in named if not Path(path).exists()]
     if problems:
-        raise JobFileError(f"job {resolved.job.name}", problems)
-    if resolved.job.distributed.strategy == "deepspeed":
-        read_zero_config(resolved.job)
+        raise JobFileError(f"job {job.name}", problems)
+    if job.distributed.strategy == "deepspeed":
+        read_zero_config(job)
     return entries

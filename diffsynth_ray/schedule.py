@@ -62,6 +62,12 @@ def trained_components(job: Job) -> list[str]:
     return sorted(full, key=lambda component: component != "dit")
 
 
+def partitioned_components(job: Job) -> list[str]:
+    """Components whose parameters the workers share (ZeRO-3): those that hold trained ones."""
+    distributed = job.distributed
+    return trained_components(job) if distributed.strategy == "deepspeed" and distributed.zero_stage == 3 else []
+
+
 def export_file_names(job: Job, stem: str) -> dict[str, str]:
     """File name of each trained component in the export `stem`."""
     components = trained_components(job)

@@ -300,6 +300,9 @@ def check_rules(job: Job) -> list[Problem]:
         problems.append(Problem("training.trainable_models", "a component is named twice"))
     if training.precision == "fp32" and not training.master_weights:
         problems.append(Problem("training.master_weights", 'false has no meaning with precision = "fp32"; remove it'))
+    if both := [name for name in job.model.fp8_models if name in training.trainable_models]:
+        message = f"{', '.join(both)} is trained; FP8 is for frozen weights (a LoRA on it is fine)"
+        problems.append(Problem("model.fp8_models", message))
     for section in ("distributed", "split"):
         for name, amount in (getattr(job, section).resources_per_worker or {}).items():
             if amount < 0:

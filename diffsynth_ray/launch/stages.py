@@ -14,10 +14,10 @@ from ray.util.metrics import Gauge
 
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.config.schema import Job
-from diffsynth_ray.config.validation import check_sample_size
+from diffsynth_ray.config.sizes import check_sample_size
 from diffsynth_ray.data.cached import open_cached_samples
 from diffsynth_ray.data.samples import SampleRule, build_sample_index
-from diffsynth_ray.errors import ClusterError
+from diffsynth_ray.errors import ClusterError, JobFileError
 from diffsynth_ray.launch.early import start_early
 from diffsynth_ray.launch.fetch import bring_model, bring_to_worker
 from diffsynth_ray.launch.queue import QueuePlace, need_to_encode, need_to_train, wait_for_turn
@@ -138,7 +138,8 @@ def train_stage(
     if (resolved.encode is not None and manifest_id is None) or not bring_model(resolved, board):
         return stopped
     rule = sample_rule(resolved.job)
-    check_sample_size(resolved.job, multiple=rule.size_multiple)
+    if problems := check_sample_size(resolved.job, multiple=rule.size_multiple):
+        raise JobFileError(f"job {resolved.job.name}", problems)
     if manifest_id is None:
         index, cached, components = build_sample_index(resolved, say, rule=rule), None, None
     else:

@@ -9,8 +9,11 @@ from pathlib import Path
 
 from diffsynth_ray.config.distillation import condition_columns
 from diffsynth_ray.config.schema import Job, ModelSection
+from diffsynth_ray.config.sizes import check_clip_length, check_sample_size
+from diffsynth_ray.config.zero import check_shared_encoders
 from diffsynth_ray.errors import ModelError, Problem
 from diffsynth_ray.models import layouts, sources
+from diffsynth_ray.schedule import partitioned_components
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def inspect_model(job: Job) -> tuple[list[ModelFiles], list[Problem]]:
         known.append((key, name, files, shapes))
     read = [shapes for *_, shapes in known if shapes is not None]
     family = model.family or layouts.common_family(read, layouts.KEY_LAYOUTS)
-    problems += _name_problems(job, family)
+    problems += check_family(job, family)
     entries = []
     for key, name, files, shapes in known:
         held = None
@@ -79,13 +82,21 @@ def inspect_model(job: Job) -> tuple[list[ModelFiles], list[Problem]]:
     return entries, problems
 
 
-def _name_problems(job: Job, family: str | None) -> list[Problem]:
-    """Components, inputs and options that the family has not. Of other packages' families only the cluster can tell."""
-    if family not in layouts.KEY_LAYOUTS:
-        return []
+def check_family(job: Job, family: str | None) -> list[Problem]:
+    """What the family has not or cannot do. Of other packages' families only the cluster can tell."""
+    return _name_problems(job, family) + _call_problems(job, family) if family in layouts.KEY_LAYOUTS else []
+
+
+def _name_problems(job: Job, family: str) -> list[Problem]:
+    """Components, inputs and options that the family has not."""
     components, inputs, options = tuple(layouts.KEY_LAYOUTS[family]), layouts.EXTRA_INPUTS[family], layouts.OPTIONS[family]
     named = [("training.trainable_models", "component", name, components) for name in job.training.trainable_models]
     named += [("lora.base_model", "component", job.lora.base_model, components)] if job.lora.base_model is not None else []
+    presets = job.lora.preset_model or []
+    named += [
+        ("lora.preset_model", "component", name, components) for name in ([presets] if isinstance(presets, str) else presets)
+    ]
+    named += [("model.fp8_models", "component", name, components) for name in job.model.fp8_models]
     named += [("model.extra_inputs", "extra input", name, inputs) for name in condition_columns(job)]
     named += [("model.options", "option", name, options) for name in job.model.options]
     problems = []
@@ -96,6 +107,19 @@ def _name_problems(job: Job, family: str | None) -> list[Problem]:
             have = ", ".join(known) or "none"
             problems.append(Problem(key, f"the family {family} has no {what} {name!r}; it has {have}{advice}"))
     return problems
+
+
+def _call_problems(job: Job, family: str) -> list[Problem]:
+    """What the family cannot do with these sizes, or with components that workers share."""
+    calls = layouts.CALLS[family]
+    shared = check_shared_encoders(
+        job,
+        partitioned_components(job),
+        predict_components=calls.predict_components,
+        clip_components=calls.image_components if calls.clip_step is not None else (),
+    )
+    sizes = check_clip_length(job.dataset, step=calls.clip_step) + check_sample_size(job, multiple=calls.size_multiple)
+    return shared + sizes
 
 
 def _tokenizers_of_a_hub(

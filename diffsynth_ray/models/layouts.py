@@ -244,6 +244,26 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }
 """Family -> keys of [model] options; the families' `option_names`."""
 
+
+@dataclass(frozen=True)
+class FamilyCalls:
+    """How a family calls its components and what sizes it takes, as far as a plan refuses by it; see `ModelFamily`."""
+
+    predict_components: tuple[str, ...] = ("dit",)
+    image_components: tuple[str, ...] = ("vae",)
+    size_multiple: int = 16
+    clip_step: int | None = None
+
+
+CALLS: dict[str, FamilyCalls] = {
+    "qwen_image": FamilyCalls(),
+    "wan": FamilyCalls(predict_components=("dit", "vace"), clip_step=4),
+    "flux": FamilyCalls(),
+    "z_image": FamilyCalls(),
+    "flux2": FamilyCalls(),
+}
+"""By family; the class attributes of the same names."""
+
 _OTHERS: dict[str, tuple[str, ...]] = {
     "a Stable Diffusion checkpoint": ("model.diffusion_model.input_blocks.0.0.weight",),
     "the VAE of FLUX.2's first release, of which diffusers' layout is read (vae/diffusion_pytorch_model.safetensors)": (

@@ -14,9 +14,9 @@ from diffsynth_ray.data.metadata import PROMPT_COLUMN, read_metadata
 from diffsynth_ray.errors import DataError, JobFileError, Problem
 from diffsynth_ray.memory.devices import Device
 from diffsynth_ray.models.family import BatchShape, ModelFamily, get_family
+from diffsynth_ray.schedule import partitioned_components
 from diffsynth_ray.train.estimate import GIB, RESERVED_BYTES, Estimate, Spread, activation_bytes, estimate
 from diffsynth_ray.train.model_cost import ModelCost, find_configs, measure_model
-from diffsynth_ray.train.residency import partitioned_components
 
 _TEXT_TOKENS = 256
 """Of a prompt where the metadata cannot be read."""

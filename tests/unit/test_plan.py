@@ -298,3 +298,47 @@ def test_problems_of_the_model_and_of_the_data_are_told_together(photos: Path) -
     assert "job: 2 problems" in str(caught.value)
     assert "model.paths: /nowhere/dit.safetensors does not exist" in str(caught.value)
     assert f"no such file: {photos / '3.png'}" in str(caught.value)
+
+
+ZERO_3 = {"strategy": "deepspeed", "zero_stage": 3}
+WAN = {"family": "wan", "tiny": True}
+
+
+@pytest.mark.parametrize("check_files", [True, False])
+@pytest.mark.parametrize(
+    ("sections", "key", "message"),
+    [
+        (
+            {"distributed": ZERO_3, "dataset": {"batch_size": 2}, "training": {"trainable_models": ["text_encoder"]}},
+            "distributed.zero_stage",
+            "3 trains text_encoder with dataset.batch_size = 1 or distributed.num_workers = 1 only",
+        ),
+        (
+            {"distributed": ZERO_3, "model": WAN, "training": {"trainable_models": ["vae"]}},
+            "distributed.zero_stage",
+            "3 cannot share vae out, whose calls depend on a clip's length; use zero_stage = 2",
+        ),
+        (
+            {"model": WAN, "dataset": {"num_frames": 80}},
+            "dataset.num_frames",
+            "got 80; this family takes a multiple of 4 frames",
+        ),
+        ({"validation": {"prompts": ["a"], "size": [100, 96]}}, "validation.size", "multiples of 16, as in [256, 256]"),
+        ({"model": {"fp8_models": ["unet"]}}, "model.fp8_models", "the family qwen_image has no component 'unet'"),
+        (
+            {"lora": {"preset_path": str(DIT[0]), "preset_model": "dti"}},
+            "lora.preset_model",
+            "the family qwen_image has no component 'dti'; it has dit, text_encoder, vae; did you mean 'dit'?",
+        ),
+    ],
+)
+def test_what_the_family_cannot_do_is_told_before_anything_starts(photos: Path, sections, key, message, check_files) -> None:
+    """Also where the files are on a cluster: the job file says it all."""
+    assert message in problems(photos, check_files=check_files, **sections)[key]
+
+
+def test_what_one_worker_can_do_at_stage_3_is_planned(photos: Path) -> None:
+    training = {"trainable_models": ["text_encoder"]}
+    plan(photos, distributed=ZERO_3 | {"num_workers": 1}, dataset={"batch_size": 2}, training=training)
+    plan(photos, distributed=ZERO_3, training=training)
+    plan(photos, model=WAN, dataset={"num_frames": 77})

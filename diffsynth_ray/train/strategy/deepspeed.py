@@ -33,8 +33,9 @@ from diffsynth_ray.errors import ModelError
 from diffsynth_ray.memory.checkpointing import PartitionedBlockCall
 from diffsynth_ray.memory.placement import WeightSource, find_spots, pinned_memory, read_ahead, release_pinned_memory
 from diffsynth_ray.models.family import ModelFamily
+from diffsynth_ray.schedule import partitioned_components
 from diffsynth_ray.train.optim import NUMBERS, OF_GROUP, GroupNumbers, as_entry, build_optimizer, group_entries
-from diffsynth_ray.train.residency import partitioned_components, recomputes_at_first
+from diffsynth_ray.train.residency import recomputes_at_first
 from diffsynth_ray.train.strategy import trained_parameters
 from diffsynth_ray.train.strategy.base import GradientWatch, StateReader, StateSlice
 from diffsynth_ray.train.strategy.communication import CommunicationTimer, TimedCollectives

@@ -334,6 +334,10 @@ def test_num_workers_of_the_dataset_is_an_upper_bound() -> None:
         ({"model": {"tiny": False, "id_with_origin_paths": ["Qwen/Qwen-Image"]}}, "model.id_with_origin_paths"),
         ({"model": {"id_with_origin_paths": ["Qwen/Qwen-Image:vae/"]}}, "model.tiny"),
         ({"distributed": {"num_workers": 0}}, "distributed.num_workers"),
+        (
+            {"model": {"fp8_models": ["vae"]}, "training": {"trainable_models": ["vae"]}, "lora": {"base_model": None}},
+            "model.fp8_models",
+        ),
     ],
 )
 def test_rules_between_keys(change: dict[str, Any], key: str) -> None:
