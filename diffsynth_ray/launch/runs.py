@@ -257,22 +257,20 @@ def is_finished(run_dir: RunDir, *, num_steps: int) -> bool:
 def claim_output(resolved: ResolvedJob, cluster: Cluster | None, *, new: bool) -> Path | None:
     """Check that the run may use its output path; with `new`, move older content aside and return its folder."""
     run_dir = RunDir(resolved.output_path)
-    owner = run_dir.owner()
+    name = run_dir.owner_name()
     if (writer := _in_the_foreground(run_dir)) is not None:
         raise OutputError(
             f"{run_dir.path} is being written by process {writer.pid} (`dsray run`)",
             hint=f"`dsray logs -f {writer.run}` follows it, `dsray stop {writer.run}` ends it",
         )
-    if owner is None:
+    if name is None:
         return None
     if not new:
         run_dir.check_owner(resolved)
         return None
-    active = client.active_job(cluster, owner.run) if cluster else None
+    active = client.active_job(cluster, name) if cluster else None
     if active is not None:
-        raise OutputError(
-            f"{run_dir.path} is being written by {active['submission_id']}", hint=f"first `dsray stop {owner.run}`"
-        )
+        raise OutputError(f"{run_dir.path} is being written by {active['submission_id']}", hint=f"first `dsray stop {name}`")
     _check_nothing_else_is_moved(resolved, run_dir)
     return run_dir.move_aside()
 
