@@ -10,7 +10,7 @@ from typing import Any
 from diffsynth_ray.config.distillation import DIRECT_DISTILL
 from diffsynth_ray.config.origins import local_tokenizer
 from diffsynth_ray.config.resolve import ResolvedJob, show_amounts
-from diffsynth_ray.config.schema import Job
+from diffsynth_ray.config.schema import MOST_SAMPLES, Job
 from diffsynth_ray.config.zero import read_zero_config
 from diffsynth_ray.data.holdout import held_out_rows, holdout_errors
 from diffsynth_ray.data.metadata import PROMPT_COLUMN, Metadata, read_metadata
@@ -117,6 +117,10 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
         if refusal is None:
             raise
         raise JobFileError(refusal.source, [*refusal.problems, Problem("", error.message)]) from error
+    if num_rows * job.dataset.repeat > MOST_SAMPLES:
+        most = MOST_SAMPLES // num_rows
+        problem = Problem("dataset.repeat", f"got {job.dataset.repeat} for {num_rows} rows; at most {most} for so many")
+        refusal = JobFileError(f"job {job.name}", [*(refusal.problems if refusal else []), problem])
     if refusal is not None:
         raise refusal
     schedule = build_schedule(job, num_samples=num_rows * job.dataset.repeat, global_batch_size=resolved.global_batch_size)

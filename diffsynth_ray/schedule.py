@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ class Schedule:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch: ceil(rows x repeat / global batch)."""
-        return math.ceil(self.num_samples / self.global_batch_size)
+        return -(-self.num_samples // self.global_batch_size)
 
     @property
     def num_steps(self) -> int:

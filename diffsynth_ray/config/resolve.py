@@ -29,6 +29,9 @@ READ_CPUS = 0.1
 MIN_DECODE_CPUS = 0.1
 """Fewest CPUs that a decoding task can be given."""
 
+LEAST_AMOUNT = 1e-4
+"""Of a resource."""
+
 _CGROUPS = Path("/sys/fs/cgroup")
 DEFAULT_BASE_PATH = "./models"
 """Where DiffSynth-Studio keeps what it downloads."""
@@ -139,6 +142,8 @@ def resolve(job: Job, resources: Resources, *, source: str = "job", remote: bool
     decode_cpus, decode_tasks, starved = _data_cpus(job, resources, num_workers=now, per_worker=per_worker)
     encode, encode_problems = _encode_resources(job, resources, num_workers=now, device=device)
     global_batch = job.dataset.global_batch_size or (job.dataset.batch_size * num_workers * job.gradient.accumulation_steps)
+    if global_batch > schema.MOST_SAMPLES:
+        problems.append(Problem("dataset.global_batch_size", f"{global_batch} samples a step; at most {schema.MOST_SAMPLES}"))
     given = identity(job, global_batch)
     job, source_problems = _with_source_where_needed(job, remote=remote)
     located, path_problems = _absolute_paths(job, remote=remote)
@@ -157,7 +162,7 @@ def resolve(job: Job, resources: Resources, *, source: str = "job", remote: bool
         resources_per_worker=per_worker,
         decode_cpus=decode_cpus,
         decode_tasks=decode_tasks,
-        micro_steps=math.ceil(global_batch / (job.dataset.batch_size * num_workers)),
+        micro_steps=-(-global_batch // (job.dataset.batch_size * num_workers)),
         global_batch_size=global_batch,
         encode=encode,
     )
@@ -305,8 +310,9 @@ def check_rules(job: Job) -> list[Problem]:
         problems.append(Problem("model.fp8_models", message))
     for section in ("distributed", "split"):
         for name, amount in (getattr(job, section).resources_per_worker or {}).items():
-            if amount < 0:
-                problems.append(Problem(f"{section}.resources_per_worker", f"{name} = {amount:g}; amounts are 0 or more"))
+            if amount != 0 and amount < LEAST_AMOUNT:
+                message = f"{name} = {amount:g}; amounts are 0 or more, and no smaller parts than {LEAST_AMOUNT:g}, which Ray does not tell apart"
+                problems.append(Problem(f"{section}.resources_per_worker", message))
     problems += _check_offload(job)
     problems += _check_plain_values("training.optimizer_args", training.optimizer_args)
     problems += _check_plain_values("model.options", job.model.options)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffsynth_ray.config.distillation import condition_columns
 from diffsynth_ray.config.schema import Job, ModelSection
-from diffsynth_ray.config.sizes import check_clip_length, check_sample_size
+from diffsynth_ray.config.sizes import check_clip_length, check_micro_batch, check_sample_size
 from diffsynth_ray.config.zero import check_shared_encoders
 from diffsynth_ray.errors import ModelError, Problem
 from diffsynth_ray.models import layouts, sources
@@ -118,8 +118,12 @@ def _call_problems(job: Job, family: str) -> list[Problem]:
         predict_components=calls.predict_components,
         clip_components=calls.image_components if calls.clip_step is not None else (),
     )
-    sizes = check_clip_length(job.dataset, step=calls.clip_step) + check_sample_size(job, multiple=calls.size_multiple)
-    return shared + sizes
+    return [
+        *shared,
+        *check_clip_length(job.dataset, step=calls.clip_step),
+        *check_micro_batch(job.dataset, step=calls.clip_step),
+        *check_sample_size(job, multiple=calls.size_multiple),
+    ]
 
 
 def _tokenizers_of_a_hub(

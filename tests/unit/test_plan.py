@@ -337,6 +337,31 @@ def test_what_the_family_cannot_do_is_told_before_anything_starts(photos: Path, 
     assert message in problems(photos, check_files=check_files, **sections)[key]
 
 
+def test_more_samples_than_there_are_positions_are_refused(photos: Path) -> None:
+    assert plan(photos, dataset={"repeat": 10**15}).num_samples == 5 * 10**15
+    assert (
+        problems(photos, dataset={"repeat": 2**62})["dataset.repeat"]
+        == f"got {2**62} for 5 rows; at most {2**62 // 5} for so many"
+    )
+    assert (
+        "at most 4611686018427387904" in problems(photos, dataset={"global_batch_size": 2**62 + 1})["dataset.global_batch_size"]
+    )
+
+
+def test_the_arithmetic_is_exact(photos: Path) -> None:
+    """Floats have 53 bits."""
+    built = plan(photos, dataset={"repeat": 10**17, "global_batch_size": 10**17 - 1, "batch_size": 3})
+    assert (built.steps_per_epoch, built.micro_steps) == (6, (10**17 + 1) // 3)
+
+
+def test_a_micro_batch_larger_than_any_device_is_refused(photos: Path) -> None:
+    dataset = {"height": 16384, "width": 16384, "batch_size": 64}
+    plan(photos, dataset=dataset)
+    message = problems(photos, dataset=dataset | {"batch_size": 65})["dataset.batch_size"]
+    assert "a micro batch of 65 samples has 1.74e+10 pixels" in message
+    assert "2 samples x 81 frames" in problems(photos, model=WAN, dataset=dataset | {"batch_size": 2})["dataset.batch_size"]
+
+
 def test_what_one_worker_can_do_at_stage_3_is_planned(photos: Path) -> None:
     training = {"trainable_models": ["text_encoder"]}
     plan(photos, distributed=ZERO_3 | {"num_workers": 1}, dataset={"batch_size": 2}, training=training)
