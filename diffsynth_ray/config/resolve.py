@@ -311,7 +311,8 @@ def check_rules(job: Job) -> list[Problem]:
     for section in ("distributed", "split"):
         for name, amount in (getattr(job, section).resources_per_worker or {}).items():
             if amount != 0 and amount < LEAST_AMOUNT:
-                message = f"{name} = {amount:g}; amounts are 0 or more, and no smaller parts than {LEAST_AMOUNT:g}, which Ray does not tell apart"
+                least = f"{LEAST_AMOUNT:g} is the smallest part that Ray knows"
+                message = f"{name} = {amount:g}; amounts are 0 or more, and {least}"
                 problems.append(Problem(f"{section}.resources_per_worker", message))
     problems += _check_offload(job)
     problems += _check_plain_values("training.optimizer_args", training.optimizer_args)
