@@ -9,6 +9,7 @@ from typing import Any
 
 from diffsynth_ray.config.distillation import DIRECT_DISTILL
 from diffsynth_ray.config.origins import local_tokenizer
+from diffsynth_ray.config.packages import extra_of, is_installed, missing_name, missing_trackers
 from diffsynth_ray.config.resolve import ResolvedJob, show_amounts
 from diffsynth_ray.config.schema import MOST_SAMPLES, Job
 from diffsynth_ray.config.zero import read_zero_config
@@ -16,7 +17,7 @@ from diffsynth_ray.data.holdout import held_out_rows, holdout_errors
 from diffsynth_ray.data.metadata import PROMPT_COLUMN, Metadata, read_metadata
 from diffsynth_ray.data.teacher import check_teacher_runs
 from diffsynth_ray.errors import DataError, JobFileError, Problem
-from diffsynth_ray.models.inspection import ModelFiles, check_family, inspect_model
+from diffsynth_ray.models.inspection import ModelFiles, check_family, inspect_model, unknown_family
 from diffsynth_ray.schedule import build_schedule, export_file_names, trained_components
 
 _SHOWN_FILES = 3
@@ -103,14 +104,20 @@ class Plan:
         ]
 
 
-def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
-    """Plan a run; reads the metadata. Raises DataError where they cannot be used, JobFileError for what else is wrong too."""
+def build_plan(resolved: ResolvedJob, *, check_files: bool = True, runs_here: bool = False) -> Plan:
+    """Plan a run; reads the metadata. Raises DataError where they cannot be used, JobFileError for what else is wrong too.
+
+    `runs_here`: packages that are not installed here are missing where they are needed; else that is noted.
+    """
     job = resolved.job
     models, refusal = [], None
+    lacking = _look_for_packages(job) if check_files else []
     try:
         models = _inspect_model(resolved, check_files=check_files)
     except JobFileError as error:
         refusal = error
+    if wrong := [problem for problem, is_certain in lacking if is_certain or runs_here]:
+        refusal = JobFileError(f"job {job.name}", [*(refusal.problems if refusal else []), *wrong])
     try:
         num_rows, num_held_out, notes = _count_rows(resolved, check_files=check_files)
     except DataError as error:
@@ -153,7 +160,7 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
         files=[name for stem in stems for name in export_file_names(job, stem).values()],
         models=models,
         output_path=str(resolved.output_path),
-        notes=notes,
+        notes=[*notes, *(f"{problem.key}: {problem.message}" for problem, _ in lacking)],
         encode=None if resolved.encode is None else resolved.encode.model_dump() | {"cache_path": job.split.cache_path},
         num_held_out=num_held_out,
     )
@@ -215,6 +222,23 @@ def _strategy(job: Job) -> str:
         if device != "none"
     ]
     return f"DeepSpeed ZeRO-{distributed.zero_stage}" + (f", {' and '.join(offloaded)} on the host" if offloaded else "")
+
+
+def _look_for_packages(job: Job) -> list[tuple[Problem, bool]]:
+    """What this machine lacks of other packages, and whether another machine would lack it too."""
+    name, family = job.training.optimizer, job.model.family
+    found = []
+    if family is not None and (message := unknown_family(family)):
+        found.append((Problem("model.family", message), False))
+    if not is_installed(name):
+        message = f"no package {name.partition('.')[0]!r} is installed here; the workers need it for {name}"
+        found.append((Problem("training.optimizer", message), False))
+    elif missing := missing_name(name):
+        found.append((Problem("training.optimizer", f"got {name!r}; {missing}"), True))
+    return found + [
+        (Problem(f"logging.{key}", f"the package {package} is not installed here: pip install '{extra_of(key)}'"), False)
+        for key, package in missing_trackers(job.logging).items()
+    ]
 
 
 def _inspect_model(resolved: ResolvedJob, *, check_files: bool) -> list[ModelFiles]:

@@ -19,6 +19,7 @@ from diffsynth_ray.config import schema
 from diffsynth_ray.config.distillation import check_distillation
 from diffsynth_ray.config.load import lookup
 from diffsynth_ray.config.origins import parse_folder, parse_origin, tokenizer_ids
+from diffsynth_ray.config.packages import check_optimizer
 from diffsynth_ray.config.schema import Job, ModelSection
 from diffsynth_ray.config.validation import check_validation
 from diffsynth_ray.config.zero import check_zero_keys
@@ -314,6 +315,7 @@ def check_rules(job: Job) -> list[Problem]:
                 least = f"{LEAST_AMOUNT:g} is the smallest part that Ray knows"
                 message = f"{name} = {amount:g}; amounts are 0 or more, and {least}"
                 problems.append(Problem(f"{section}.resources_per_worker", message))
+    problems += check_optimizer(training.optimizer)
     problems += _check_offload(job)
     problems += _check_plain_values("training.optimizer_args", training.optimizer_args)
     problems += _check_plain_values("model.options", job.model.options)

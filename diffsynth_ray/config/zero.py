@@ -16,7 +16,7 @@ from diffsynth_ray.errors import JobFileError, Problem
 
 _KEY = "distributed.deepspeed_config"
 _ZERO_KEYS = ("zero_stage", "offload_optimizer_device", "offload_param_device", "deepspeed_config")
-_NEEDS_WHOLE_TENSORS = tuple(f"torch.optim.{name}" for name in ("Adafactor", "LBFGS", "Muon", "SparseAdam"))
+_NEEDS_WHOLE_TENSORS = tuple(f"torch.optim.{name}" for name in ("Adafactor", "Muon"))
 _PASSED_ON = (
     "aio",
     "comms_logger",

@@ -82,14 +82,30 @@ def inspect_model(job: Job) -> tuple[list[ModelFiles], list[Problem]]:
     return entries, problems
 
 
+def unknown_family(family: str) -> str | None:
+    """What to say of a family that no package here has; its own may be on the cluster only."""
+    known = sorted({*layouts.KEY_LAYOUTS, *layouts.family_entry_points()})
+    if family in known:
+        return None
+    near = difflib.get_close_matches(family, known, n=1)
+    advice = f"; did you mean {near[0]!r}?" if near else ""
+    return f"no package here has the family {family!r}{advice}; known: {', '.join(known)}"
+
+
 def check_family(job: Job, family: str | None) -> list[Problem]:
     """What the family has not or cannot do. Of other packages' families only the cluster can tell."""
-    return _name_problems(job, family) + _call_problems(job, family) if family in layouts.KEY_LAYOUTS else []
+    if family not in layouts.KEY_LAYOUTS:
+        return []
+    return _name_problems(job, family) + _option_problems(job, family) + _call_problems(job, family)
 
 
 def _name_problems(job: Job, family: str) -> list[Problem]:
     """Components, inputs and options that the family has not."""
-    components, inputs, options = tuple(layouts.KEY_LAYOUTS[family]), layouts.EXTRA_INPUTS[family], layouts.OPTIONS[family]
+    components, inputs, options = (
+        tuple(layouts.KEY_LAYOUTS[family]),
+        layouts.EXTRA_INPUTS[family],
+        tuple(layouts.OPTIONS[family]),
+    )
     named = [("training.trainable_models", "component", name, components) for name in job.training.trainable_models]
     named += [("lora.base_model", "component", job.lora.base_model, components)] if job.lora.base_model is not None else []
     presets = job.lora.preset_model or []
@@ -106,6 +122,27 @@ def _name_problems(job: Job, family: str) -> list[Problem]:
             advice = f"; did you mean {near[0]!r}?" if near else ""
             have = ", ".join(known) or "none"
             problems.append(Problem(key, f"the family {family} has no {what} {name!r}; it has {have}{advice}"))
+    return problems
+
+
+_KINDS: dict[type, str] = {bool: "true or false", float: "a number"}
+
+
+def _option_problems(job: Job, family: str) -> list[Problem]:
+    """Options with values that the family does not take."""
+    problems = []
+    for name, value in job.model.options.items():
+        allowed = layouts.OPTIONS[family].get(name)
+        if isinstance(allowed, tuple):
+            wrong, needed = value not in allowed, f"one of {', '.join(allowed)}"
+        elif allowed is not None:
+            # A whole number is a number too; true is none.
+            wrong = not isinstance(value, (allowed, int)) or isinstance(value, bool) != (allowed is bool)
+            needed = _KINDS[allowed]
+        else:
+            continue  # told as a name that the family has not
+        if wrong:
+            problems.append(Problem("model.options", f"{name} is {needed}, got {value!r}"))
     return problems
 
 

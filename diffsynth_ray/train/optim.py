@@ -84,6 +84,11 @@ def build_optimizer(
         ) from error
 
 
+def check_optimizer_arguments(training: TrainingSection) -> None:
+    """Raise JobFileError where the optimizer cannot be had with the job's arguments; needs no model."""
+    build_optimizer([nn.Parameter(torch.zeros(2, 2))], training)
+
+
 _STATE_BYTES: dict[str, float] = {}
 """Bytes of an optimizer's state an element, by its class and arguments."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from diffsynth_ray.config import packages
 from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import DataError, JobFileError
@@ -25,7 +26,15 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def plan(folder: Path, *, cpus: float = 4, gpus: float = 0, check_files: bool = True, **sections: dict[str, Any]) -> Plan:
+def plan(
+    folder: Path,
+    *,
+    cpus: float = 4,
+    gpus: float = 0,
+    check_files: bool = True,
+    runs_here: bool = False,
+    **sections: dict[str, Any],
+) -> Plan:
     raw: dict[str, Any] = {
         "name": "job",
         "dataset": {"base_path": str(folder), "metadata_path": str(folder / "metadata.csv"), "repeat": 2},
@@ -35,7 +44,8 @@ def plan(folder: Path, *, cpus: float = 4, gpus: float = 0, check_files: bool = 
     }
     for name, section in sections.items():
         raw[name] = raw.get(name, {}) | section
-    return build_plan(resolve(Job.model_validate(raw), Resources(cpus=cpus, gpus=gpus)), check_files=check_files)
+    resolved = resolve(Job.model_validate(raw), Resources(cpus=cpus, gpus=gpus))
+    return build_plan(resolved, check_files=check_files, runs_here=runs_here)
 
 
 def test_the_arithmetic(photos: Path) -> None:
@@ -326,6 +336,17 @@ WAN = {"family": "wan", "tiny": True}
         ({"validation": {"prompts": ["a"], "size": [100, 96]}}, "validation.size", "multiples of 16, as in [256, 256]"),
         ({"model": {"fp8_models": ["unet"]}}, "model.fp8_models", "the family qwen_image has no component 'unet'"),
         (
+            {"model": {"options": {"edit_prompt": "numberd"}}},
+            "model.options",
+            "edit_prompt is one of auto, numbered, got 'numberd'",
+        ),
+        ({"model": {"options": {"zero_cond_t": 1}}}, "model.options", "zero_cond_t is true or false, got 1"),
+        (
+            {"model": {"family": "flux", "options": {"embedded_guidance": True}}},
+            "model.options",
+            "embedded_guidance is a number, got True",
+        ),
+        (
             {"lora": {"preset_path": str(DIT[0]), "preset_model": "dti"}},
             "lora.preset_model",
             "the family qwen_image has no component 'dti'; it has dit, text_encoder, vae; did you mean 'dit'?",
@@ -367,3 +388,29 @@ def test_what_one_worker_can_do_at_stage_3_is_planned(photos: Path) -> None:
     plan(photos, distributed=ZERO_3 | {"num_workers": 1}, dataset={"batch_size": 2}, training=training)
     plan(photos, distributed=ZERO_3, training=training)
     plan(photos, model=WAN, dataset={"num_frames": 77})
+    plan(photos, model={"options": {"edit_prompt": "auto", "zero_cond_t": True}})
+    plan(photos, model={"family": "flux", "options": {"embedded_guidance": 1}})
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "message"),
+    [
+        (
+            {"model": {"family": "qwen_imag"}},
+            "model.family",
+            "no package here has the family 'qwen_imag'; did you mean 'qwen_image'?",
+        ),
+        ({"training": {"optimizer": "prodigyopd.Prodigy"}}, "training.optimizer", "no package 'prodigyopd' is installed here"),
+        ({"logging": {"wandb_project": "mine"}}, "logging.wandb_project", "the package no_such_package is not installed here"),
+    ],
+)
+def test_what_only_this_machine_lacks_is_noted_and_where_it_is_to_run_a_problem(photos, monkeypatch, sections, key, message):
+    monkeypatch.setattr(packages, "TRACKERS", {"wandb_project": "no_such_package"})
+    assert [note for note in plan(photos, **sections).notes if note.startswith(f"{key}: {message}")]
+    assert message in problems(photos, runs_here=True, **sections)[key]
+    assert plan(photos, check_files=False, **sections).notes == []
+
+
+@pytest.mark.parametrize("optimizer", ["torch.optim.Adamw", "transformers.optimization.Adafactr"])
+def test_a_typing_error_in_the_optimizer_is_told_before_anything_starts(photos: Path, optimizer: str) -> None:
+    assert "did you mean" in problems(photos, training={"optimizer": optimizer})["training.optimizer"]
