@@ -331,16 +331,17 @@ class RunDir:
         """The lines of attempts.jsonl; a line cut by a crash is left out."""
         return list(read_jsonl(self.attempts_path))
 
-    def request_stop(self, *, reason: str) -> None:
-        """Ask the running attempt to checkpoint and end; rank 0 reads it after each step."""
-        write_whole(self.stop_path, json.dumps({"time": time.time(), "reason": reason}))
+    def request_stop(self, *, reason: str, now: bool = False) -> None:
+        """Ask the running attempt to checkpoint and end, which rank 0 reads after each step; `now`: its driver to end it."""
+        write_whole(self.stop_path, json.dumps({"time": time.time(), "reason": reason, "now": now}))
 
-    def stop_reason(self) -> str | None:
-        """Why the run should stop, or None."""
+    def stop_reason(self, *, now: bool = False) -> str | None:
+        """Why the run should stop (`now`: at once), or None."""
         try:
-            return str(json.loads(self.stop_path.read_text())["reason"])
+            request = json.loads(self.stop_path.read_text())
         except (FileNotFoundError, NotADirectoryError):
             return None
+        return str(request["reason"]) if request.get("now") or not now else None
 
     def request_checkpoint(self) -> None:
         """Ask the running attempt for a checkpoint; rank 0 reads it after each step."""

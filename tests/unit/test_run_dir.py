@@ -172,6 +172,9 @@ def test_a_stop_is_read_with_its_reason(tmp_path: Path) -> None:
     assert run_dir.stop_reason() is None
     run_dir.request_stop(reason="SIGTERM")
     assert run_dir.stop_reason() == "SIGTERM"
+    assert run_dir.stop_reason(now=True) is None
+    run_dir.request_stop(reason="stop --now", now=True)
+    assert run_dir.stop_reason() == run_dir.stop_reason(now=True) == "stop --now"
 
 
 def test_a_torn_line_of_attempts_is_left_out(tmp_path: Path) -> None:
