@@ -218,12 +218,22 @@ class DeepSpeedStrategy:
         self._stop_watch()
         for group in self._zero.param_groups:
             group["lr"] = lr
-        kept = {name: self._view(name).clone() for name in self._idle if self._parts[name] is not None}
+        kept = [tensor.clone() for tensor in self._idle_tensors()]
         with self._timed():
             self.engine.step()
-        for name, values in kept.items():
-            self._view(name).copy_(values)
+        for tensor, values in zip(self._idle_tensors(), kept, strict=True):
+            tensor.copy_(values)
         return torch.as_tensor(self.engine.get_global_grad_norm(), device=self._device)
+
+    def _idle_tensors(self) -> list[Tensor]:
+        """Where this rank has parameters that get no gradient: its part of their masters, and what the model computes with."""
+        tensors = [self._view(name) for name in self._idle if self._parts[name] is not None]
+        for param in (cast(Any, self._trained[name]) for name in self._idle):
+            share = getattr(param, "ds_tensor", None)
+            tensors.append(param.detach() if share is None else share.detach())
+            if share is not None and param.ds_persist:  # small ones are whole on every rank, too
+                tensors.append(param.detach())
+        return tensors
 
     def sum_over_workers(self, value: Tensor) -> Tensor:
         """See Strategy."""

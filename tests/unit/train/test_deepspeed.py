@@ -58,6 +58,7 @@ def check(found, *, tolerance=1e-5):
     assert found["weights"] <= tolerance
     assert found["same names"]
     assert found["moved"] > 0
+    assert found["drift"] == 0.0, "the model is not what its masters say"
     assert found["moved as ddp"], "weight decay acts on parameters without gradient"
 
 

@@ -8,6 +8,7 @@ import argparse
 import json
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -140,6 +141,7 @@ def compare(expected, found):
         "evaluated": max(abs(a - b) for a, b in zip(expected["evaluated"], found["evaluated"], strict=True)),
         "weights": max(float((expected["masters"][key] - found["masters"][key]).abs().max()) for key in expected["masters"]),
         "same names": list(expected["masters"]) == list(found["masters"]),
+        "drift": found["drift"],
         "moved": sum(not torch.equal(found["start"][key], found["masters"][key]) for key in found["masters"]),
         "moved as ddp": all(
             torch.equal(found["start"][key], found["masters"][key])
@@ -162,8 +164,21 @@ def run_case(job):
         losses, norms = losses + loss, norms + norm
         evaluated.append(evaluate(trainer))
     masters = copied(trainer.strategy.full_masters())
+    found = {"losses": losses, "norms": norms, "start": start, "masters": masters, "evaluated": evaluated}
+    found["drift"] = drift(trainer, masters)
     close(trainer)
-    return {"losses": losses, "norms": norms, "start": start, "masters": masters, "evaluated": evaluated}
+    return found
+
+
+def drift(trainer, masters):
+    """Largest difference between the model's parameters and their masters, rounded as they are."""
+    largest = 0.0
+    for name, param in trainer.trained.items():
+        whole = trainer.strategy._deepspeed.zero.GatheredParameters if hasattr(param, "ds_id") else nullcontext
+        with whole([param]):
+            if masters:  # on rank 0 only under ZeRO
+                largest = max(largest, float((param.detach() - masters[name].to(param.dtype)).abs().max()))
+    return largest
 
 
 def run_beside_ddp(parts, references):
