@@ -9,14 +9,15 @@ from typing import Any
 
 from diffsynth_ray.config.distillation import DIRECT_DISTILL
 from diffsynth_ray.config.origins import local_tokenizer
+from diffsynth_ray.config.packages import extra_of, is_installed, missing_name, missing_trackers
 from diffsynth_ray.config.resolve import ResolvedJob, show_amounts
-from diffsynth_ray.config.schema import Job, as_list
+from diffsynth_ray.config.schema import MOST_SAMPLES, Job, as_list
 from diffsynth_ray.config.zero import read_zero_config
 from diffsynth_ray.data.holdout import held_out, held_out_rows, holdout_errors
 from diffsynth_ray.data.metadata import PROMPT_COLUMN, Metadata, read_metadata
 from diffsynth_ray.data.teacher import check_teacher_runs
 from diffsynth_ray.errors import DataError, JobFileError, Problem
-from diffsynth_ray.models.inspection import ModelFiles, inspect_model
+from diffsynth_ray.models.inspection import ModelFiles, check_family, inspect_model, unknown_family
 from diffsynth_ray.schedule import build_schedule, export_file_names, trained_components
 
 _SHOWN_FILES = 3
@@ -103,20 +104,30 @@ class Plan:
         ]
 
 
-def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
-    """Plan a run; reads the metadata. Raises DataError where they cannot be used, JobFileError for what else is wrong too."""
+def build_plan(resolved: ResolvedJob, *, check_files: bool = True, runs_here: bool = False) -> Plan:
+    """Plan a run; reads the metadata. Raises DataError where they cannot be used, JobFileError for what else is wrong too.
+
+    `runs_here`: packages that are not installed here are missing where they are needed; else that is noted.
+    """
     job = resolved.job
     models, refusal = [], None
+    lacking = _look_for_packages(job) if check_files else []
     try:
-        models = _inspect_model(resolved) if check_files else []
+        models = _inspect_model(resolved, check_files=check_files)
     except JobFileError as error:
         refusal = error
+    if wrong := [problem for problem, is_certain in lacking if is_certain or runs_here]:
+        refusal = JobFileError(f"job {job.name}", [*(refusal.problems if refusal else []), *wrong])
     try:
         num_rows, num_held_out, notes = _count_rows(resolved, check_files=check_files)
     except DataError as error:
         if refusal is None:
             raise
         raise JobFileError(refusal.source, [*refusal.problems, Problem("", error.message)]) from error
+    if num_rows * job.dataset.repeat > MOST_SAMPLES:
+        most = MOST_SAMPLES // num_rows
+        problem = Problem("dataset.repeat", f"got {job.dataset.repeat} for {num_rows} rows; at most {most} for so many")
+        refusal = JobFileError(f"job {job.name}", [*(refusal.problems if refusal else []), problem])
     if refusal is not None:
         raise refusal
     schedule = build_schedule(job, num_samples=num_rows * job.dataset.repeat, global_batch_size=resolved.global_batch_size)
@@ -149,7 +160,7 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True) -> Plan:
         files=[name for stem in stems for name in export_file_names(job, stem).values()],
         models=models,
         output_path=str(resolved.output_path),
-        notes=notes,
+        notes=[*notes, *(f"{problem.key}: {problem.message}" for problem, _ in lacking)],
         encode=None if resolved.encode is None else resolved.encode.model_dump() | {"cache_path": job.split.cache_path},
         num_held_out=num_held_out,
     )
@@ -220,23 +231,45 @@ def _strategy(job: Job) -> str:
     return f"DeepSpeed ZeRO-{distributed.zero_stage}" + (f", {' and '.join(offloaded)} on the host" if offloaded else "")
 
 
-def _inspect_model(resolved: ResolvedJob) -> list[ModelFiles]:
-    entries, problems = inspect_model(resolved.job)
+def _look_for_packages(job: Job) -> list[tuple[Problem, bool]]:
+    """What this machine lacks of other packages, and whether another machine would lack it too."""
+    name, family = job.training.optimizer, job.model.family
+    found = []
+    if family is not None and (message := unknown_family(family)):
+        found.append((Problem("model.family", message), False))
+    if not is_installed(name):
+        message = f"no package {name.partition('.')[0]!r} is installed here; the workers need it for {name}"
+        found.append((Problem("training.optimizer", message), False))
+    elif missing := missing_name(name):
+        found.append((Problem("training.optimizer", f"got {name!r}; {missing}"), True))
+    return found + [
+        (Problem(f"logging.{key}", f"the package {package} is not installed here: pip install '{extra_of(key)}'"), False)
+        for key, package in missing_trackers(job.logging).items()
+    ]
+
+
+def _inspect_model(resolved: ResolvedJob, *, check_files: bool) -> list[ModelFiles]:
+    job = resolved.job
+    if not check_files:
+        if problems := check_family(job, job.model.family):
+            raise JobFileError(f"job {job.name}", problems)
+        return []
+    entries, problems = inspect_model(job)
     named = [
         (key, path)
         for key, value in (
-            ("model.tokenizer_path", local_tokenizer(resolved.job.model)),
-            ("training.resume_from_checkpoint", resolved.job.training.resume_from_checkpoint),
-            ("validation.inputs", resolved.job.validation.inputs),
-            ("lora.checkpoint", resolved.job.lora.checkpoint),
-            ("distributed.deepspeed_config", resolved.job.distributed.deepspeed_config),
-            ("lora.preset_path", resolved.job.lora.preset_path),
+            ("model.tokenizer_path", local_tokenizer(job.model)),
+            ("training.resume_from_checkpoint", job.training.resume_from_checkpoint),
+            ("validation.inputs", job.validation.inputs),
+            ("lora.checkpoint", job.lora.checkpoint),
+            ("distributed.deepspeed_config", job.distributed.deepspeed_config),
+            ("lora.preset_path", job.lora.preset_path),
         )
         for path in as_list(value)
     ]
     problems += [Problem(key, f"{path} does not exist") for key, path in named if not Path(path).exists()]
     if problems:
-        raise JobFileError(f"job {resolved.job.name}", problems)
-    if resolved.job.distributed.strategy == "deepspeed":
-        read_zero_config(resolved.job)
+        raise JobFileError(f"job {job.name}", problems)
+    if job.distributed.strategy == "deepspeed":
+        read_zero_config(job)
     return entries

@@ -30,6 +30,11 @@ _PROGRESS = re.compile(
     r" \| data wait (?P<data_wait_s>[\d.]+) s \| (?P<left_s>\d+) s left"
 )
 
+_RUN_OF_ATTEMPT = re.compile(r"(?P<run>.+)-(?:a|local-)\d+")
+"""A submission id."""
+_EXPORT = re.compile(r"(?:step|epoch)-\d+\.|best\.")
+_UNKNOWN = "unknown"
+"""In the place of a run's name."""
 _DATA_BOUND_SHARE = 0.2
 """Share of a step's time that may be spent waiting for data."""
 _DATA_BOUND_S = 0.05
@@ -178,10 +183,31 @@ class RunDir:
                 hint="use another output.path, or move that folder away",
             ) from error
 
+    def owner_name(self) -> str | None:
+        """Name of the run that owns the directory, also where its job.json was deleted; None where the directory is free."""
+        owner = self.owner()
+        return owner.run if owner is not None else self._left_by()
+
+    def _left_by(self) -> str | None:
+        """Whose files are here, without a job.json that says it: as its attempts tell, else unknown."""
+        for attempt in reversed(self.attempts()):
+            if found := _RUN_OF_ATTEMPT.fullmatch(str(attempt.get("submission_id"))):
+                return found["run"]
+        return _UNKNOWN if self._traces() else None
+
+    def _traces(self) -> list[str]:
+        """Names of what a run has written that another would write over."""
+        known = (self.attempts_path, self.checkpoints_dir, self.loss_path)
+        exports = [path.name for path in sorted(self.path.glob("*.safetensors")) if _EXPORT.match(path.name)]
+        return exports + [path.name for path in known if path.exists()]
+
     def check_owner(self, resolved: ResolvedJob) -> None:
         """Raise OutputError, with the differing keys, where another run owns the directory."""
         owner = self.owner()
-        if owner is None or owner.run == resolved.run:
+        if owner is None:
+            self._check_left_by(resolved)
+            return
+        if owner.run == resolved.run:
             return
         keys = sorted(owner.given.keys() | resolved.given.keys())
         differing = [key for key in keys if owner.given.get(key) != resolved.given.get(key)]
@@ -190,6 +216,18 @@ class RunDir:
             "\n".join([f"{self.path} belongs to the run {owner.run}, this job is {resolved.run}; they differ in", *lines]),
             hint="use another output.path, or --new to move the old content to "
             f"{self.path / 'previous' / owner.run} and start afresh",
+        )
+
+    def _check_left_by(self, resolved: ResolvedJob) -> None:
+        name = self._left_by()
+        if name is None or name == resolved.run:
+            return
+        if name == _UNKNOWN:
+            message = f"{self.path} has files of a run, as {self._traces()[0]}, without the job.json that says of which"
+        else:
+            message = f"{self.path} has files of the run {name}, though no job.json any more; this job is {resolved.run}"
+        raise OutputError(
+            message, hint=f"use another output.path, or --new to move them to {self.path / 'previous' / name} and start afresh"
         )
 
     def check_writable(self) -> None:
@@ -208,13 +246,11 @@ class RunDir:
     def move_aside(self) -> Path | None:
         """Move everything to previous/{run}; returns that folder, or None where there was nothing."""
         try:
-            owner = self.owner()
+            name = self.owner_name()
         except OutputError:
-            name = "unknown"
-        else:
-            if owner is None:
-                return None
-            name = owner.run
+            name = _UNKNOWN
+        if name is None:
+            return None
         target = self.path / "previous" / name
         number = 1
         while target.exists():
@@ -295,16 +331,17 @@ class RunDir:
         """The lines of attempts.jsonl; a line cut by a crash is left out."""
         return list(read_jsonl(self.attempts_path))
 
-    def request_stop(self, *, reason: str) -> None:
-        """Ask the running attempt to checkpoint and end; rank 0 reads it after each step."""
-        write_whole(self.stop_path, json.dumps({"time": time.time(), "reason": reason}))
+    def request_stop(self, *, reason: str, now: bool = False) -> None:
+        """Ask the running attempt to checkpoint and end, which rank 0 reads after each step; `now`: its driver to end it."""
+        write_whole(self.stop_path, json.dumps({"time": time.time(), "reason": reason, "now": now}))
 
-    def stop_reason(self) -> str | None:
-        """Why the run should stop, or None."""
+    def stop_reason(self, *, now: bool = False) -> str | None:
+        """Why the run should stop (`now`: at once), or None."""
         try:
-            return str(json.loads(self.stop_path.read_text())["reason"])
+            request = json.loads(self.stop_path.read_text())
         except (FileNotFoundError, NotADirectoryError):
             return None
+        return str(request["reason"]) if request.get("now") or not now else None
 
     def request_checkpoint(self) -> None:
         """Ask the running attempt for a checkpoint; rank 0 reads it after each step."""

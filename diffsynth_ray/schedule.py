@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ class Schedule:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch: ceil(rows x repeat / global batch)."""
-        return math.ceil(self.num_samples / self.global_batch_size)
+        return -(-self.num_samples // self.global_batch_size)
 
     @property
     def num_steps(self) -> int:
@@ -60,6 +59,12 @@ def trained_components(job: Job) -> list[str]:
     if job.lora.base_model is not None:
         return [job.lora.base_model, *full]
     return sorted(full, key=lambda component: component != "dit")
+
+
+def partitioned_components(job: Job) -> list[str]:
+    """Components whose parameters the workers share (ZeRO-3): those that hold trained ones."""
+    distributed = job.distributed
+    return trained_components(job) if distributed.strategy == "deepspeed" and distributed.zero_stage == 3 else []
 
 
 def export_file_names(job: Job, stem: str) -> dict[str, str]:

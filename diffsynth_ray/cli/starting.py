@@ -60,7 +60,7 @@ def show_plan(resolved: ResolvedJob, *, remote: bool, tell: Callable[[str], None
 
     tell = tell or render.say
     try:
-        built = build_plan(resolved, check_files=not remote)
+        built = build_plan(resolved, check_files=not remote, runs_here=not remote)
     except DataError:
         if not remote:
             raise

@@ -55,7 +55,7 @@ def load_job(reference: str, overrides: list[str] | None = None) -> Job:
     path = find_job_file(reference)
     try:
         raw = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # TOML's errors, UTF-8's, and Python's about numbers of thousands of digits
         raise JobFileError(str(path), [Problem("", f"not valid TOML: {error}")]) from error
     problems = [problem for text in overrides or [] if (problem := _apply_override(raw, text))]
     if "name" not in raw and re.fullmatch(schema.NAME, path.stem) is None:
@@ -86,7 +86,7 @@ def _apply_override(raw: dict[str, Any], text: str) -> Problem | None:
         return Problem(f"--set {text}", "expected section.key=value, as in --set training.learning_rate=2e-5")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         parsed = value
     table = raw
     for part in parts[:-1]:

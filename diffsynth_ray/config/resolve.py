@@ -19,6 +19,7 @@ from diffsynth_ray.config import schema
 from diffsynth_ray.config.distillation import check_distillation
 from diffsynth_ray.config.load import lookup
 from diffsynth_ray.config.origins import parse_folder, parse_origin, tokenizer_ids
+from diffsynth_ray.config.packages import check_optimizer
 from diffsynth_ray.config.schema import Job, ModelSection
 from diffsynth_ray.config.validation import check_validation
 from diffsynth_ray.config.zero import check_zero_keys
@@ -31,6 +32,9 @@ MIN_DECODE_CPUS = 0.1
 
 _DEFAULT_RESOURCES = {"cuda": {"GPU": 1.0, "CPU": 1.0}, "cpu": {"CPU": 0.5}}
 """Of a worker by its device."""
+LEAST_AMOUNT = 1e-4
+"""Of a resource."""
+
 _CGROUPS = Path("/sys/fs/cgroup")
 _NAMED_WHERE_SET = ("model.tokenizer_1_path", "model.tokenizer_2_path", "model.processor_path")
 DEFAULT_BASE_PATH = "./models"
@@ -142,6 +146,8 @@ def resolve(job: Job, resources: Resources, *, source: str = "job", remote: bool
     decode_cpus, decode_tasks, starved = _data_cpus(job, resources, num_workers=now, per_worker=per_worker)
     encode, encode_problems = _encode_resources(job, resources, num_workers=now, device=device)
     global_batch = job.dataset.global_batch_size or (job.dataset.batch_size * num_workers * job.gradient.accumulation_steps)
+    if global_batch > schema.MOST_SAMPLES:
+        problems.append(Problem("dataset.global_batch_size", f"{global_batch} samples a step; at most {schema.MOST_SAMPLES}"))
     given = identity(job, global_batch)
     job, source_problems = _with_source_where_needed(job, remote=remote)
     located, path_problems = _absolute_paths(job, remote=remote)
@@ -160,7 +166,7 @@ def resolve(job: Job, resources: Resources, *, source: str = "job", remote: bool
         resources_per_worker=per_worker,
         decode_cpus=decode_cpus,
         decode_tasks=decode_tasks,
-        micro_steps=math.ceil(global_batch / (job.dataset.batch_size * num_workers)),
+        micro_steps=-(-global_batch // (job.dataset.batch_size * num_workers)),
         global_batch_size=global_batch,
         encode=encode,
     )
@@ -304,10 +310,16 @@ def check_rules(job: Job) -> list[Problem]:
         problems.append(Problem("training.trainable_models", "a component is named twice"))
     if training.precision == "fp32" and not training.master_weights:
         problems.append(Problem("training.master_weights", 'false has no meaning with precision = "fp32"; remove it'))
+    if both := [name for name in job.model.fp8_models if name in training.trainable_models]:
+        message = f"{', '.join(both)} is trained; FP8 is for frozen weights (a LoRA on it is fine)"
+        problems.append(Problem("model.fp8_models", message))
     for section in ("distributed", "split"):
         for name, amount in (getattr(job, section).resources_per_worker or {}).items():
-            if amount < 0:
-                problems.append(Problem(f"{section}.resources_per_worker", f"{name} = {amount:g}; amounts are 0 or more"))
+            if amount != 0 and amount < LEAST_AMOUNT:
+                least = f"{LEAST_AMOUNT:g} is the smallest part that Ray knows"
+                message = f"{name} = {amount:g}; amounts are 0 or more, and {least}"
+                problems.append(Problem(f"{section}.resources_per_worker", message))
+    problems += check_optimizer(training.optimizer)
     problems += _check_offload(job)
     problems += _check_plain_values("training.optimizer_args", training.optimizer_args)
     problems += _check_plain_values("model.options", job.model.options)

@@ -8,13 +8,21 @@ The reference of the job file (jobs/REFERENCE.md) is generated from here. Two ma
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 """What a job can be called: run names, submission ids and folders are made of it."""
+
+
+MOST_SAMPLES = 2**62
+"""Of an epoch, and so of a step: positions are int64, and what shuffles them takes up to four times as many."""
+MOST_A_SIDE = 16384
+"""Pixels, as many as Wan's DiT has positions for; what is asked for can then be reckoned with in 64 bits."""
 
 
 def _key(default: Any = None, *, identity: bool = False, path: bool = False, **rules: Any) -> Any:
@@ -24,12 +32,29 @@ def _key(default: Any = None, *, identity: bool = False, path: bool = False, **r
     return Field(default, json_schema_extra=extra, **rules)
 
 
+def _whole_numbers(value: object) -> Iterator[int]:
+    """All in a value of a key, however deep in arrays and tables."""
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _whole_numbers(inner)
+
+
 class Section(BaseModel):
     """Frozen; unknown keys are errors; attribute docstrings are the keys' descriptions."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True, validate_default=False
     )
+
+    @field_validator("*")
+    @classmethod
+    def _within_64_bits(cls, value: Any) -> Any:
+        """Numbers end up in tensors and arrays, which have no larger ones."""
+        if any(abs(number) >= 2**63 for number in _whole_numbers(value)):
+            raise PydanticCustomError("too_large", "whole numbers are below 2**63 = 9223372036854775808")
+        return value
 
 
 class DatasetSection(Section):
@@ -45,17 +70,17 @@ class DatasetSection(Section):
     """Upper bound of Ray Data CPU tasks that decode for one training worker; 0 = automatic."""
     data_file_keys: list[str] = _key(["image", "video"], identity=True)
     """Columns that hold media files. Columns absent from the metadata are skipped, but one must be there."""
-    height: int | None = _key(identity=True, ge=16)
+    height: int | None = _key(identity=True, ge=16, le=MOST_A_SIDE)
     """Fixed height in pixels (needs width); unset = dynamic resolution."""
-    width: int | None = _key(identity=True, ge=16)
+    width: int | None = _key(identity=True, ge=16, le=MOST_A_SIDE)
     """Fixed width in pixels (needs height); unset = dynamic resolution."""
-    max_pixels: int = _key(1048576, identity=True, ge=256)
+    max_pixels: int = _key(1048576, identity=True, ge=256, le=MOST_A_SIDE**2)
     """Dynamic resolution: larger images are scaled down to this area; nothing is ever enlarged."""
-    num_frames: int = _key(81, identity=True, ge=1)
+    num_frames: int = _key(81, identity=True, ge=1, le=4096)
     """Frames of a video sample; Wan takes 4n + 1. A shorter clip gives the largest 4n + 1 that it has."""
     frame_rate: float | None = _key(identity=True, gt=0)
     """Frames a second that a video is sampled at; unset = the file's own."""
-    batch_size: int = _key(1, identity=True, ge=1)
+    batch_size: int = _key(1, identity=True, ge=1, le=1024)
     """Samples a worker processes in one micro step."""
     global_batch_size: int | None = _key(identity=True, ge=1)
     """Samples of one optimizer step. Default: batch_size x most workers x gradient.accumulation_steps."""
@@ -174,7 +199,7 @@ class LoraSection(Section):
     """Component that gets the LoRA ("dit"); unset = no LoRA."""
     target_modules: list[str] | None = _key(identity=True)
     """Module names; unset = the family's recipe, [] = every large Linear of the repeated blocks."""
-    rank: int = _key(32, identity=True, ge=1)
+    rank: int = _key(32, identity=True, ge=1, le=65536)
     """Rank r of A [r, in] and B [out, r]."""
     alpha: float | None = _key(identity=True, gt=0)
     """Scale alpha / rank; default alpha = rank."""
@@ -205,9 +230,9 @@ class OffloadSection(Section):
     """Keep every component's weights in host memory and load block by block."""
     optimize_on_cpu: bool = _key(False)
     """Trained weights, float32 masters, optimizer state and the update in host memory as well; needs cpu_offload."""
-    param_size_threshold: float | None = _key(gt=0)
+    param_size_threshold: float | None = _key(gt=0, le=1_000_000_000)
     """Largest unit that is loaded at once, in MB."""
-    vram_budget_gib: float | None = _key(gt=0)
+    vram_budget_gib: float | None = _key(gt=0, le=1_000_000)
     """Device memory to use for weights that stay, in GiB."""
 
 
@@ -232,7 +257,7 @@ class DistributedSection(Section):
     """Restarts after a lost worker before the run fails."""
     priority: int = _key(0)
     """Order among runs that wait for a place on the cluster: the largest goes first, then who has waited longest."""
-    timeout_s: float = _key(1800.0, gt=0)
+    timeout_s: float = _key(1800.0, gt=0, le=100_000_000)
     """Seconds without progress after which a worker counts as hung: it is named, ended and replaced."""
 
 
@@ -279,11 +304,11 @@ class ValidationSection(Section):
     """Input pictures of the samples, one for each prompt or one for all: a picture to edit, or the first frame of a clip."""
     every_steps: int | None = _key(ge=1)
     """Optimizer steps between two validations; unset = with every export. One is before the first step, one at the end."""
-    num_inference_steps: int = _key(30, ge=1)
+    num_inference_steps: int = _key(30, ge=1, le=10000)
     """Denoising steps of a sample."""
     guidance_scale: float = _key(4.0, ge=0)
     """Classifier-free guidance of a sample, 1 or less = none; for FLUX.1-dev the guidance that it is told."""
-    size: Annotated[list[int], Field(min_length=2, max_length=2)] | None = _key()
+    size: Annotated[list[Annotated[int, Field(ge=1, le=MOST_A_SIDE)]], Field(min_length=2, max_length=2)] | None = _key()
     """Height and width of a sample in pixels; unset = the dataset's fixed size, else a square of dataset.max_pixels. A clip has
     dataset.num_frames frames."""
     seed: int = _key(0, ge=0, lt=2**63)

@@ -6,7 +6,7 @@ import math
 
 from diffsynth_ray.config.distillation import condition_columns
 from diffsynth_ray.config.schema import Job
-from diffsynth_ray.errors import JobFileError, Problem
+from diffsynth_ray.errors import Problem
 
 _CLIP_INPUTS = ("vace_video", "vace_video_mask")
 """Of the extra inputs, those that are clips; the others are pictures."""
@@ -76,11 +76,3 @@ def sample_size(job: Job, *, multiple: int) -> tuple[int, int]:
         return dataset.height // multiple * multiple, dataset.width // multiple * multiple
     side = max(math.isqrt(dataset.max_pixels) // multiple, 1) * multiple
     return side, side
-
-
-def check_sample_size(job: Job, *, multiple: int) -> None:
-    """Raise JobFileError where the family cannot make pictures of that size."""
-    size = job.validation.size
-    if size is not None and any(side < multiple or side % multiple for side in size):
-        message = f"got {size}; height and width of this family are multiples of {multiple}, as in {[multiple * 16] * 2}"
-        raise JobFileError(f"job {job.name}", [Problem("validation.size", message)])

@@ -7,7 +7,7 @@ as other trainers' files have it, stands for the job's value.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from diffsynth_ray.errors import JobFileError, Problem
 
 _KEY = "distributed.deepspeed_config"
 _ZERO_KEYS = ("zero_stage", "offload_optimizer_device", "offload_param_device", "deepspeed_config")
-_NEEDS_WHOLE_TENSORS = tuple(f"torch.optim.{name}" for name in ("Adafactor", "LBFGS", "Muon", "SparseAdam"))
+_NEEDS_WHOLE_TENSORS = tuple(f"torch.optim.{name}" for name in ("Adafactor", "Muon"))
 _PASSED_ON = (
     "aio",
     "comms_logger",
@@ -92,13 +92,37 @@ def check_zero_keys(job: Job) -> list[Problem]:
 
 def _check_partitioned(job: Job) -> list[Problem]:
     problems = []
-    trained = [*job.training.trainable_models, job.lora.base_model]
-    if names := [name for name in job.model.fp8_models if name in trained]:
-        message = f"zero_stage = 3 shares {', '.join(names)} out, and DeepSpeed cannot share FP8 weights; use zero_stage = 2"
+    if job.lora.base_model in job.model.fp8_models:
+        message = f"zero_stage = 3 shares {job.lora.base_model} out, and DeepSpeed cannot share FP8 weights; use zero_stage = 2"
         problems.append(Problem("model.fp8_models", message))
     if job.gradient.checkpointing_offload:
         message = "zero_stage = 3 has no offload of activations; use zero_stage = 2"
         problems.append(Problem("gradient.checkpointing_offload", message))
+    return problems
+
+
+def check_shared_encoders(
+    job: Job, shared: Sequence[str], *, predict_components: Sequence[str], clip_components: Sequence[str]
+) -> list[Problem]:
+    """Encoders of which workers would gather the parameters unequally often, and wait for each other for ever.
+
+    An encoder is called once a sample, a clip's once a few frames, and a bucket's last micro batch is short. `shared`: the
+    components whose parameters are shared out; of the family `predict_components`, which are called once a micro batch, and
+    `clip_components`, which encode clips.
+    """
+    encoders = [name for name in shared if name not in predict_components]
+    if job.distributed.num_workers == 1:
+        return []
+    problems = []
+    if encoders and job.dataset.batch_size > 1:
+        message = (
+            f"3 trains {', '.join(encoders)} with dataset.batch_size = 1 or distributed.num_workers = 1 only; use one of them, "
+            "or zero_stage = 2"
+        )
+        problems.append(Problem("distributed.zero_stage", message))
+    if names := [name for name in encoders if name in clip_components]:
+        message = f"3 cannot share {', '.join(names)} out, whose calls depend on a clip's length; use zero_stage = 2"
+        problems.append(Problem("distributed.zero_stage", message))
     return problems
 
 

@@ -12,9 +12,11 @@ import json
 import numpy as np
 import numpy.typing as npt
 
+from diffsynth_ray.config.schema import MOST_SAMPLES
+
 IntArray = npt.NDArray[np.int64]
 
-MAX_SIZE = 2**62
+MAX_SIZE = MOST_SAMPLES
 """Largest permutation: positions are int64, and the network's range is at most four times the size."""
 
 # Four rounds make a pseudorandom permutation; the small ranges of small datasets need more to look shuffled.

@@ -11,6 +11,7 @@ import numpy as np
 
 from diffsynth_ray.config.distillation import DIRECT_DISTILL
 from diffsynth_ray.config.schema import DatasetSection
+from diffsynth_ray.config.sizes import check_clip_length
 from diffsynth_ray.data.bad_samples import BadSample, check_limit
 from diffsynth_ray.data.batches import Bucket, MicroBatch, SampleOrder, build_buckets, deal
 from diffsynth_ray.data.decoded import MAX_BYTES, DecodedFiles
@@ -244,7 +245,8 @@ def build_sample_index(resolved: ResolvedJob, say: Callable[[str], None], *, rul
     dataset, rule = resolved.job.dataset, rule or SampleRule()
     if dataset.base_path is None:  # split training may go without; whatever reads the media may not
         raise JobFileError("job", [Problem("dataset.base_path", "required: the folder of the media files")])
-    _check_clip_length(dataset, rule)
+    if problems := check_clip_length(dataset, step=rule.clip_step):
+        raise JobFileError("job", problems)
     metadata = read_metadata(
         dataset.base_path,
         dataset.metadata_path,
@@ -334,14 +336,6 @@ def _check_one_file(metadata: Metadata) -> None:
     if several:
         message = "\n  ".join(["a row is trained on one file:", *listed(several)])
         raise DataError(message, hint="give each file a row of its own; lists are for the columns of model.extra_inputs")
-
-
-def _check_clip_length(dataset: DatasetSection, rule: SampleRule) -> None:
-    step, length = rule.clip_step, dataset.num_frames
-    if step is not None and (length - 1) % step:
-        near = (length - 1) // step * step + 1
-        message = f"got {length}; this family takes a multiple of {step} frames and one more, as in {near} or {near + step}"
-        raise JobFileError("job", [Problem("dataset.num_frames", message)])
 
 
 def _target_sizes(

@@ -274,20 +274,3 @@ def _micro_batches(blocks: Iterator[pa.Table]) -> Iterator[StreamedBatch]:
                 bad=tuple(BadSample(**fields) for fields in facts["bad"]),
             )
             yield StreamedBatch(step, num_samples, is_last, micro, decoded)
-
-
-def staying_nodes() -> dict[str, dict[str, float]]:
-    """Node id -> its resources, of the nodes that are neither dead nor about to be taken away.
-
-    A node that is drained may live for long after it said that it goes, and Ray starts nothing on it any more: what it has is
-    part of the cluster's resources, but not to be had.
-    """
-    draining = _draining_nodes()
-    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining}
-
-
-def _draining_nodes() -> dict[str, int]:
-    """Node id -> its deadline. As Ray Train's own watcher of pre-emptions reads it."""
-    from ray._private.state import state
-
-    return state.get_draining_nodes()

@@ -384,7 +384,7 @@ def request_end(cluster: Cluster, submission_id: str) -> None:
 
 
 def wait_until_ended(cluster: Cluster, submission_id: str, *, say: Callable[[str], None]) -> Ended:
-    """Wait for the job's terminal state; a driver of the local Ray that ignores SIGTERM is killed after a while."""
+    """Wait for the job's terminal state; a driver that does not end is killed after a while, on a cluster by Ray."""
     began = told = time.monotonic()
     while True:
         job = cluster.job(submission_id)
@@ -395,6 +395,9 @@ def wait_until_ended(cluster: Cluster, submission_id: str, *, say: Callable[[str
         if time.monotonic() - told > 5:
             told = time.monotonic()
             say(f"waiting for {submission_id} to end, {told - began:.0f} s ...")
-            if cluster.local and told - began > _KILL_S:
-                cluster.local.kill_job(submission_id)
+            if told - began > _KILL_S:
+                if cluster.local:
+                    cluster.local.kill_job(submission_id)
+                else:
+                    request_end(cluster, submission_id)
         time.sleep(0.3)

@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -50,7 +50,7 @@ class CheckReport:
     bad: list[dict[str, Any]]
     """Row (from 1), file and cause of each, at most a thousand."""
     buckets: list[dict[str, int]]
-    """Height, width, frames and rows of each target size, the largest first."""
+    """Height, width, frames and rows that can be used of each target size, the largest first."""
     seconds: float
 
     @property
@@ -71,7 +71,7 @@ class CheckReport:
         lines += [f"  row {one['row']}: {one['cause']}" for one in self.bad]
         if self.num_bad > len(self.bad):
             lines.append(f"  ... and {self.num_bad - len(self.bad)} more")
-        lines.append("size (height x width x frames) and rows")
+        lines.append("size (height x width x frames) and rows that can be used")
         lines += [f"  {b['height']:>5} x {b['width']} x {b['num_frames']}: {b['rows']}" for b in self.buckets]
         if self.num_bad:
             verdict = "go on without them" if self.exit_code == ExitCode.DONE else "be ended by them"
@@ -104,12 +104,23 @@ def check_data(resolved: ResolvedJob, say: Say) -> CheckReport:
         bad_sample_limit=resolved.job.dataset.bad_sample_limit,
         causes=dict(causes.most_common()),
         bad=bad,
-        buckets=[
-            {"height": b.height, "width": b.width, "num_frames": b.num_frames, "rows": len(b.rows)}
-            for b in sorted(index.order.buckets, key=lambda bucket: -bucket.tokens)
-        ],
+        buckets=_usable(index, problems),
         seconds=round(time.monotonic() - started, 2),
     )
+
+
+def _usable(index: SampleIndex, problems: Collection[int]) -> list[dict[str, int]]:
+    """Target sizes with their rows, without bad ones: those that cannot be opened have borrowed the size of another."""
+    counted = [
+        {
+            "height": bucket.height,
+            "width": bucket.width,
+            "num_frames": bucket.num_frames,
+            "rows": sum(row not in problems for row in bucket.rows.tolist()),
+        }
+        for bucket in sorted(index.order.buckets, key=lambda bucket: -bucket.tokens)
+    ]
+    return [bucket for bucket in counted if bucket["rows"]]
 
 
 def _kind(cause: str, path: str) -> str:

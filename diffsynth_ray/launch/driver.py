@@ -124,6 +124,11 @@ def _chain_stages(resolved: ResolvedJob, attempt: Attempt, watcher: _Watcher, pl
             raise failure.error
         if done:
             return ray.get(stages[-1])
+        if (reason := watcher.run_dir.stop_reason(now=True)) is not None:
+            # Nobody is asked or waited for: workers end with the job, whatever they are in.
+            watcher.tell(f"stopping at once: {reason}")
+            _cancel(stages)
+            return {"state": "STOPPED", "step": 0, "num_steps": 0}
         if news.hung is not None:
             for handle in news.hung.handles:
                 ray.kill(ray.cloudpickle.loads(handle))

@@ -13,7 +13,7 @@ from ray.train import Result
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
-from diffsynth_ray.data.stream import staying_nodes
+from diffsynth_ray.data.nodes import staying_nodes
 
 
 class ElasticTrainer(TorchTrainer):

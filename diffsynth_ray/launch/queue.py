@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from diffsynth_ray.data.nodes import staying_resources
+
 if TYPE_CHECKING:
     from diffsynth_ray.config.resolve import ResolvedJob
 
@@ -87,7 +89,7 @@ class Turns:
         self._arrivals = 0
 
     def ask(self, ticket: str, need: Need, total: Amounts) -> str | None:
-        """None where the run may go now, else what it waits for; `total` is what the cluster has in all.
+        """None where the run may go now, else what it waits for; `total` is what the nodes that stay have in all.
 
         The first word of a ticket puts it at the end of the queue; every later one renews it.
         """
@@ -173,7 +175,7 @@ class Queue:
 
     def ask(self, ticket: str, need: Need) -> str | None:
         """See Turns.ask."""
-        answer = self._turns.ask(ticket, need, ray.cluster_resources())
+        answer = self._turns.ask(ticket, need, staying_resources())
         self._tell_autoscaler()
         return answer
 

@@ -24,6 +24,7 @@ from diffsynth_ray.run_dir import EncodeProgress, Progress, RunDir
 
 _EXIT_OF_STATE = {"SUCCEEDED": ExitCode.DONE, "FAILED": ExitCode.RUN_FAILED, "STOPPED": ExitCode.STOPPED}
 _KILL_S = 30.0
+_POLL_S = 0.1
 _NOTHING_THERE = "nothing of it is in its output path"
 _DIED = "its process ended without a word (killed, or the machine went down); submit the job again to continue it"
 
@@ -249,22 +250,20 @@ def is_finished(run_dir: RunDir, *, num_steps: int) -> bool:
 def claim_output(resolved: ResolvedJob, cluster: Cluster | None, *, new: bool) -> Path | None:
     """Check that the run may use its output path; with `new`, move older content aside and return its folder."""
     run_dir = RunDir(resolved.output_path)
-    owner = run_dir.owner()
+    name = run_dir.owner_name()
     if (writer := _in_the_foreground(run_dir)) is not None:
         raise OutputError(
             f"{run_dir.path} is being written by process {writer.pid} (`dsray run`)",
             hint=f"`dsray logs -f {writer.run}` follows it, `dsray stop {writer.run}` ends it",
         )
-    if owner is None:
+    if name is None:
         return None
     if not new:
         run_dir.check_owner(resolved)
         return None
-    active = client.active_job(cluster, owner.run) if cluster else None
+    active = client.active_job(cluster, name) if cluster else None
     if active is not None:
-        raise OutputError(
-            f"{run_dir.path} is being written by {active['submission_id']}", hint=f"first `dsray stop {owner.run}`"
-        )
+        raise OutputError(f"{run_dir.path} is being written by {active['submission_id']}", hint=f"first `dsray stop {name}`")
     _check_nothing_else_is_moved(resolved, run_dir)
     return run_dir.move_aside()
 
@@ -319,7 +318,11 @@ def stop(submission: Submission, *, now: bool, say: Callable[[str], None]) -> En
         return _interrupt(submission, now=now, say=say)
     if cluster is None:
         raise ClusterError(note or f"the local Ray of {seen.run} does not run")
-    client.request_end(cluster, seen.submission_id)
+    if now and run_dir is not None and has_started:
+        # SIGTERM would ask it for a checkpoint after the running step.
+        run_dir.request_stop(reason="dsray stop --now", now=True)
+    else:
+        client.request_end(cluster, seen.submission_id)
     return client.wait_until_ended(cluster, seen.submission_id, say=say) if now else None
 
 
@@ -338,12 +341,16 @@ def _interrupt(submission: Submission, *, now: bool, say: Callable[[str], None])
         if not now:
             return None
         say(f"waiting for process {process.pid} to end ...")
-        process.wait(_KILL_S)
+        deadline = time.monotonic() + _KILL_S
+        # Not psutil's wait: to that, one whose parent has not asked after it yet is alive.
+        while submission.process() is not None:
+            if time.monotonic() > deadline:
+                say(f"it does not end in {_KILL_S:g} s and is killed")
+                process.kill()
+                break
+            time.sleep(_POLL_S)
     except psutil.NoSuchProcess:
         pass
-    except psutil.TimeoutExpired:
-        say(f"it does not end in {_KILL_S:g} s and is killed")
-        process.kill()
     return ended
 
 

@@ -15,10 +15,10 @@ from ray.util.metrics import Gauge
 
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.config.schema import Job
-from diffsynth_ray.config.validation import check_sample_size
+from diffsynth_ray.config.sizes import check_sample_size
 from diffsynth_ray.data.cached import CachedRows, open_cached_samples
 from diffsynth_ray.data.samples import SampleIndex, SampleRule, build_sample_index
-from diffsynth_ray.errors import ClusterError
+from diffsynth_ray.errors import ClusterError, JobFileError
 from diffsynth_ray.launch.early import start_early
 from diffsynth_ray.launch.fetch import bring_model, bring_to_worker
 from diffsynth_ray.launch.queue import QueuePlace, need_to_encode, need_to_train, wait_for_turn
@@ -159,7 +159,8 @@ def _open_samples(
     """What is trained on, where the cache has it, and the components that stage two loads; without split training the latter
     two are None."""
     rule = sample_rule(resolved.job)
-    check_sample_size(resolved.job, multiple=rule.size_multiple)
+    if problems := check_sample_size(resolved.job, multiple=rule.size_multiple):
+        raise JobFileError(f"job {resolved.job.name}", problems)
     cached = components = None
     if manifest_id is None:
         index = build_sample_index(resolved, say, rule=rule)

@@ -12,7 +12,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -356,7 +356,6 @@ class ModelFamily(ABC):
         return self.components[name]
 
 
-ENTRY_POINT_GROUP = "diffsynth_ray.families"
 # Name -> module; "register_family" runs when the module is imported.
 _FAMILY_MODULES: dict[str, str] = {
     "flux": "diffsynth_ray.models.flux",
@@ -376,12 +375,7 @@ def register_family(family: type[ModelFamily]) -> type[ModelFamily]:
 
 def family_names() -> list[str]:
     """All families, imported or not, those of other packages too."""
-    return sorted({*_FAMILY_MODULES, *_FAMILIES, *_entry_points()})
-
-
-def _entry_points() -> dict[str, EntryPoint]:
-    """Families of other packages: name -> the class, under `[project.entry-points."diffsynth_ray.families"]`."""
-    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    return sorted({*_FAMILY_MODULES, *_FAMILIES, *layouts.family_entry_points()})
 
 
 def _load_entry_point(point: EntryPoint) -> None:
@@ -399,7 +393,7 @@ def get_family(name: str) -> type[ModelFamily]:
     """The family's class; imports its module, but neither diffusers nor transformers yet."""
     if name not in _FAMILIES and name in _FAMILY_MODULES:
         importlib.import_module(_FAMILY_MODULES[name])
-    if name not in _FAMILIES and name in (points := _entry_points()):
+    if name not in _FAMILIES and name in (points := layouts.family_entry_points()):
         _load_entry_point(points[name])
     if name not in _FAMILIES:
         raise ModelError(f"model family {name!r} is not known; known: {', '.join(family_names())}")

@@ -58,7 +58,7 @@ class Flux(LibraryFamily):
     extra_inputs = layouts.EXTRA_INPUTS["flux"]
     predict_components = ("dit",)
     size_multiple = image_vae.VAE_FACTOR * PATCH
-    option_names = layouts.OPTIONS["flux"]
+    option_names = tuple(layouts.OPTIONS["flux"])
     depth_keys: ClassVar[dict[str, dict[str, str]]] = {
         "dit": {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
     }

@@ -66,7 +66,7 @@ class Flux2(LibraryFamily):
     extra_inputs = layouts.EXTRA_INPUTS["flux2"]
     predict_components = ("dit",)
     size_multiple = _TOKEN_PIXELS
-    option_names = layouts.OPTIONS["flux2"]
+    option_names = tuple(layouts.OPTIONS["flux2"])
     depth_keys: ClassVar[dict[str, dict[str, str]]] = {
         "dit": {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
     }

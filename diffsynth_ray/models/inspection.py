@@ -9,8 +9,11 @@ from pathlib import Path
 
 from diffsynth_ray.config.distillation import condition_columns
 from diffsynth_ray.config.schema import Job, ModelSection, as_list
+from diffsynth_ray.config.sizes import check_clip_length, check_micro_batch, check_sample_size
+from diffsynth_ray.config.zero import check_shared_encoders
 from diffsynth_ray.errors import ModelError, Problem
 from diffsynth_ray.models import layouts, sources
+from diffsynth_ray.schedule import partitioned_components
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def inspect_model(job: Job) -> tuple[list[ModelFiles], list[Problem]]:
         known.append((key, name, files, shapes))
     read = [shapes for *_, shapes in known if shapes is not None]
     family = model.family or layouts.common_family(read, layouts.KEY_LAYOUTS)
-    problems += _name_problems(job, family)
+    problems += check_family(job, family)
     entries = []
     for key, name, files, shapes in known:
         held = None
@@ -79,13 +82,37 @@ def inspect_model(job: Job) -> tuple[list[ModelFiles], list[Problem]]:
     return entries, problems
 
 
-def _name_problems(job: Job, family: str | None) -> list[Problem]:
-    """Components, inputs and options that the family has not. Of other packages' families only the cluster can tell."""
+def unknown_family(family: str) -> str | None:
+    """What to say of a family that no package here has; its own may be on the cluster only."""
+    known = sorted({*layouts.KEY_LAYOUTS, *layouts.family_entry_points()})
+    if family in known:
+        return None
+    near = difflib.get_close_matches(family, known, n=1)
+    advice = f"; did you mean {near[0]!r}?" if near else ""
+    return f"no package here has the family {family!r}{advice}; known: {', '.join(known)}"
+
+
+def check_family(job: Job, family: str | None) -> list[Problem]:
+    """What the family has not or cannot do. Of other packages' families only the cluster can tell."""
     if family not in layouts.KEY_LAYOUTS:
         return []
-    components, inputs, options = tuple(layouts.KEY_LAYOUTS[family]), layouts.EXTRA_INPUTS[family], layouts.OPTIONS[family]
+    return _name_problems(job, family) + _option_problems(job, family) + _call_problems(job, family)
+
+
+def _name_problems(job: Job, family: str) -> list[Problem]:
+    """Components, inputs and options that the family has not."""
+    components, inputs, options = (
+        tuple(layouts.KEY_LAYOUTS[family]),
+        layouts.EXTRA_INPUTS[family],
+        tuple(layouts.OPTIONS[family]),
+    )
     named = [("training.trainable_models", "component", name, components) for name in job.training.trainable_models]
     named += [("lora.base_model", "component", job.lora.base_model, components)] if job.lora.base_model is not None else []
+    presets = job.lora.preset_model or []
+    named += [
+        ("lora.preset_model", "component", name, components) for name in ([presets] if isinstance(presets, str) else presets)
+    ]
+    named += [("model.fp8_models", "component", name, components) for name in job.model.fp8_models]
     named += [("model.extra_inputs", "extra input", name, inputs) for name in condition_columns(job)]
     named += [("model.options", "option", name, options) for name in job.model.options]
     problems = []
@@ -96,6 +123,44 @@ def _name_problems(job: Job, family: str | None) -> list[Problem]:
             have = ", ".join(known) or "none"
             problems.append(Problem(key, f"the family {family} has no {what} {name!r}; it has {have}{advice}"))
     return problems
+
+
+_KINDS: dict[type, str] = {bool: "true or false", float: "a number"}
+
+
+def _option_problems(job: Job, family: str) -> list[Problem]:
+    """Options with values that the family does not take."""
+    problems = []
+    for name, value in job.model.options.items():
+        allowed = layouts.OPTIONS[family].get(name)
+        if isinstance(allowed, tuple):
+            wrong, needed = value not in allowed, f"one of {', '.join(allowed)}"
+        elif allowed is not None:
+            # A whole number is a number too; true is none.
+            wrong = not isinstance(value, (allowed, int)) or isinstance(value, bool) != (allowed is bool)
+            needed = _KINDS[allowed]
+        else:
+            continue  # told as a name that the family has not
+        if wrong:
+            problems.append(Problem("model.options", f"{name} is {needed}, got {value!r}"))
+    return problems
+
+
+def _call_problems(job: Job, family: str) -> list[Problem]:
+    """What the family cannot do with these sizes, or with components that workers share."""
+    calls = layouts.CALLS[family]
+    shared = check_shared_encoders(
+        job,
+        partitioned_components(job),
+        predict_components=calls.predict_components,
+        clip_components=calls.image_components if calls.clip_step is not None else (),
+    )
+    return [
+        *shared,
+        *check_clip_length(job.dataset, step=calls.clip_step),
+        *check_micro_batch(job.dataset, step=calls.clip_step),
+        *check_sample_size(job, multiple=calls.size_multiple),
+    ]
 
 
 def _tokenizers_of_a_hub(

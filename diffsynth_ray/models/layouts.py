@@ -12,6 +12,7 @@ import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from diffsynth_ray.errors import ModelError
@@ -235,14 +236,43 @@ EXTRA_INPUTS: dict[str, tuple[str, ...]] = {
 }
 """Family -> what [model] extra_inputs may name; the families' `extra_inputs`."""
 
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "qwen_image": ("zero_cond_t", "edit_prompt", TRAINED_TINY),
-    "wan": (),
-    "flux": ("embedded_guidance",),
-    "z_image": (),
-    "flux2": ("embedded_guidance",),
+EDIT_PROMPTS = ("auto", "numbered")
+"""See `qwen_image_edit.PROMPT_STYLES`."""
+
+OPTIONS: dict[str, dict[str, type | tuple[str, ...]]] = {
+    "qwen_image": {"zero_cond_t": bool, "edit_prompt": EDIT_PROMPTS, TRAINED_TINY: bool},
+    "wan": {},
+    "flux": {"embedded_guidance": float},
+    "z_image": {},
+    "flux2": {"embedded_guidance": float},
 }
-"""Family -> keys of [model] options; the families' `option_names`."""
+"""Family -> keys of [model] options, the families' `option_names` -> what they may be: of a type, or one of several texts."""
+
+
+@dataclass(frozen=True)
+class FamilyCalls:
+    """How a family calls its components and what sizes it takes, as far as a plan refuses by it; see `ModelFamily`."""
+
+    predict_components: tuple[str, ...] = ("dit",)
+    image_components: tuple[str, ...] = ("vae",)
+    size_multiple: int = 16
+    clip_step: int | None = None
+
+
+CALLS: dict[str, FamilyCalls] = {
+    "qwen_image": FamilyCalls(),
+    "wan": FamilyCalls(predict_components=("dit", "vace"), clip_step=4),
+    "flux": FamilyCalls(),
+    "z_image": FamilyCalls(),
+    "flux2": FamilyCalls(),
+}
+"""By family; the class attributes of the same names."""
+
+
+def family_entry_points() -> dict[str, EntryPoint]:
+    """Families of other packages: name -> the class, under `[project.entry-points."diffsynth_ray.families"]`."""
+    return {point.name: point for point in entry_points(group="diffsynth_ray.families")}
+
 
 _OTHERS: dict[str, tuple[str, ...]] = {
     "a Stable Diffusion checkpoint": ("model.diffusion_model.input_blocks.0.0.weight",),

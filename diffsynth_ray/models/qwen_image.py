@@ -74,7 +74,7 @@ class QwenImage(LibraryFamily):
     default_tokenizers: ClassVar[dict[str, str]] = layouts.DEFAULT_TOKENIZERS["qwen_image"]
     extra_inputs = layouts.EXTRA_INPUTS["qwen_image"]
     text_reads_extra = True
-    option_names = layouts.OPTIONS["qwen_image"]
+    option_names = tuple(layouts.OPTIONS["qwen_image"])
     depth_keys: ClassVar[dict[str, dict[str, str]]] = {"dit": {"transformer_blocks": "num_layers"}}
     names: ClassVar[dict[str, LayerNames]] = {}
     infer_functions: ClassVar[dict[str, InferConfig]] = configs.INFER

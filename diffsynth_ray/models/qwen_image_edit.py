@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import edit_pictures
+from diffsynth_ray.models.layouts import EDIT_PROMPTS
 
 TEMPLATE = (
     "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, background), "
@@ -28,7 +29,7 @@ TEMPLATE = (
 )
 TEMPLATE_TOKENS = 64
 """Tokens of the template before the pictures; their embeddings are dropped."""
-PROMPT_STYLES = ("auto", "numbered")
+PROMPT_STYLES = EDIT_PROMPTS
 """How the pictures stand before the prompt: "numbered" says "Picture 1: ..." as 2509 and 2511 were trained; "auto" does so for
 several pictures only, and gives a single one as the first Edit model knows it: what DiffSynth-Studio does."""
 _IMAGE_TOKEN = "<|image_pad|>"

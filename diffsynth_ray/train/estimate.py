@@ -16,9 +16,10 @@ from diffsynth_ray.memory.graph_cost import GraphCost
 from diffsynth_ray.memory.offload import RING_UNITS
 from diffsynth_ray.memory.placement import READ_AHEAD
 from diffsynth_ray.memory.selective import MARGIN
+from diffsynth_ray.schedule import partitioned_components
 from diffsynth_ray.train.model_cost import BlockKind, ModelCost, Weights
 from diffsynth_ray.train.optim import COLLECTED_BYTES, state_bytes
-from diffsynth_ray.train.residency import partitioned_components, selects_blocks
+from diffsynth_ray.train.residency import selects_blocks
 
 GIB = 2**30
 RESERVED_BYTES = int(1.2 * GIB)

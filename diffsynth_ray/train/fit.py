@@ -10,13 +10,14 @@ from typing import Any
 from diffsynth_ray.config.distillation import DIRECT_DISTILL
 from diffsynth_ray.config.resolve import ResolvedJob, check_rules
 from diffsynth_ray.config.schema import Job
+from diffsynth_ray.config.sizes import check_micro_batch
 from diffsynth_ray.data.metadata import PROMPT_COLUMN, read_metadata
 from diffsynth_ray.errors import DataError, JobFileError, Problem
 from diffsynth_ray.memory.devices import Device
 from diffsynth_ray.models.family import BatchShape, ModelFamily, get_family
+from diffsynth_ray.schedule import partitioned_components
 from diffsynth_ray.train.estimate import GIB, RESERVED_BYTES, Estimate, Spread, activation_bytes, estimate
 from diffsynth_ray.train.model_cost import ModelCost, find_configs, measure_model
-from diffsynth_ray.train.residency import partitioned_components
 
 _TEXT_TOKENS = 256
 """Of a prompt where the metadata cannot be read."""
@@ -35,6 +36,8 @@ def estimate_job(resolved: ResolvedJob, *, device: Device | None, is_remote: boo
         message = "estimates cover single timesteps; direct distillation computes through every step of inference"
         raise JobFileError(f"job {job.name}", [Problem("task", message)])
     family = get_family(find_configs(job)[0])
+    if problems := check_micro_batch(job.dataset, step=family.clip_step, area=job.dataset.max_pixels):
+        raise JobFileError(f"job {job.name}", problems)
     capability = None if device is None else device.capability
     cost = measure_model(job, largest_shape(job, family), capability=capability, say=say)
     on_node = min(resolved.num_workers, _MOST_ON_A_NODE) if is_remote else resolved.num_workers

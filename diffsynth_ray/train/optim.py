@@ -84,6 +84,11 @@ def build_optimizer(
         ) from error
 
 
+def check_optimizer_arguments(training: TrainingSection) -> None:
+    """Raise JobFileError where the optimizer cannot be had with the job's arguments; needs no model."""
+    build_optimizer([nn.Parameter(torch.zeros(2, 2))], training)
+
+
 _STATE_BYTES: dict[str, float] = {}
 """Bytes of an optimizer's state an element, by its class and arguments."""
 
@@ -191,19 +196,15 @@ class MasterOptimizer:
     def state_tensors(self) -> dict[str, Tensor]:
         """Masters ("master/NAME"), moving averages ("ema/NAME") and the optimizer's state ("KEY/NAME") by parameter name.
 
-        Python numbers of the state travel as 0-d tensors, "KEY#int/NAME" or "KEY#float/NAME"; numbers of the parameter group
-        that the optimizer has changed as "group.KEY#int/" or "group.KEY#float/".
+        Python numbers of the state travel as 0-d tensors, "KEY#int/NAME" or "KEY#float/NAME"; those of the parameter group see
+        `group_entries`.
         """
         tensors = {f"master/{name}": master for name, master in self.named_masters().items()}
         tensors |= {f"ema/{name}": average for name, average in self.named_averages().items()}
         for name, master in zip(self.names, self.masters, strict=True):
             for key, value in self.optimizer.state.get(master, {}).items():
                 tensors |= as_entry(key, name, value)
-        for key, value in self.optimizer.param_groups[0].items():
-            # The learning rate is a function of the step.
-            if type(value) in (int, float) and key != "lr" and value != self.optimizer.defaults.get(key):
-                tensors |= as_entry(f"group.{key}", "", value)
-        return tensors
+        return tensors | group_entries(self.optimizer)
 
     @torch.no_grad()
     def load_state(self, state: StateReader) -> None:
@@ -212,13 +213,14 @@ class MasterOptimizer:
         averages = self.named_averages()
         for master in self.masters:
             self.optimizer.state[master] = {}
+        GroupNumbers(state).restore(self.optimizer)
         for full_name, shape in state.names().items():
+            if full_name.startswith(OF_GROUP):
+                continue
             key, _, name = full_name.partition("/")
             key, _, number = key.partition("#")
             tensor = state.read(full_name).reshape(shape)
-            if key.startswith("group."):
-                self.optimizer.param_groups[0][key.removeprefix("group.")] = NUMBERS[number](tensor.item())
-            elif key == "master":
+            if key == "master":
                 by_name[name].copy_(tensor)
             elif key == "ema":
                 if averages:
@@ -269,3 +271,45 @@ def as_entry(key: str, name: str, value: object) -> dict[str, Tensor]:
     if type(value) is float:
         return {f"{key}#float/{name}": torch.tensor(value, dtype=torch.float64)}
     return {}
+
+
+OF_GROUP = "group."
+"""Begins the names of entries of the resume state that are no parameter's."""
+_CHANGE_NO_NUMBERS = ("torch", "deepspeed")
+"""Packages whose optimizers leave the numbers of their parameter groups as the job gave them."""
+
+
+def group_entries(optimizer: torch.optim.Optimizer, owner: str = "") -> dict[str, Tensor]:
+    """The numbers of an optimizer's parameter group ("group.KEY#float/OWNER"), where it may change them: Prodigy's `d`.
+
+    `owner`: whose optimizer it is, where a run has several beside each other, each with numbers of its own.
+    """
+    if type(optimizer).__module__.partition(".")[0] in _CHANGE_NO_NUMBERS:
+        return {}
+    entries: dict[str, Tensor] = {}
+    for key, value in optimizer.param_groups[0].items():
+        if type(value) in (int, float) and key != "lr":  # the learning rate is a function of the step
+            entries |= as_entry(f"{OF_GROUP}{key}", owner, value)
+    return entries
+
+
+class GroupNumbers:
+    """What `group_entries` has kept in a checkpoint."""
+
+    def __init__(self, state: StateReader) -> None:
+        self._by_owner: dict[str, dict[str, float]] = {}
+        for full_name in state.names():
+            if full_name.startswith(OF_GROUP):
+                key, _, owner = full_name.removeprefix(OF_GROUP).partition("/")
+                key, _, number = key.partition("#")
+                self._by_owner.setdefault(owner, {})[key] = NUMBERS[number](state.read(full_name).item())
+
+    def restore(self, optimizer: torch.optim.Optimizer, owner: str = "") -> None:
+        """Give an optimizer its owner's numbers; where the run had other optimizers, the largest that one of them had."""
+        found = self._by_owner.get(owner)
+        if found is None:
+            found = {}
+            for numbers in self._by_owner.values():
+                for key, value in numbers.items():
+                    found[key] = max(value, found.get(key, value))
+        optimizer.param_groups[0].update(found)

@@ -23,7 +23,7 @@ from diffsynth_ray.memory.host import NodeGroup, NodePlace
 from diffsynth_ray.memory.offload import LayerOffload, Unit
 from diffsynth_ray.memory.placement import WeightSource, place, split_units
 from diffsynth_ray.models.family import ModelFamily
-from diffsynth_ray.schedule import trained_components
+from diffsynth_ray.schedule import partitioned_components
 
 RECOMPILE_LIMIT = 64
 """Variants of a block that are compiled before it runs uncompiled: shapes, with and without graph, with and without mask."""
@@ -123,22 +123,12 @@ def recomputes_at_first(job: Job, device: torch.device) -> bool:
     return is_fixed or device.type == "cuda"
 
 
-def partitioned_components(job: Job) -> list[str]:
-    """Components whose parameters the workers share (ZeRO-3): those that hold trained ones."""
-    distributed = job.distributed
-    return trained_components(job) if distributed.strategy == "deepspeed" and distributed.zero_stage == 3 else []
-
-
 def _fp8_components(family: ModelFamily, job: Job) -> list[str]:
     problems = []
     for name in job.model.fp8_models:
         if name not in family.components:
             message = f"the family {family.name} has no loaded component {name!r}; it has {', '.join(family.components)}"
             problems.append(Problem("model.fp8_models", message))
-        elif name in job.training.trainable_models:
-            problems.append(
-                Problem("model.fp8_models", f"{name!r} is trained; FP8 is for frozen weights (a LoRA on it is fine)")
-            )
     if problems:
         raise JobFileError(f"job {job.name}", problems)
     return list(job.model.fp8_models)

@@ -6,7 +6,6 @@ rank 0 runs on. What is sent is the job's keys, the figures and the samples; non
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import queue
 import threading
@@ -15,13 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
+from diffsynth_ray.config.packages import TRACKERS, extra_of, missing_trackers
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.config.schema import LoggingSection
 from diffsynth_ray.errors import DsrayError, JobFileError, Problem
 from diffsynth_ray.run_dir import RunDir
 from diffsynth_ray.train.sample_file import SampleFile
 
-_PACKAGES = {"wandb_project": "wandb", "swanlab_project": "swanlab", "mlflow_tracking_uri": "mlflow"}
 _RETRY_S = 5.0
 _LAST_TRY_S = 30.0
 _BATCH = 500
@@ -47,16 +46,11 @@ class Service(Protocol):
 def check_services(logging: LoggingSection) -> None:
     """Raise JobFileError where a tracker's package is missing here, before any GPU is taken."""
     problems = [
-        Problem(f"logging.{key}", f"the package {package} is not installed on the cluster: pip install '{_extra(key)}'")
-        for key, package in _PACKAGES.items()
-        if getattr(logging, key) is not None and importlib.util.find_spec(package) is None
+        Problem(f"logging.{key}", f"the package {package} is not installed on the cluster: pip install '{extra_of(key)}'")
+        for key, package in missing_trackers(logging).items()
     ]
     if problems:
         raise JobFileError("job", problems)
-
-
-def _extra(key: str) -> str:
-    return f"diffsynth_ray[{key.partition('_')[0]}]"
 
 
 def open_services(run_dir: RunDir, logging: LoggingSection, *, must_open: bool, say: Callable[[str], object]) -> list[Service]:
@@ -64,7 +58,7 @@ def open_services(run_dir: RunDir, logging: LoggingSection, *, must_open: bool, 
 
     With `must_open` one that refuses (no key, no server) is a DsrayError; without, and for any other failure, it is left out.
     """
-    if all(getattr(logging, key) is None for key in _PACKAGES):
+    if all(getattr(logging, key) is None for key in TRACKERS):
         return []
     owner = run_dir.owner()
     assert owner is not None  # the attempt has written job.json

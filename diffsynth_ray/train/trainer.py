@@ -15,16 +15,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffsynth_ray.config.distillation import DIRECT_DISTILL, condition_columns
 from diffsynth_ray.config.schema import Job, as_list
+from diffsynth_ray.config.zero import check_shared_encoders
 from diffsynth_ray.errors import JobFileError, Problem
 from diffsynth_ray.models.family import EncodedBatch, ModelFamily, get_family
 from diffsynth_ray.models.flow_matching import draw_noise_and_timestep, timestep_id_range
 from diffsynth_ray.models.lora import add_lora
 from diffsynth_ray.models.weights import find_model
-from diffsynth_ray.schedule import Schedule, trained_components
+from diffsynth_ray.schedule import Schedule, partitioned_components, trained_components
 from diffsynth_ray.train.distill import DistillGraph, draw_noise, teacher_runs
 from diffsynth_ray.train.graph import AnyBatch, HalfEncodedBatch, SampleBatch, TrainGraph
 from diffsynth_ray.train.optim import MasterOptimizer, lr_factor
-from diffsynth_ray.train.residency import Residency, partitioned_components
+from diffsynth_ray.train.residency import Residency
 from diffsynth_ray.train.strategy import build_strategy, trained_parameters
 from diffsynth_ray.train.strategy.base import Strategy
 
@@ -129,30 +130,14 @@ def check_components(family: ModelFamily | type[ModelFamily], job: Job) -> None:
     if base_model in known and targets is None and base_model not in family.default_lora_targets:
         message = f"the family {family.name} has no recipe for {base_model!r}; name the modules"
         problems.append(Problem("lora.target_modules", message))
-    problems += _check_shared_encoders(family, job)
+    problems += check_shared_encoders(
+        job,
+        partitioned_components(job),
+        predict_components=family.predict_components,
+        clip_components=family.image_components if family.clip_step is not None else (),
+    )
     if problems:
         raise JobFileError(f"job {job.name}", problems)
-
-
-def _check_shared_encoders(family: ModelFamily | type[ModelFamily], job: Job) -> list[Problem]:
-    """Encoders of which workers would gather the parameters unequally often, and wait for each other for ever.
-
-    An encoder is called once a sample, a clip's once a few frames, and a bucket's last micro batch is short.
-    """
-    shared = [name for name in partitioned_components(job) if name not in family.predict_components]
-    if job.distributed.num_workers == 1:
-        return []
-    problems = []
-    if shared and job.dataset.batch_size > 1:
-        message = (
-            f"3 trains {', '.join(shared)} with dataset.batch_size = 1 or distributed.num_workers = 1 only; use one of them, "
-            "or zero_stage = 2"
-        )
-        problems.append(Problem("distributed.zero_stage", message))
-    if family.clip_step is not None and (names := [name for name in shared if name in family.image_components]):
-        message = f"3 cannot share {', '.join(names)} out, whose calls depend on a clip's length; use zero_stage = 2"
-        problems.append(Problem("distributed.zero_stage", message))
-    return problems
 
 
 def select_trained(family: ModelFamily, job: Job) -> None:

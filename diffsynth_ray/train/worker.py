@@ -23,8 +23,9 @@ from diffsynth_ray.config.distillation import DIRECT_DISTILL, condition_columns
 from diffsynth_ray.config.resolve import ResolvedJob, available_cpus, data_share
 from diffsynth_ray.data.bad_samples import BadSample
 from diffsynth_ray.data.cached import CachedBatch, CachedRows, read_batches
+from diffsynth_ray.data.nodes import staying_resources
 from diffsynth_ray.data.samples import SampleIndex
-from diffsynth_ray.data.stream import StreamedBatch, build_stream, staying_nodes
+from diffsynth_ray.data.stream import StreamedBatch, build_stream
 from diffsynth_ray.data.teacher import longest_run
 from diffsynth_ray.errors import DsrayError, RunError, SupersededError, first_line, is_lost_connection
 from diffsynth_ray.memory.compilation import CompileTime
@@ -273,7 +274,7 @@ class _Worker:
         if not self.resolved.is_elastic:
             return self.resolved.decode_cpus, self.resolved.decode_tasks
         found = data_share(
-            sum(resources.get("CPU", 0.0) for resources in staying_nodes().values()),
+            staying_resources().get("CPU", 0.0),
             num_workers=self.world_size,
             worker_cpus=self.resolved.resources_per_worker.get("CPU", 0.0),
             most_tasks=self.job.dataset.num_workers,

@@ -165,6 +165,28 @@ def test_stop_continue_with_more_epochs_and_workers_and_what_the_folder_belongs_
     )
 
 
+@pytest.mark.parametrize("command", ["submit", "run"])
+def test_stop_now_waits_for_no_worker(cli, command):
+    """As one that sits in a collective, in a step of minutes, or frees gigabytes of pinned memory: it answers nobody."""
+    cli.job.write_text(cli.job.read_text().replace("repeat = 8", "repeat = 60"))
+    submit = cli.start(command, cli.job, "--set", "distributed.num_workers=2")
+    cli.wait_for(r"step \d+/75")
+    processes = cli.processes() if command == "submit" else psutil.Process(submit.pid).children(recursive=True)
+    workers = [each for each in processes if "RayTrainWorker" in " ".join(each.cmdline())]
+    assert len(workers) == 2
+    for worker in workers:
+        worker.suspend()
+    asked = time.monotonic()
+    code, output = cli.run("stop", cli.dir.path, "--now")
+    seconds_to_end = time.monotonic() - asked
+    assert (code, "STOPPED" in output) == (ExitCode.DONE, True), output
+    assert seconds_to_end < 15, output
+    wait_until(lambda: not any(worker.is_running() for worker in workers), 15)
+    output, _ = submit.communicate(timeout=60)
+    assert submit.returncode in (ExitCode.STOPPED, ExitCode.INTERRUPTED), output
+    assert cli.run("status", cli.dir.path)[0] == ExitCode.STOPPED
+
+
 def test_signals_under_run(cli):
     cli.job.write_text(cli.job.read_text().replace("repeat = 8", "repeat = 60"))  # 75 steps, so that none comes after the end
     at = 0

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from diffsynth_ray.config import packages
 from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import DataError, JobFileError
@@ -25,7 +26,15 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def plan(folder: Path, *, cpus: float = 4, gpus: float = 0, check_files: bool = True, **sections: dict[str, Any]) -> Plan:
+def plan(
+    folder: Path,
+    *,
+    cpus: float = 4,
+    gpus: float = 0,
+    check_files: bool = True,
+    runs_here: bool = False,
+    **sections: dict[str, Any],
+) -> Plan:
     raw: dict[str, Any] = {
         "name": "job",
         "dataset": {"base_path": str(folder), "metadata_path": str(folder / "metadata.csv"), "repeat": 2},
@@ -35,7 +44,8 @@ def plan(folder: Path, *, cpus: float = 4, gpus: float = 0, check_files: bool = 
     }
     for name, section in sections.items():
         raw[name] = raw.get(name, {}) | section
-    return build_plan(resolve(Job.model_validate(raw), Resources(cpus=cpus, gpus=gpus)), check_files=check_files)
+    resolved = resolve(Job.model_validate(raw), Resources(cpus=cpus, gpus=gpus))
+    return build_plan(resolved, check_files=check_files, runs_here=runs_here)
 
 
 def test_the_arithmetic(photos: Path) -> None:
@@ -298,3 +308,109 @@ def test_problems_of_the_model_and_of_the_data_are_told_together(photos: Path) -
     assert "job: 2 problems" in str(caught.value)
     assert "model.paths: /nowhere/dit.safetensors does not exist" in str(caught.value)
     assert f"no such file: {photos / '3.png'}" in str(caught.value)
+
+
+ZERO_3 = {"strategy": "deepspeed", "zero_stage": 3}
+WAN = {"family": "wan", "tiny": True}
+
+
+@pytest.mark.parametrize("check_files", [True, False])
+@pytest.mark.parametrize(
+    ("sections", "key", "message"),
+    [
+        (
+            {"distributed": ZERO_3, "dataset": {"batch_size": 2}, "training": {"trainable_models": ["text_encoder"]}},
+            "distributed.zero_stage",
+            "3 trains text_encoder with dataset.batch_size = 1 or distributed.num_workers = 1 only",
+        ),
+        (
+            {"distributed": ZERO_3, "model": WAN, "training": {"trainable_models": ["vae"]}},
+            "distributed.zero_stage",
+            "3 cannot share vae out, whose calls depend on a clip's length; use zero_stage = 2",
+        ),
+        (
+            {"model": WAN, "dataset": {"num_frames": 80}},
+            "dataset.num_frames",
+            "got 80; this family takes a multiple of 4 frames",
+        ),
+        ({"validation": {"prompts": ["a"], "size": [100, 96]}}, "validation.size", "multiples of 16, as in [256, 256]"),
+        ({"model": {"fp8_models": ["unet"]}}, "model.fp8_models", "the family qwen_image has no component 'unet'"),
+        (
+            {"model": {"options": {"edit_prompt": "numberd"}}},
+            "model.options",
+            "edit_prompt is one of auto, numbered, got 'numberd'",
+        ),
+        ({"model": {"options": {"zero_cond_t": 1}}}, "model.options", "zero_cond_t is true or false, got 1"),
+        (
+            {"model": {"family": "flux", "options": {"embedded_guidance": True}}},
+            "model.options",
+            "embedded_guidance is a number, got True",
+        ),
+        (
+            {"lora": {"preset_path": str(DIT[0]), "preset_model": "dti"}},
+            "lora.preset_model",
+            "the family qwen_image has no component 'dti'; it has dit, text_encoder, vae; did you mean 'dit'?",
+        ),
+    ],
+)
+def test_what_the_family_cannot_do_is_told_before_anything_starts(photos: Path, sections, key, message, check_files) -> None:
+    """Also where the files are on a cluster: the job file says it all."""
+    assert message in problems(photos, check_files=check_files, **sections)[key]
+
+
+def test_more_samples_than_there_are_positions_are_refused(photos: Path) -> None:
+    assert plan(photos, dataset={"repeat": 10**15}).num_samples == 5 * 10**15
+    assert (
+        problems(photos, dataset={"repeat": 2**62})["dataset.repeat"]
+        == f"got {2**62} for 5 rows; at most {2**62 // 5} for so many"
+    )
+    assert (
+        "at most 4611686018427387904" in problems(photos, dataset={"global_batch_size": 2**62 + 1})["dataset.global_batch_size"]
+    )
+
+
+def test_the_arithmetic_is_exact(photos: Path) -> None:
+    """Floats have 53 bits."""
+    built = plan(photos, dataset={"repeat": 10**17, "global_batch_size": 10**17 - 1, "batch_size": 3})
+    assert (built.steps_per_epoch, built.micro_steps) == (6, (10**17 + 1) // 3)
+
+
+def test_a_micro_batch_larger_than_any_device_is_refused(photos: Path) -> None:
+    dataset = {"height": 16384, "width": 16384, "batch_size": 64}
+    plan(photos, dataset=dataset)
+    message = problems(photos, dataset=dataset | {"batch_size": 65})["dataset.batch_size"]
+    assert "a micro batch of 65 samples has 1.74e+10 pixels" in message
+    assert "2 samples x 81 frames" in problems(photos, model=WAN, dataset=dataset | {"batch_size": 2})["dataset.batch_size"]
+
+
+def test_what_one_worker_can_do_at_stage_3_is_planned(photos: Path) -> None:
+    training = {"trainable_models": ["text_encoder"]}
+    plan(photos, distributed=ZERO_3 | {"num_workers": 1}, dataset={"batch_size": 2}, training=training)
+    plan(photos, distributed=ZERO_3, training=training)
+    plan(photos, model=WAN, dataset={"num_frames": 77})
+    plan(photos, model={"options": {"edit_prompt": "auto", "zero_cond_t": True}})
+    plan(photos, model={"family": "flux", "options": {"embedded_guidance": 1}})
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "message"),
+    [
+        (
+            {"model": {"family": "qwen_imag"}},
+            "model.family",
+            "no package here has the family 'qwen_imag'; did you mean 'qwen_image'?",
+        ),
+        ({"training": {"optimizer": "prodigyopd.Prodigy"}}, "training.optimizer", "no package 'prodigyopd' is installed here"),
+        ({"logging": {"wandb_project": "mine"}}, "logging.wandb_project", "the package no_such_package is not installed here"),
+    ],
+)
+def test_what_only_this_machine_lacks_is_noted_and_where_it_is_to_run_a_problem(photos, monkeypatch, sections, key, message):
+    monkeypatch.setattr(packages, "TRACKERS", {"wandb_project": "no_such_package"})
+    assert [note for note in plan(photos, **sections).notes if note.startswith(f"{key}: {message}")]
+    assert message in problems(photos, runs_here=True, **sections)[key]
+    assert plan(photos, check_files=False, **sections).notes == []
+
+
+@pytest.mark.parametrize("optimizer", ["torch.optim.Adamw", "transformers.optimization.Adafactr"])
+def test_a_typing_error_in_the_optimizer_is_told_before_anything_starts(photos: Path, optimizer: str) -> None:
+    assert "did you mean" in problems(photos, training={"optimizer": optimizer})["training.optimizer"]

@@ -88,6 +88,44 @@ def test_new_moves_the_old_content_aside(tmp_path: Path) -> None:
     assert (target / "epoch-0.safetensors").exists()
 
 
+@pytest.mark.parametrize("suffix", ["a12", "local-4711"])
+def test_a_folder_whose_job_file_was_deleted_still_belongs_to_its_run(tmp_path: Path, suffix: str) -> None:
+    """Its exports and checkpoints are as good as before, and its own job may go on from them."""
+    run_dir, resolved, other = RunDir(tmp_path), build(tmp_path), build(tmp_path, learning_rate=5e-5)
+    run_dir.begin_attempt(resolved, f"{resolved.run}-{suffix}")
+    (tmp_path / "step-4.safetensors").write_text("weights")
+    run_dir.job_path.unlink()
+    with pytest.raises(
+        OutputError, match=rf"has files of the run {resolved.run}, .* job\.json .*; this job is {other.run}"
+    ) as caught:
+        run_dir.begin_attempt(other, f"{other.run}-a1")
+    assert str(tmp_path / "previous" / resolved.run) in str(caught.value.hint)
+    assert run_dir.owner_name() == resolved.run
+    run_dir.begin_attempt(resolved, f"{resolved.run}-a13")
+    run_dir.job_path.unlink()
+    assert run_dir.move_aside() == tmp_path / "previous" / resolved.run
+    assert (tmp_path / "previous" / resolved.run / "step-4.safetensors").exists()
+    run_dir.begin_attempt(other, f"{other.run}-a1")
+
+
+@pytest.mark.parametrize("name", ["step-4.safetensors", "epoch-0.text_encoder.safetensors", "checkpoints/step-4/a", "loss.csv"])
+def test_what_is_nobodys_is_not_overwritten(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("")
+    with pytest.raises(OutputError, match=rf"has files of a run, as {name.split('/')[0]}, without the job\.json") as caught:
+        RunDir(tmp_path).check_owner(build(tmp_path))
+    assert str(tmp_path / "previous" / "unknown") in str(caught.value.hint)
+    assert RunDir(tmp_path).move_aside() == tmp_path / "previous" / "unknown"
+    RunDir(tmp_path).check_owner(build(tmp_path))
+
+
+def test_other_files_do_not_make_a_folder_somebodys(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "vae.safetensors").write_text("")
+    RunDir(tmp_path).check_owner(build(tmp_path))
+    assert RunDir(tmp_path).move_aside() is None
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_directory_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
@@ -134,6 +172,9 @@ def test_a_stop_is_read_with_its_reason(tmp_path: Path) -> None:
     assert run_dir.stop_reason() is None
     run_dir.request_stop(reason="SIGTERM")
     assert run_dir.stop_reason() == "SIGTERM"
+    assert run_dir.stop_reason(now=True) is None
+    run_dir.request_stop(reason="stop --now", now=True)
+    assert run_dir.stop_reason() == run_dir.stop_reason(now=True) == "stop --now"
 
 
 def test_a_torn_line_of_attempts_is_left_out(tmp_path: Path) -> None:

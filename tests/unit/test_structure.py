@@ -49,7 +49,7 @@ PLAN_READS = {
 NEED_NO_TORCH = {f"diffsynth_ray.models.{name}" for name in ("inspection", "layouts", "sources", "hubs", "download")}
 
 LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
-    "ray": ("launch.", "data.stream", "train.worker", "train.encode"),
+    "ray": ("launch.", "data.stream", "data.nodes", "train.worker", "train.encode"),
     "diffusers": ("models.",),
     "transformers": ("models.",),
     "peft": ("models.",),

@@ -29,11 +29,13 @@ from torch import Tensor, nn
 
 from diffsynth_ray.config.schema import Job, TrainingSection
 from diffsynth_ray.config.zero import read_zero_config
+from diffsynth_ray.errors import ModelError
 from diffsynth_ray.memory.checkpointing import PartitionedBlockCall
 from diffsynth_ray.memory.placement import WeightSource, find_spots, pinned_memory, read_ahead, release_pinned_memory
 from diffsynth_ray.models.family import ModelFamily
-from diffsynth_ray.train.optim import build_optimizer
-from diffsynth_ray.train.residency import partitioned_components, recomputes_at_first
+from diffsynth_ray.schedule import partitioned_components
+from diffsynth_ray.train.optim import NUMBERS, OF_GROUP, GroupNumbers, as_entry, build_optimizer, group_entries
+from diffsynth_ray.train.residency import recomputes_at_first
 from diffsynth_ray.train.strategy import trained_parameters
 from diffsynth_ray.train.strategy.base import GradientWatch, StateReader, StateSlice
 from diffsynth_ray.train.strategy.communication import CommunicationTimer, TimedCollectives
@@ -216,12 +218,22 @@ class DeepSpeedStrategy:
         self._stop_watch()
         for group in self._zero.param_groups:
             group["lr"] = lr
-        kept = {name: self._view(name).clone() for name in self._idle if self._parts[name] is not None}
+        kept = [tensor.clone() for tensor in self._idle_tensors()]
         with self._timed():
             self.engine.step()
-        for name, values in kept.items():
-            self._view(name).copy_(values)
+        for tensor, values in zip(self._idle_tensors(), kept, strict=True):
+            tensor.copy_(values)
         return torch.as_tensor(self.engine.get_global_grad_norm(), device=self._device)
+
+    def _idle_tensors(self) -> list[Tensor]:
+        """Where this rank has parameters that get no gradient: its part of their masters, and what the model computes with."""
+        tensors = [self._view(name) for name in self._idle if self._parts[name] is not None]
+        for param in (cast(Any, self._trained[name]) for name in self._idle):
+            share = getattr(param, "ds_tensor", None)
+            tensors.append(param.detach() if share is None else share.detach())
+            if share is not None and param.ds_persist:  # small ones are whole on every rank, too
+                tensors.append(param.detach())
+        return tensors
 
     def sum_over_workers(self, value: Tensor) -> Tensor:
         """See Strategy."""
@@ -263,11 +275,32 @@ class DeepSpeedStrategy:
             for key in per_element:
                 slices[f"{key}/{name}"] = StateSlice(self._view(name, key), part.start, shape)
             if part.start == 0:
-                state = self._torch_optimizer.state[part.flat]
                 for key in numbers:
-                    number = torch.as_tensor(state[key], dtype=torch.float32)
-                    slices[f"{key}/{name}"] = StateSlice(number.detach().reshape(1), 0, ())
-        return slices
+                    slices |= _whole(self._number(part, key, name))
+        return slices | _whole(group_entries(self._torch_optimizer, self._owner))
+
+    @property
+    def _owner(self) -> str:
+        """Each worker's optimizer sees its part of the weights, so that what it finds out is its own."""
+        return f"rank-{self.rank}-of-{self.world_size}"
+
+    def _number(self, part: _Part, key: str, name: str) -> dict[str, Tensor]:
+        """A number of a partition's state as an entry of the resume state, in the kind that the optimizer keeps it in."""
+        value = self._torch_optimizer.state[part.flat][key]
+        if isinstance(value, Tensor) and value.numel() != 1:
+            chosen = type(self._torch_optimizer).__name__
+            raise ModelError(
+                f"training.optimizer: {chosen} keeps {key!r} as {tuple(value.shape)} for {part.flat.numel()} weights; "
+                "checkpoints under DeepSpeed hold one value a weight, or one in all; use ddp"
+            )
+        if isinstance(value, Tensor) or self._counts_as_torch:
+            value = torch.as_tensor(value, dtype=torch.float32)
+        return as_entry(key, name, value)
+
+    @property
+    def _counts_as_torch(self) -> bool:
+        """The optimizer stands for torch's Adam, whose count of steps is a tensor, and keeps a Python number itself."""
+        return isinstance(self._torch_optimizer, self._deepspeed.ops.adam.DeepSpeedCPUAdam)
 
     @torch.no_grad()
     def load_state(self, state: StateReader) -> None:
@@ -281,19 +314,22 @@ class DeepSpeedStrategy:
                 if part is not None and f"{key}/{name}" in shapes:
                     values = state.read(f"{key}/{name}", part.start, part.start + part.count)
                     self._view(name, None if key == "master" else key).copy_(values)
+        GroupNumbers(state).restore(self._torch_optimizer, self._owner)
         self._write_back()
 
     def _seed_optimizer_state(self, state: StateReader) -> list[str]:
         """Give every partition optimizer state of zeros and the checkpoint's numbers; returns the keys to be filled in."""
         numbers: dict[str, float] = {}
+        kinds: dict[str, str] = {}
         per_element: dict[str, None] = {}
         for full_name, shape in state.names().items():
             key, _, name = full_name.partition("/")
-            if key == "master" or name not in self._shapes:
+            if key == "master" or full_name.startswith(OF_GROUP) or name not in self._shapes:
                 continue
             if shape == () != self._shapes[name]:
-                key = key.partition("#")[0]
-                numbers[key] = max(numbers.get(key, 0.0), state.read(full_name).item())
+                key, _, kinds[key] = key.partition("#")
+                number = state.read(full_name).item()
+                numbers[key] = max(number, numbers.get(key, number))
             else:
                 per_element[key] = None
         group = self._torch_optimizer.param_groups[0]
@@ -304,8 +340,10 @@ class DeepSpeedStrategy:
                 continue
             own: dict[str, Any] = {key: torch.zeros_like(flat, requires_grad=False) for key in per_element}
             for key, number in numbers.items():
-                if isinstance(self._torch_optimizer, self._deepspeed.ops.adam.DeepSpeedCPUAdam):
+                if self._counts_as_torch:
                     own[key] = int(number)
+                elif kinds[key]:
+                    own[key] = NUMBERS[kinds[key]](number)
                 else:
                     own[key] = torch.tensor(number, dtype=torch.float32, device=flat.device if on_device else "cpu")
             self._torch_optimizer.state[flat] = own
@@ -378,6 +416,10 @@ def _make_leaf(block: nn.Module) -> None:
     """Mark a block that DeepSpeed's hooks are to gather as a whole, before they are set up."""
     cast(Any, block)._z3_leaf = True
     cast(Any, block).post_bwd_fn = _Untouched
+
+
+def _whole(numbers: dict[str, Tensor]) -> dict[str, StateSlice]:
+    return {name: StateSlice(number.reshape(1), 0, ()) for name, number in numbers.items()}
 
 
 def _fill(param: nn.Parameter, gradient: Tensor | None) -> None:

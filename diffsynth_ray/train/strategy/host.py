@@ -26,7 +26,15 @@ from torch import Tensor, nn
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.memory.host import NodePlace
 from diffsynth_ray.memory.offload import LayerOffload, Unit
-from diffsynth_ray.train.optim import NUMBERS, as_entry, build_optimizer, load_optimizer_class
+from diffsynth_ray.train.optim import (
+    NUMBERS,
+    OF_GROUP,
+    GroupNumbers,
+    as_entry,
+    build_optimizer,
+    group_entries,
+    load_optimizer_class,
+)
 from diffsynth_ray.train.shards import balanced_slices
 from diffsynth_ray.train.strategy.base import GradientWatch, StateReader, StateSlice
 from diffsynth_ray.train.strategy.communication import CommunicationTimer
@@ -351,6 +359,7 @@ class HostStrategy:
                 tensors[f"master/{name}"] = master.detach()
                 for key, value in group.optimizer.state.get(master, {}).items():
                     tensors |= as_entry(key, name, value)
+            tensors |= group_entries(group.optimizer, group.names[0])
             slices |= balanced_slices(tensors, rank=0, world_size=1)
         return slices
 
@@ -359,13 +368,15 @@ class HostStrategy:
         """See Strategy."""
         self._finish()
         places = {name: (group, position) for group in self._groups for position, name in enumerate(group.names)}
+        numbers = GroupNumbers(state)
         for group in self._groups:
             if group.optimizer is not None:
                 group.optimizer.state.clear()
+                numbers.restore(group.optimizer, group.names[0])
         for full_name, shape in state.names().items():
             key, _, name = full_name.partition("/")
             key, _, number = key.partition("#")
-            if name not in places or not places[name][0].is_mine:
+            if full_name.startswith(OF_GROUP) or name not in places or not places[name][0].is_mine:
                 continue
             group, position = places[name]
             master, values = group.masters[position], state.read(full_name).reshape(shape)

@@ -431,6 +431,29 @@ def test_stop_now_ends_a_run_in_the_foreground_and_waits(job_file, foreground, c
     assert count.read_text() == "2"
 
 
+_PARENT = "import subprocess, sys, time; print(subprocess.Popen(sys.argv[1:]).pid, flush=True); time.sleep(60)"
+
+
+def test_a_run_in_the_foreground_whose_parent_does_not_ask_after_it_has_ended(job_file, tmp_path):
+    """As one that a script has started: it stays in the table of processes, and half a minute was waited for."""
+    resolved, _ = finish(job_file, state=None)
+    count = tmp_path / "interrupts"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", _PARENT, sys.executable, "-c", _FOREGROUND, str(count)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        remember(resolved, job_file, pid=int(parent.stdout.readline()))
+        while not count.exists():
+            time.sleep(0.05)
+        asked = time.monotonic()
+        assert run("stop", job_file, "--now") == 0
+        assert time.monotonic() - asked < 10
+        assert count.read_text() == "2"
+    finally:
+        parent.kill()
+        parent.communicate()
+
+
 @pytest.mark.parametrize("command", [["run"], ["run", "--new"], ["submit"], ["submit", "--new"]])
 def test_what_a_run_in_the_foreground_writes_is_left_alone(job_file, foreground, tmp_path, monkeypatch, capsys, command):
     from diffsynth_ray.launch import client
@@ -606,3 +629,25 @@ def test_the_end_by_a_signal_is_no_success(monkeypatch, job_file):
     with pytest.raises(SystemExit) as found:
         run("plan", job_file)
     assert found.value.code == 15
+
+
+def test_stop_now_of_a_running_job_is_no_wish_for_a_checkpoint(job_file, monkeypatch):
+    """SIGTERM, which a job server sends, is one: the run would go on to the end of its step and write a checkpoint."""
+    from diffsynth_ray.launch import client, runs
+
+    resolved, run_dir = finish(job_file, state=None)
+    remember(resolved, job_file)
+    seen = []
+    attempt = run_dir.attempts()[-1]["submission_id"]
+    monkeypatch.setattr(client, "connect_local", lambda: client.Cluster(url="http://127.0.0.1:9", token=None))
+    job = {"submission_id": attempt, "status": "RUNNING"}
+    monkeypatch.setattr(client, "job_states", lambda cluster, name: {1: job})
+    monkeypatch.setattr(client, "request_end", lambda cluster, job: pytest.fail("it was sent SIGTERM"))
+
+    def wait_until_ended(cluster, submission_id, *, say):
+        seen.append((submission_id, run_dir.stop_reason(now=True)))
+        return client.Ended("STOPPED", client.ExitCode.STOPPED)
+
+    monkeypatch.setattr(runs.client, "wait_until_ended", wait_until_ended)
+    assert run("stop", job_file, "--now") == 0
+    assert seen == [(attempt, "dsray stop --now")]

@@ -53,6 +53,9 @@ def run(tmp_path, photos, monkeypatch, capsys):
         ('validation.inputs=["a.png"]', ["validation.inputs", "needs validation.prompts", "model.extra_inputs"]),
         ("distributed.num_workers=64", ["distributed.num_workers", "CPU", "at most"]),
         ("lora.base_model=", ["lora.base_model"]),
+        ("training.optimizer=no_such_package.Adam", ["training.optimizer", "no package 'no_such_package' is installed here"]),
+        ("training.optimizer=torch.optim.Adamw", ["training.optimizer", "did you mean torch.optim.AdamW?"]),
+        ("model.family=qwen_imag", ["model.family", "did you mean 'qwen_image'?"]),
         ("lora.base_model=dti", ["lora.base_model", "no component 'dti'; it has dit", "did you mean 'dit'?"]),
         ('training.trainable_models=["unet"]', ["training.trainable_models", "no component 'unet'; it has dit"]),
         (

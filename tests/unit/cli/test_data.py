@@ -1,10 +1,13 @@
 """`dsray data check` from the command line; the decoding itself is tested in tests/ray."""
 
 import json
+import shutil
 
 import pytest
 
 from diffsynth_ray.cli import app
+from diffsynth_ray.config.load import load_job
+from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.errors import DataError
 from diffsynth_ray.launch import client, data_check, follow
 from diffsynth_ray.launch.data_check import REPORT_MARK, CheckReport, parse_report, report_of
@@ -150,3 +153,39 @@ def test_a_file_that_crashes_its_process_is_found_alone(monkeypatch):
         3: "damaged",
         7: "7.mp4: decoding it crashes the process",
     }
+
+
+PHOTOS_JOB = """
+[dataset]
+base_path = "{data}"
+metadata_path = "{data}/metadata.csv"
+max_pixels = 16384
+[model]
+family = "qwen_image"
+tiny = true
+[lora]
+base_model = "dit"
+[output]
+path = "{data}/out"
+"""
+
+
+def test_bad_rows_are_counted_under_no_size(monkeypatch, tmp_path, photos):
+    """One that cannot be opened borrows the size of another row; one that is damaged further inside has its own."""
+    shutil.copytree(photos, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "job.toml").write_text(PHOTOS_JOB.format(data=tmp_path))
+    resolved = resolve(load_job(str(tmp_path / "job.toml")), Resources(cpus=2, gpus=0))
+
+    def decode_all(index, say):
+        micros = [micro for task in data_check._tasks(index) for micro in task]
+        return {micro.rows[0]: cause for micro in micros if (cause := index.problem(micro))}
+
+    monkeypatch.setattr(data_check, "_decode_all", decode_all)
+    whole = data_check.check_data(resolved, print)
+    assert [bucket["rows"] for bucket in whole.buckets] == [1, 1, 3]
+    (tmp_path / "astronaut.jpg").write_bytes(b"no picture")
+    (tmp_path / "coffee.jpg").write_bytes((tmp_path / "coffee.jpg").read_bytes()[:5000])
+    damaged = data_check.check_data(resolved, print)
+    assert (whole.num_bad, damaged.num_bad) == (0, 2)
+    assert damaged.buckets == [whole.buckets[1], whole.buckets[2] | {"rows": 2}]
+    assert "size (height x width x frames) and rows that can be used" in damaged.lines()

@@ -81,6 +81,14 @@ def test_a_wrong_type_says_what_was_got(tmp_path: Path) -> None:
         ('name = "has spaces"\n', "name"),
         ('dataset = "photos"\n', "dataset"),
         ("seed = -1\n", "seed"),
+        ("[dataset]\nwidth = 1000000000000000\nheight = 64\n", "dataset.width"),
+        ("[dataset]\nrepeat = 9223372036854775808\n", "dataset.repeat"),
+        ("[training]\nwarmup_steps = 10000000000000000000000000\n", "training.warmup_steps"),
+        ("[distributed]\nnum_workers = [1, 10000000000000000000000000]\n", "distributed.num_workers"),
+        ("[distributed]\npriority = -10000000000000000000000000\n", "distributed.priority"),
+        ("[training]\noptimizer_args = {betas = [0.9, {x = 10000000000000000000000000}]}\n", "training.optimizer_args"),
+        ("[offload]\ncpu_offload = true\nvram_budget_gib = 1e308\n", "offload.vram_budget_gib"),
+        ("[distributed]\ntimeout_s = 1e300\n", "distributed.timeout_s"),
     ],
 )
 def test_a_value_out_of_bounds_names_its_key(tmp_path: Path, text: str, key: str) -> None:
@@ -126,6 +134,12 @@ def test_set_overrides_a_key(tmp_path: Path, override: str, key: str, value: obj
 
 def test_the_last_override_wins(tmp_path: Path) -> None:
     assert load_job(write(tmp_path, GOOD), ["lora.rank=4", "lora.rank=8"]).lora.rank == 8
+
+
+def test_numbers_of_thousands_of_digits_are_no_bug_of_dsray(tmp_path: Path) -> None:
+    digits = "1" * 5000
+    assert "not valid TOML: Exceeds the limit" in problems_of(tmp_path, f"seed = {digits}\n")[""]
+    assert problems_of(tmp_path, GOOD, f"seed={digits}")["seed"].endswith("...; input should be a valid integer")
 
 
 @pytest.mark.parametrize("override", ["lora.rank", "=3", "lora.=3", "lora.base_model.x=1"])

@@ -21,6 +21,6 @@ def test_every_key_has_a_row_with_a_meaning() -> None:
 
 def test_bounds_and_choices_are_shown() -> None:
     page = build_reference()
-    assert "| `max_pixels` | whole number, >= 256 | `1048576` | R |" in page
+    assert "| `max_pixels` | whole number, >= 256, <= 268435456 | `1048576` | R |" in page
     assert '| `precision` | `"bf16"`, `"fp32"` | `"bf16"` | R |' in page
     assert "| `learning_rate` | number, > 0 | `0.0001` | R |" in page

@@ -341,6 +341,12 @@ def test_num_workers_of_the_dataset_is_an_upper_bound() -> None:
         ({"model": {"tiny": False, "id_with_origin_paths": ["Qwen/Qwen-Image"]}}, "model.id_with_origin_paths"),
         ({"model": {"id_with_origin_paths": ["Qwen/Qwen-Image:vae/"]}}, "model.tiny"),
         ({"distributed": {"num_workers": 0}}, "distributed.num_workers"),
+        ({"training": {"optimizer": "torch.optim.Adamw"}}, "training.optimizer"),
+        ({"distributed": {"resources_per_worker": {"CPU": 0.1, "a": 1e-300}}}, "distributed.resources_per_worker"),
+        (
+            {"model": {"fp8_models": ["vae"]}, "training": {"trainable_models": ["vae"]}, "lora": {"base_model": None}},
+            "model.fp8_models",
+        ),
     ],
 )
 def test_rules_between_keys(change: dict[str, Any], key: str) -> None:

@@ -201,3 +201,24 @@ def test_an_address_that_is_none_is_told_as_such(dashboard, monkeypatch, tmp_pat
     monkeypatch.setenv("DSRAY_STATE_DIR", str(tmp_path))
     with pytest.raises(ClusterError, match="is not an address"):
         client.connect(address)
+
+
+def test_a_driver_that_does_not_end_is_ended_on_a_named_cluster_too(monkeypatch):
+    """Its Ray sends SIGTERM, and SIGKILL where that does not help; who only waited would wait for ever."""
+    now, told, requests = [0.0], [], []
+
+    class Away:
+        local = None
+
+        def job(self, submission_id):
+            return {"status": "STOPPED" if requests else "RUNNING"}
+
+        def request(self, path, *, method):
+            requests.append((method, path))
+
+    monkeypatch.setattr(client.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    assert client.wait_until_ended(Away(), "run-a1", say=told.append).state == "STOPPED"
+    assert requests == [("POST", "/api/jobs/run-a1/stop")]
+    assert 30 < now[0] < 40
+    assert told[0] == "waiting for run-a1 to end, 5 s ..."

@@ -4,8 +4,8 @@ import pytest
 from ray.train import ScalingConfig
 from ray.train.v2.api import data_parallel_trainer
 
-from diffsynth_ray.data import stream
-from diffsynth_ray.data.stream import staying_nodes
+from diffsynth_ray.data import nodes
+from diffsynth_ray.data.nodes import staying_nodes
 from diffsynth_ray.launch.elastic import ElasticTrainer, StayingNodesPolicy
 
 TWO_CPUS = {"CPU": 2.0, "memory": 1e9}
@@ -15,8 +15,8 @@ TWO_CPUS = {"CPU": 2.0, "memory": 1e9}
 def policy(monkeypatch):
     live = {"a": True, "b": True, "c": False}
     found = [{"NodeID": name, "Alive": alive, "Resources": TWO_CPUS} for name, alive in live.items()]
-    monkeypatch.setattr(stream.ray, "nodes", lambda: found)
-    monkeypatch.setattr(stream, "_draining_nodes", lambda: {"b": 1_795_523_230_169})
+    monkeypatch.setattr(nodes.ray, "nodes", lambda: found)
+    monkeypatch.setattr(nodes, "_draining_nodes", lambda: {"b": 1_795_523_230_169})
     return StayingNodesPolicy(ScalingConfig(num_workers=(1, 8), resources_per_worker={"CPU": 1.2}))
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from diffsynth_ray.config.load import load_job
 from diffsynth_ray.config.resolve import Resources, resolve
-from diffsynth_ray.launch.queue import Need, Turns, need_to_train
+from diffsynth_ray.data import nodes
+from diffsynth_ray.launch.queue import Need, Queue, Turns, need_to_train
 
 TOTAL = {"CPU": 32.0, "GPU": 4.0}
 
@@ -140,3 +141,18 @@ def test_what_a_training_stage_takes(tmp_path):
     turns = Turns(Clock())
     assert turns.ask("a", found, {"CPU": 2.0}) is None
     assert turns.ask("b", replace(found, run="b"), {"CPU": 2.0}) is not None
+
+
+def test_a_node_that_is_being_drained_makes_no_room_for_a_run(monkeypatch):
+    """Ray starts nothing on it any more, so that a run that goes for its sake takes the CPUs that another one decodes with."""
+    found = [{"NodeID": name, "Alive": name != "dead", "Resources": TOTAL} for name in ("a", "b", "dead")]
+    draining = {"b": 1_795_523_230_169}
+    monkeypatch.setattr(nodes.ray, "nodes", lambda: found)
+    monkeypatch.setattr(nodes.ray, "cluster_resources", lambda: {name: 2 * amount for name, amount in TOTAL.items()})
+    monkeypatch.setattr(nodes, "_draining_nodes", lambda: draining)
+    queue = Queue()
+    monkeypatch.setattr(queue, "_tell_autoscaler", lambda: None)
+    assert queue.ask("a", need("a", least=3)) is None
+    assert queue.ask("b", need("b", least=2)) == "1 of 2 GPU free; held by a"
+    draining.clear()
+    assert queue.ask("b", need("b", least=2)) is None

@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models import family as families
 from diffsynth_ray.models.layouts import (
+    CALLS,
     KEY_LAYOUTS,
+    FamilyCalls,
     KeyLayout,
     common_family,
     detect_component,
@@ -129,6 +131,15 @@ def test_the_layouts_here_are_those_of_the_families():
     for name, layouts in KEY_LAYOUTS.items():
         assert families.get_family(name).key_layouts is layouts
         assert set(layouts) == set(families.get_family(name).component_names)
+
+
+def test_the_calls_here_are_those_of_the_families():
+    assert set(CALLS) == set(KEY_LAYOUTS)
+    for name, calls in CALLS.items():
+        family = families.get_family(name)
+        assert calls == FamilyCalls(
+            family.predict_components, family.image_components, family.size_multiple, family.clip_step
+        ), name
 
 
 def test_lora_targets_are_found_in_the_files():

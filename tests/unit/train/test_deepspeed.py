@@ -14,10 +14,11 @@ from diffsynth_ray.config.schema import TrainingSection
 
 pytestmark = pytest.mark.timeout(1000)
 RANK = Path(__file__).parent / "zero_rank.py"
+PATHS = Path(__file__).parents[3], Path(__file__).parents[2] / "support"
 
 
 def run_ranks(folder, *, world_size, cases):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, PATHS))}
     environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed memory goes back at once, and is not counted
     command = [sys.executable, "-W", "ignore", str(RANK), str(world_size), str(folder), *cases]
     logs = [folder / f"rank-{world_size}-{rank}.log" for rank in range(world_size)]
@@ -47,7 +48,7 @@ def no_process_group_is_left():
 @pytest.fixture(scope="module")
 def two_workers(tmp_path_factory):
     """Few cases that pass through all stages, LoRA and full; the rest is in `test_all_stages`."""
-    return run_ranks(tmp_path_factory.mktemp("ranks"), world_size=2, cases=["chain", "export", "lora 2", "full 3"])
+    return run_ranks(tmp_path_factory.mktemp("ranks"), world_size=2, cases=["chain", "export", "resume", "lora 2", "full 3"])
 
 
 def check(found, *, tolerance=1e-5):
@@ -57,6 +58,7 @@ def check(found, *, tolerance=1e-5):
     assert found["weights"] <= tolerance
     assert found["same names"]
     assert found["moved"] > 0
+    assert found["drift"] == 0.0, "the model is not what its masters say"
     assert found["moved as ddp"], "weight decay acts on parameters without gradient"
 
 
@@ -71,6 +73,17 @@ def test_a_run_may_change_its_strategy_at_every_checkpoint(two_workers):
     assert chain["weights"] <= 1e-5
     assert chain["one set of names"]
     assert chain["keys"] == ["exp_avg", "exp_avg_sq", "master", "step"]
+
+
+def test_resuming_keeps_what_an_optimizer_has_estimated(two_workers):
+    """Each worker's optimizer sees its part of the weights, and so has numbers of its own."""
+    found = two_workers["resume"]
+    assert set(found["difference"].values()) == {0.0}, found
+    assert all(len(set(each)) == 2 and min(each) > 0.25 for each in found["estimates"].values()), found
+
+
+def test_state_of_an_optimizer_that_cannot_be_kept_is_refused(two_workers):
+    assert "training.optimizer: Sliced keeps 'sliced' as (" in two_workers["resume"]["refused"]
 
 
 def test_an_export_at_stage_3_is_whole(two_workers):

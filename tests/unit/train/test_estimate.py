@@ -479,6 +479,14 @@ def test_the_largest_micro_batch_follows_from_the_keys():
     assert fit.largest_shape(build_job(dataset={"batch_size": 3}), qwen) == BatchShape(3, 1024, 1024, text_tokens=256)
 
 
+def test_what_is_larger_than_any_device_is_refused_and_not_traced(tmp_path):
+    """A tensor of so many elements has no size in 64 bits."""
+    dataset = {"base_path": str(tmp_path), "max_pixels": 16384**2, "batch_size": 65}
+    resolved = resolve(build_job(dataset=dataset), Resources(cpus=4, gpus=0))
+    with pytest.raises(JobFileError, match=r"dataset\.batch_size: a micro batch of 65 samples has 1\.74e\+10 pixels"):
+        fit.estimate_job(resolved, device=None, is_remote=False, say=print)
+
+
 def test_an_estimate_reads_the_longest_prompt(tmp_path):
     (tmp_path / "metadata.csv").write_text(f"image,prompt\na.png,short\nb.png,{'x' * 600}\n")
     job = build_job(dataset={"base_path": str(tmp_path), "metadata_path": str(tmp_path / "metadata.csv")})

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffsynth_ray.config import packages
 from diffsynth_ray.config.load import load_job
 from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.config.schema import LoggingSection
@@ -239,7 +240,7 @@ def test_tensorboard_has_figures_pictures_and_clips(run_of):
 
 
 def test_packages_that_are_missing_are_named_all_at_once(monkeypatch):
-    monkeypatch.setattr(services.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(JobFileError) as failure:
         check_services(LoggingSection(wandb_project="a", swanlab_project="b", mlflow_tracking_uri="c"))
     assert [problem.key for problem in failure.value.problems] == [

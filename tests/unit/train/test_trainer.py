@@ -109,19 +109,9 @@ def test_fp8_is_close_and_is_the_same_with_offload():
     assert torch.float8_e4m3fn in dtypes
 
 
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        (
-            {"model": {"fp8_models": ["dit"]}, "training": {"trainable_models": ["dit"]}, "lora": {"base_model": None}},
-            "is trained",
-        ),
-        ({"model": {"fp8_models": ["unet"]}}, "no loaded component 'unet'; it has dit, text_encoder, vae"),
-    ],
-)
-def test_fp8_of_what_cannot_be_is_refused(sections, message):
-    with pytest.raises(JobFileError, match=message):
-        build_trainer(build_job(**sections))
+def test_fp8_of_a_component_that_is_not_there_is_refused():
+    with pytest.raises(JobFileError, match="no loaded component 'unet'; it has dit, text_encoder, vae"):
+        build_trainer(build_job(model={"fp8_models": ["unet"]}))
 
 
 def test_full_training_of_two_components_beside_a_lora():
@@ -210,6 +200,50 @@ def test_resuming_on_the_host_keeps_an_optimizer_s_numbers(tmp_path, monkeypatch
         write_shard(storage, f"state-{number}", trainer.strategy.state_slices())
     assert losses == expected
     assert all(torch.equal(tensor, weights(trainer)[name]) for name, tensor in weights(straight).items())
+
+
+ON_HOST = {"offload": {"cpu_offload": True, "optimize_on_cpu": True}}
+ESTIMATING = {"training": {"optimizer": "estimating_optimizer.Estimating", "learning_rate": 1e-2}}
+
+
+def through_checkpoint(trainer, memory, folder):
+    """Another trainer that goes on where this one is, with other memory keys."""
+    storage = Storage.at(folder)
+    write_shard(storage, f"state-{trainer.step}", trainer.strategy.state_slices())
+    other = build_trainer(build_job(**ESTIMATING, **memory))
+    other.strategy.load_state(ShardedState(storage, [f"state-{trainer.step}"]))
+    other.step = trainer.step
+    return other
+
+
+@pytest.mark.parametrize("memory", [{}, ON_HOST, {"offload": ON_HOST["offload"] | {"param_size_threshold": 0.05}}])
+def test_resuming_keeps_what_an_optimizer_has_estimated(tmp_path, memory):
+    straight, first = (build_trainer(build_job(**ESTIMATING, **memory)) for _ in range(2))
+    expected = train(straight, [micro([0, 1])], steps=5)
+    losses = train(first, [micro([0, 1])], steps=3)
+    second = through_checkpoint(first, memory, tmp_path)
+    losses += train(second, [micro([0, 1])], steps=2)
+    assert losses == expected
+    assert all(torch.equal(tensor, weights(second)[name]) for name, tensor in weights(straight).items())
+
+
+def test_what_an_optimizer_has_estimated_goes_to_the_host_and_back(tmp_path):
+    """On the host each block has an estimate of its own; elsewhere a run goes on with the largest."""
+    first = build_trainer(build_job(**ESTIMATING))
+    train(first, [micro([0, 1])], steps=3)
+    [estimate] = estimates(first.strategy.optimizer.optimizer)
+    assert estimate[0] > 0.25
+    second = through_checkpoint(first, ON_HOST, tmp_path)
+    assert {found for group in second.strategy._groups for found in estimates(group.optimizer)} == {estimate}
+    train(second, [micro([0, 1])], steps=2)
+    third = through_checkpoint(second, {}, tmp_path)  # updates go on after a step; a checkpoint has waited for them
+    theirs = {found for group in second.strategy._groups for found in estimates(group.optimizer)}
+    assert len(theirs) > 1
+    assert estimates(third.strategy.optimizer.optimizer) == [(max(distance for distance, _ in theirs), 5)]
+
+
+def estimates(optimizer):
+    return [(group["distance"], group["count"]) for group in optimizer.param_groups]
 
 
 def test_fp8_of_a_component_without_blocks_is_told(capsys):

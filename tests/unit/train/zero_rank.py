@@ -8,6 +8,7 @@ import argparse
 import json
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from diffsynth_ray.config.schema import Job
+from diffsynth_ray.errors import ModelError
 from diffsynth_ray.models.family import BatchShape, ComponentFiles, EncodedBatch, get_family
 from diffsynth_ray.models.qwen_image import QwenImage
 from diffsynth_ray.models.qwen_image_configs import TINY
@@ -139,6 +141,7 @@ def compare(expected, found):
         "evaluated": max(abs(a - b) for a, b in zip(expected["evaluated"], found["evaluated"], strict=True)),
         "weights": max(float((expected["masters"][key] - found["masters"][key]).abs().max()) for key in expected["masters"]),
         "same names": list(expected["masters"]) == list(found["masters"]),
+        "drift": found["drift"],
         "moved": sum(not torch.equal(found["start"][key], found["masters"][key]) for key in found["masters"]),
         "moved as ddp": all(
             torch.equal(found["start"][key], found["masters"][key])
@@ -161,8 +164,21 @@ def run_case(job):
         losses, norms = losses + loss, norms + norm
         evaluated.append(evaluate(trainer))
     masters = copied(trainer.strategy.full_masters())
+    found = {"losses": losses, "norms": norms, "start": start, "masters": masters, "evaluated": evaluated}
+    found["drift"] = drift(trainer, masters)
     close(trainer)
-    return {"losses": losses, "norms": norms, "start": start, "masters": masters, "evaluated": evaluated}
+    return found
+
+
+def drift(trainer, masters):
+    """Largest difference between the model's parameters and their masters, rounded as they are."""
+    largest = 0.0
+    for name, param in trainer.trained.items():
+        whole = trainer.strategy._deepspeed.zero.GatheredParameters if hasattr(param, "ds_id") else nullcontext
+        with whole([param]):
+            if masters:  # on rank 0 only under ZeRO
+                largest = max(largest, float((param.detach() - masters[name].to(param.dtype)).abs().max()))
+    return largest
 
 
 def run_beside_ddp(parts, references):
@@ -204,6 +220,47 @@ def run_chain(rank, world_size, folder):
         "one set of names": all(each == names[0] for each in names),
         "keys": sorted({name.partition("/")[0] for name in names[0]}),
     }
+
+
+ESTIMATING = {"training": {"optimizer": "estimating_optimizer.Estimating"}}
+RESUMED = {"1": zero(1), "2": zero(2), "3": zero(3), "2 host": zero(2, **ON_HOST)}
+
+
+def run_resume(rank, world_size, folder):
+    """Largest differences of a run whose optimizer steers itself by numbers, interrupted once, from an uninterrupted one."""
+    found, estimates = {}, {}
+    for name, strategy in RESUMED.items():
+        straight, first, second = (build_trainer(build_job(FULL, ESTIMATING, strategy)) for _ in range(3))
+        expected, _ = train(straight, steps=5)
+        losses, _ = train(first, steps=3)
+        storage = Storage.at(folder / name)
+        write_shard(storage, str(rank), first.strategy.state_slices())
+        dist.barrier()
+        second.strategy.load_state(ShardedState(storage, [str(each) for each in range(world_size)]))
+        second.step = 3
+        losses += train(second, steps=2)[0]
+        masters = [copied(trainer.strategy.full_masters()) for trainer in (straight, second)]
+        found[name] = max(abs(a - b) for a, b in zip(expected, losses, strict=True))
+        if rank == 0:
+            found[name] = max(found[name], *(float((masters[0][key] - masters[1][key]).abs().max()) for key in masters[0]))
+        estimates[name] = [None] * world_size
+        dist.all_gather_object(estimates[name], straight.strategy._torch_optimizer.param_groups[0]["distance"])
+        for trainer in (straight, first, second):
+            close(trainer)
+    return {"difference": found, "estimates": estimates, "refused": refusal()}
+
+
+def refusal():
+    """What is said of an optimizer whose state has neither one value a weight nor one in all."""
+    trainer = build_trainer(build_job(FULL, {"training": {"optimizer": "estimating_optimizer.Sliced"}}, zero(2)))
+    train(trainer, steps=1)
+    try:
+        trainer.strategy.state_slices()
+    except ModelError as error:
+        return error.message
+    finally:
+        close(trainer)
+    return None
 
 
 def run_export(rank, folder):
@@ -347,6 +404,7 @@ def main():
         "chain": lambda: run_chain(rank, world_size, folder),
         "export": lambda: run_export(rank, folder),
         "families": run_families,
+        "resume": lambda: run_resume(rank, world_size, folder),
     }
     results, references = {}, {}
     for case in CASES[world_size] if options.cases == ["all"] else options.cases:
