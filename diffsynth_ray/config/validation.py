@@ -26,9 +26,9 @@ def check_validation(job: Job) -> list[Problem]:
             for name in ("early_stopping", "keep_best")
             if getattr(validation, name)
         ]
-    if job.split.enabled and validation.prompts:
+    if job.split.enabled and validation.prompts and condition_columns(job):
         message = (
-            "pictures need encoders, which the training stage of split training does not load; "
+            "samples with inputs of their own need encoders that the training stage of split training does not load; "
             "set split.enabled = false, or validation.holdout alone"
         )
         problems.append(Problem("validation.prompts", message))

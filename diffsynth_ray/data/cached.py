@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -45,6 +45,8 @@ class CachedRows:
     """Rows that cannot be used, and why; only where images are cached."""
     places: dict[Kind, Positions]
     """Kind -> [num_rows] place in `index`, -1 for bad rows; a kind that is not cached is not there."""
+    sample_texts: dict[str, int] = field(default_factory=dict)
+    """Prompt -> place in `index`, of the samples that the run makes to show what it trains."""
     holdout: CachedRows | None = None
     """Those of the validation samples where they have metadata of their own; else they are among these rows."""
 
@@ -79,9 +81,19 @@ class CachedBatch:
         return ()
 
 
-def locate_rows(cache: Cache, manifest: Manifest, *, kinds: Sequence[Kind]) -> CachedRows:
-    """Find every row's entries of these kinds. Raises DataError with the number of those that are not there."""
+def locate_rows(cache: Cache, manifest: Manifest, *, kinds: Sequence[Kind], prompts: Sequence[str] = ()) -> CachedRows:
+    """Find every row's entries of these kinds, and those of the prompts of samples.
+
+    Raises DataError with the number of those that are not there.
+    """
     index = cache.index()
+    if unknown := [prompt for prompt in prompts if prompt not in manifest.sample_texts]:
+        raise DataError(
+            f"{cache.path}: the data set {manifest.id} was cached without {len(unknown)} of the {len(prompts)} texts of "
+            f"validation.prompts (first {unknown[0]!r})",
+            hint="submit the job where the media are, with [dataset]",
+        )
+    samples = [manifest.sample_texts[prompt] for prompt in prompts]
     bad = _bad_rows(manifest) if "image" in kinds else {}
     names = {kind: [row.key(kind) for row in manifest.rows] for kind in kinds}
     if lacking := [kind for kind, found in names.items() if {n for n, key in enumerate(found) if key is None} - bad.keys()]:
@@ -89,7 +101,7 @@ def locate_rows(cache: Cache, manifest: Manifest, *, kinds: Sequence[Kind]) -> C
             f"{cache.path}: the data set {manifest.id} has no encoded {' and '.join(PLURAL[kind] for kind in lacking)}",
             hint="submit the job where the media are, with [dataset]",
         )
-    keys = list(dict.fromkeys(key for found in names.values() for key in found if key is not None))
+    keys = list(dict.fromkeys([*(key for found in names.values() for key in found if key is not None), *samples]))
     if missing := index.missing(keys):
         raise DataError(
             f"{cache.path}: {len(missing)} of {len(keys)} entries of the data set {manifest.id} are missing "
@@ -98,7 +110,8 @@ def locate_rows(cache: Cache, manifest: Manifest, *, kinds: Sequence[Kind]) -> C
         )
     own = index.select(index.positions(keys))
     places = {kind: own.positions([key or "" for key in found]) for kind, found in names.items()}
-    return CachedRows(cache_path=cache.path, index=own, bad=bad, places=places)
+    sample_texts = dict(zip(prompts, own.positions(samples).tolist(), strict=True))
+    return CachedRows(cache_path=cache.path, index=own, bad=bad, places=places, sample_texts=sample_texts)
 
 
 def _bad_rows(manifest: Manifest) -> dict[int, BadSample]:
@@ -128,12 +141,21 @@ def usable_rows(samples: SampleIndex, rows: CachedRows, micro: MicroBatch, *, st
 
 
 def open_cached_samples(
-    resolved: ResolvedJob, manifest_id: str, *, kinds: Sequence[Kind], rule: SampleRule, say: Callable[[str], None]
+    resolved: ResolvedJob,
+    manifest_id: str,
+    *,
+    kinds: Sequence[Kind],
+    rule: SampleRule,
+    say: Callable[[str], None],
+    prompts: Sequence[str] = (),
 ) -> tuple[SampleIndex, CachedRows]:
-    """A data set of the cache for stage two. Media and metadata are read only where images are not among the cached kinds."""
+    """A data set of the cache for stage two. Media and metadata are read only where images are not among the cached kinds.
+
+    `prompts`: of samples, whose encoded texts are needed too.
+    """
     cache, holdout = Cache(resolved.job.split.cache_path), resolved.job.validation.holdout
     manifest = read_manifest(cache, manifest_id)
-    rows = locate_rows(cache, manifest, kinds=kinds)
+    rows = locate_rows(cache, manifest, kinds=kinds, prompts=prompts)
     held = holdout_of(cache, manifest) if isinstance(holdout, str) else None
     if held is not None:
         rows = replace(rows, holdout=locate_rows(cache, held, kinds=kinds))
@@ -183,6 +205,10 @@ class CacheReader:
             except DataError as error:
                 raise DataError(f"row {row + 1}: {error.message}", hint=error.hint) from error
         return tuple(found)
+
+    def sample_texts(self) -> dict[str, Entry]:
+        """Of the run's samples, by prompt."""
+        return {prompt: self.cache.read(self.rows.index.location(place)) for prompt, place in self.rows.sample_texts.items()}
 
 
 def read_batches(

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,8 +36,12 @@ _LATER = {"file"}
 _MARK = b"dsray"
 HOLDOUT = "holdout"
 """In a manifest's source: the id of the manifest with its validation samples, where these have metadata of their own."""
+SAMPLE_TEXTS = "sample_texts"
+"""In a manifest's source: the keys of the texts that samples are made of, by prompt."""
 IS_HOLDOUT = "is_holdout"
 """In a manifest's source: it is that of another's validation samples."""
+_OF_VALIDATION = (HOLDOUT, SAMPLE_TEXTS)
+"""What a data set to train on can differ in and be the same."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,12 @@ class Manifest:
         """The keys of all entries, repeated as rows repeat them."""
         for row in self.rows:
             yield from (key for key in (row.text_key, row.image_key, row.extra_key) if key is not None)
+        yield from self.sample_texts.values()
+
+    @property
+    def sample_texts(self) -> dict[str, str]:
+        """Prompt -> key of its entry, of the samples that a run makes to show what it trains."""
+        return cast(dict[str, str], self.source.get(SAMPLE_TEXTS, {}))
 
 
 def write_manifest(cache: Cache, manifest: Manifest) -> None:
@@ -154,7 +165,7 @@ def only_manifest(cache: Cache) -> Manifest:
         manifest = read_manifest(cache, manifest_id)
         if manifest.source.get(IS_HOLDOUT):
             continue
-        source = json.dumps({key: value for key, value in manifest.source.items() if key != HOLDOUT}, sort_keys=True)
+        source = json.dumps({key: value for key, value in manifest.source.items() if key not in _OF_VALIDATION}, sort_keys=True)
         if source not in newest or newest[source].created < manifest.created:
             newest[source] = manifest
     if not newest:

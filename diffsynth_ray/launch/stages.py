@@ -165,10 +165,12 @@ def _open_samples(
     if manifest_id is None:
         index = build_sample_index(resolved, say, rule=rule)
     else:
-        from diffsynth_ray.train.split import split_parts
+        from diffsynth_ray.train.split import sample_prompts, split_parts
 
-        parts = split_parts(_family_of(resolved.job), resolved.job)
-        index, cached = open_cached_samples(resolved, manifest_id, kinds=parts.kinds, rule=rule, say=say)
+        family = _family_of(resolved.job)
+        parts = split_parts(family, resolved.job)
+        prompts = sample_prompts(family, resolved.job, parts)
+        index, cached = open_cached_samples(resolved, manifest_id, kinds=parts.kinds, rule=rule, say=say, prompts=prompts)
         components = parts.train
         if cached.bad:
             board.note_bad.remote(list(cached.bad.values()))

@@ -206,6 +206,8 @@ class ModelFamily(ABC):
     """Those of them that become a REFERENCE."""
     text_reads_extra: ClassVar[bool] = False
     """Whether `encode_conditions` reads prompt and extra inputs together, so that neither can be cached without the other."""
+    negative_prompt: ClassVar[str] = ""
+    """What a guided sample is made against."""
     option_names: ClassVar[tuple[str, ...]] = ()
     """Keys of `[model] options`."""
     depth_keys: ClassVar[dict[str, dict[str, str]]] = {}
@@ -218,6 +220,8 @@ class ModelFamily(ABC):
         """What the components compute in."""
         self.device = torch.device(device)
         """Where inputs go; under CPU offload the weights may be elsewhere."""
+        self.known_texts: dict[str, dict[str, Tensor]] = {}
+        """Prompt -> its conditions, batch 1, for samples where the text encoder is not loaded."""
 
     @classmethod
     @abstractmethod
@@ -263,6 +267,13 @@ class ModelFamily(ABC):
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Prompts -> conditions, batch b = len(prompts)."""
+
+    def text_of_sample(self, prompt: str) -> dict[str, Tensor]:
+        """A prompt's conditions, batch 1, encoded beforehand or now."""
+        known = self.known_texts.get(prompt)
+        if known is None:
+            return self.encode_text([prompt])
+        return {name: tensor.to(self.device) for name, tensor in known.items()}
 
     @abstractmethod
     def encode_image(self, pixels: Tensor) -> Tensor:

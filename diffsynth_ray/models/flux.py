@@ -254,7 +254,7 @@ class Flux(LibraryFamily):
             text_encoder_2=None,
             tokenizer_2=None,
         )
-        text = self.encode_text([request.prompt])
+        text = self.text_of_sample(request.prompt)
         given: dict[str, Any] = {}
         if request.inputs:
             (picture,) = request.inputs

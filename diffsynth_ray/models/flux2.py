@@ -284,9 +284,9 @@ class Flux2(LibraryFamily):
             text_encoder=None,
             tokenizer=None,
         )
-        arguments = self.encode_text([request.prompt])
+        arguments = self.text_of_sample(request.prompt)
         if request.is_guided and not is_told:
-            arguments["negative_prompt_embeds"] = self.encode_text([""])["prompt_embeds"]
+            arguments["negative_prompt_embeds"] = self.text_of_sample(self.negative_prompt)["prompt_embeds"]
         pictures = [_to_edit(picture) for picture in request.inputs] or None
         return run_pipeline(pipeline, request, image=pictures, guidance_scale=request.guidance_scale, **arguments)
 

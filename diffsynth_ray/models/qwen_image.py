@@ -68,6 +68,7 @@ class QwenImage(LibraryFamily):
     image_components = ("vae",)
     extra_components = ("vae",)
     text_tokens_vary = True
+    negative_prompt = " "  # as in the released model's own examples
     predict_components = ("dit",)
     size_multiple = VAE_FACTOR * PATCH
     key_layouts: ClassVar[dict[str, KeyLayout]] = layouts.KEY_LAYOUTS["qwen_image"]
@@ -269,11 +270,9 @@ class QwenImage(LibraryFamily):
         from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPlusPipeline, QwenImagePipeline
 
         pictures = edit.for_the_vae(request.inputs)
-        # One blank is the negative prompt of the released model's own examples.
-        texts = [request.prompt, " "] if request.is_guided else [request.prompt]
+        texts = [request.prompt, self.negative_prompt] if request.is_guided else [request.prompt]
         embeds = [
-            self._read_prompt(text, pictures)["prompt_embeds"] if pictures else self.encode_text([text])["prompt_embeds"]
-            for text in texts
+            (self._read_prompt(text, pictures) if pictures else self.text_of_sample(text))["prompt_embeds"] for text in texts
         ]
         masks = [torch.ones(one.shape[:2], dtype=torch.long, device=one.device) for one in embeds]
         parts = {"text_encoder": None, "tokenizer": None} | ({"processor": None} if pictures else {})

@@ -394,8 +394,8 @@ class Wan(LibraryFamily):
             transformer = JoinedTransformer(transformer, self.component("vace"))
         else:
             parts["expand_timesteps"] = self._is_ti2v()
-        texts = [request.prompt, ""] if request.is_guided else [request.prompt]
-        embeds = [padded(self.encode_text([text])["prompt_embeds"], TEXT_TOKENS) for text in texts]
+        texts = [request.prompt, self.negative_prompt] if request.is_guided else [request.prompt]
+        embeds = [padded(self.text_of_sample(text)["prompt_embeds"], TEXT_TOKENS) for text in texts]
         arguments: dict[str, Any] = {"prompt_embeds": embeds[0], "num_frames": request.num_frames}
         if request.is_guided:
             arguments["negative_prompt_embeds"] = embeds[1]

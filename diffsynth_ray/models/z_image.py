@@ -170,8 +170,8 @@ class ZImage(LibraryFamily):
             text_encoder=None,
             tokenizer=None,
         )
-        texts = [request.prompt, ""] if request.is_guided else [request.prompt]
-        embeds = [list(self.encode_text([text])["prompt_embeds"]) for text in texts]
+        texts = [request.prompt, self.negative_prompt] if request.is_guided else [request.prompt]
+        embeds = [list(self.text_of_sample(text)["prompt_embeds"]) for text in texts]
         negative = embeds[1] if request.is_guided else None
         # The pipeline guides from 0 on, and counts its scale from there.
         scale = request.guidance_scale if request.is_guided else 0.0

@@ -53,6 +53,13 @@ class CachedInput:
             return self._read(micro, micro.rows)
         return self.from_pixels(micro, micro.rows, torch.as_tensor(self.samples.decode(micro, step=0).pixels))
 
+    def sample_texts(self) -> dict[str, dict[str, Tensor]]:
+        """Prompt -> conditions [1, ...] on the CPU, of the run's samples."""
+        return {
+            prompt: {name: bytes_tensor(stored)[None] for name, stored in entry.items()}
+            for prompt, entry in self._reader.sample_texts().items()
+        }
+
     def _read(self, micro: MicroBatch, rows: tuple[int, ...]) -> MicroInput:
         read = self._reader.entries
         return self._micro_input(micro, rows, self._latents(read("image", rows)), read("text", rows), read("extra", rows))

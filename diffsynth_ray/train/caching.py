@@ -21,7 +21,8 @@ from diffsynth_ray.models.family import ComponentFiles, ModelFamily
 from diffsynth_ray.run_dir import EncodeProgress
 from diffsynth_ray.train.encode import encode_missing
 from diffsynth_ray.train.named_rows import NamedRows, name_rows
-from diffsynth_ray.train.split import encoder_digests, split_parts
+from diffsynth_ray.train.split import encoder_digests, sample_prompts, split_parts, text_key
+from diffsynth_ray.train.units import TextItem
 
 Say = Callable[[str], None]
 
@@ -57,8 +58,9 @@ def cache_dataset(
     parts = split_parts(family, job, present=model.components(job))
     cache = Cache(job.split.cache_path)
     encoders = encoder_digests(family, job, model.files, tokenizers=model.tokenizers, parts=parts, store=cache.store, say=say)
+    prompts = sample_prompts(family, job, parts)
     if job.dataset.base_path is None:
-        return _check_cached(cache, resolved, family, kinds=parts.kinds, encoders=encoders, say=say).id
+        return _check_cached(cache, resolved, family, kinds=parts.kinds, prompts=prompts, encoders=encoders, say=say).id
     if lacking := [name for name in parts.components(parts.kinds) if name not in model.components(job)]:
         raise DataError(
             f"stage encode needs {', '.join(lacking)}, and model.paths has none",
@@ -71,6 +73,8 @@ def cache_dataset(
     rows, held = name(index), None if index.holdout is None else name(index.holdout)
     named = [rows] if held is None else [rows, held]
     items = {kind: {key: item for each in named for key, item in each.found[kind].items()} for kind in rows.found}
+    texts = {prompt: text_key(encoders["text"], prompt) for prompt in prompts}
+    items["text"] |= {key: TextItem(key, prompt) for prompt, key in texts.items()}
     known = cache.index()
     lack = set(known.missing([key for found in items.values() for key in found]))
     new = {kind: [item for key, item in found.items() if key in lack] for kind, found in items.items()}
@@ -94,7 +98,9 @@ def cache_dataset(
     if held is not None:
         of_holdout = held.manifest(resolved, family, encoders, metadata_path=str(job.validation.holdout), is_holdout=True)
         write_manifest(cache, of_holdout)
-    manifest = rows.manifest(resolved, family, encoders, metadata_path=job.dataset.metadata_path, holdout=of_holdout)
+    manifest = rows.manifest(
+        resolved, family, encoders, metadata_path=job.dataset.metadata_path, holdout=of_holdout, texts=texts
+    )
     write_manifest(cache, manifest)
     return manifest.id
 
@@ -147,6 +153,7 @@ def _check_cached(
     family: type[ModelFamily],
     *,
     kinds: Sequence[Kind],
+    prompts: Sequence[str],
     encoders: Mapping[Kind, str],
     say: Say,
 ) -> Manifest:
@@ -179,7 +186,7 @@ def _check_cached(
     if unknown := [kind for kind in kinds if kind not in encoders or kind not in manifest.encoders]:
         named = ", ".join(PLURAL[kind] for kind in unknown)
         say(f"not compared, because the job or the cache does not say what encoded them: {named}")
-    locate_rows(cache, manifest, kinds=kinds)
+    locate_rows(cache, manifest, kinds=kinds, prompts=prompts)
     return manifest
 
 

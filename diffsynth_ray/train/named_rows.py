@@ -9,7 +9,7 @@ from typing import Protocol
 
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.data.cache import Kind
-from diffsynth_ray.data.manifest import HOLDOUT, IS_HOLDOUT, Manifest, ManifestRow
+from diffsynth_ray.data.manifest import HOLDOUT, IS_HOLDOUT, SAMPLE_TEXTS, Manifest, ManifestRow
 from diffsynth_ray.data.metadata import Value
 from diffsynth_ray.data.samples import SampleIndex, lenders
 from diffsynth_ray.errors import DataError
@@ -65,10 +65,12 @@ class NamedRows:
         metadata_path: str | None,
         holdout: Manifest | None = None,
         is_holdout: bool = False,
+        texts: Mapping[str, str] | None = None,
     ) -> Manifest:
         """What stage two needs to know of the rows of these metadata.
 
-        `holdout` = the manifest of their validation samples where these have metadata of their own; `is_holdout` = this is one.
+        `holdout` = the manifest of their validation samples where these have metadata of their own; `is_holdout` = this is one;
+        `texts` = keys of the texts of samples, by prompt.
         """
         dataset, numbers = resolved.job.dataset, {path: n for n, path in enumerate(dict.fromkeys(self.paths))}
         source: dict[str, object] = {
@@ -80,6 +82,8 @@ class NamedRows:
             source[IS_HOLDOUT] = True
         if holdout is not None:
             source[HOLDOUT] = holdout.id
+        if texts:
+            source[SAMPLE_TEXTS] = dict(texts)
         return Manifest(
             rows=tuple(replace(row, file=numbers[path]) for row, path in zip(self.rows, self.paths, strict=True)),
             source=source,

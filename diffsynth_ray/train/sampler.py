@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from diffsynth_ray.config.resolve import ResolvedJob
 from diffsynth_ray.config.schema import Job
@@ -25,6 +26,7 @@ from diffsynth_ray.run_dir import RunDir, write_whole
 from diffsynth_ray.train.loading import load_for_training
 from diffsynth_ray.train.residency import Residency
 from diffsynth_ray.train.sample_file import CLIP_FPS
+from diffsynth_ray.train.split import job_of_stage
 from diffsynth_ray.train.trainer import fastest_attention
 from diffsynth_ray.train.video import write_video
 
@@ -121,6 +123,10 @@ class Errand:
     """Of the workers that ask for it: once others have taken over, nothing is written."""
     num_threads: int
     """That these workers compute with on a CPU: with as many the pictures are the same to the last bit."""
+    components: tuple[str, ...] | None = None
+    """That these workers have loaded; None = all."""
+    texts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Encoded prompts, as `ModelFamily.known_texts`."""
 
 
 class Spare(Protocol):
@@ -154,9 +160,14 @@ def run_errand(errand: Errand) -> Iterator[Made]:
     torch.set_num_threads(errand.num_threads)
     # Blocks are compiled for thousands of steps; these are a few.
     training = resolved.job.training.model_copy(update={"compile": False})
-    job = resolved.job.model_copy(update={"training": training})
+    job, components = resolved.job.model_copy(update={"training": training}), errand.components
+    if components is not None:
+        job = job_of_stage(job, components)
     device = torch.device(resolved.device)
-    family, residency = load_for_training(job, device=device, weights_path=errand.weights_path, say=lambda line: None)
+    family, residency = load_for_training(
+        job, device=device, components=components, weights_path=errand.weights_path, say=lambda line: None
+    )
+    family.known_texts = errand.texts
     run_dir = RunDir(resolved.output_path)
     sampler = Sampler(
         job,

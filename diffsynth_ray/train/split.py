@@ -89,10 +89,19 @@ def split_parts(family: type[ModelFamily], job: Job, *, present: Collection[str]
         *(name for name in family.predict_components if name not in family.optional_components or name in chosen),
         *trained,
         *(() if text else family.text_components),
-        *(() if image else family.image_components),
+        *(() if image and not job.validation.prompts else family.image_components),  # samples are decoded
     }
     in_stage_two = tuple(name for name in family.component_names if name in train)
     return SplitParts(() if extra and family.text_reads_extra else text, image, extra, in_stage_two)
+
+
+def sample_prompts(family: type[ModelFamily], job: Job, parts: SplitParts) -> tuple[str, ...]:
+    """The texts that stage one encodes for samples; none where the text encoder is trained, and loaded in stage two."""
+    validation = job.validation
+    if not parts.text or not validation.prompts:
+        return ()
+    negative = [family.negative_prompt] if validation.guidance_scale > 1 else []
+    return tuple(dict.fromkeys([*validation.prompts, *negative]))
 
 
 def _extra_components(family: type[ModelFamily], job: Job, present: Collection[str]) -> tuple[str, ...]:

@@ -198,6 +198,8 @@ class _Worker:
             num_sizes=len(self.index.order.buckets),
             say=self.say,
         )
+        if self.cached is not None:
+            family.known_texts = self.cached.sample_texts()
         self.trainer = Trainer(self.job, family, self.schedule, residency=residency)
         count = sum(param.numel() for param in self.trainer.trained.values())
         self.say(f"model loaded in {time.monotonic() - started:.1f} s, {count:,} trained parameters")
@@ -454,6 +456,8 @@ class _Worker:
             token=self.token,
             writer=self.writer,
             num_threads=torch.get_num_threads(),
+            components=self.components,
+            texts=self.trainer.family.known_texts,
         )
 
     def _enter(self, what: str) -> None:

@@ -204,10 +204,11 @@ def test_split_and_combined_are_bit_identical(split, module_folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("of_its_own", [False, True], ids=["share", "metadata of its own"])
-def test_the_validation_loss_is_that_of_combined_training(tmp_path, photos, of_its_own):
+def test_validation_loss_and_pictures_are_those_of_combined_training(tmp_path, photos, of_its_own):
     held = tmp_path / "held.csv"
     held.write_text("image,prompt\ncat.jpg,a cat that no other row has\nrocket.jpg,\n")
     keys = [f"validation.holdout={held if of_its_own else 0.4}", "validation.every_steps=1", "validation.keep_best=true"]
+    keys += ['validation.prompts=["a cat", "a dog"]', "validation.size=[32, 32]", "validation.num_inference_steps=2"]
     one, other = Run(tmp_path, photos, "split"), Run(tmp_path, photos, "combined")
     assert one.start(*keys) == ExitCode.DONE, one.said
     assert other.start(*keys, split=False) == ExitCode.DONE, other.said
@@ -216,6 +217,11 @@ def test_the_validation_loss_is_that_of_combined_training(tmp_path, photos, of_i
     assert [entry.quantiles for entry in one.dir.validations()] == [entry.quantiles for entry in other.dir.validations()]
     assert (one.output / "best.safetensors").exists() == (other.output / "best.safetensors").exists()
     assert len(manifest_ids(one.cache)) == (2 if of_its_own else 1)
+    pictures = [
+        {p.relative_to(run.output): p.read_bytes() for p in run.output.rglob("samples/*/*.png")} for run in (one, other)
+    ]
+    assert len(pictures[0]) == 8
+    assert pictures[0] == pictures[1]
 
 
 @pytest.mark.slow

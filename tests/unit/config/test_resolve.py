@@ -488,9 +488,11 @@ def test_rules_of_validation(validation: dict[str, object], key: str) -> None:
     assert list(problems_of(build_job(validation=validation))) == [key]
 
 
-def test_split_training_has_no_encoders_to_make_pictures_with() -> None:
+def test_split_training_has_no_encoders_for_inputs_of_samples() -> None:
     validation = {"prompts": ["a"], "holdout": 0.1}
-    problems = problems_of(build_job(validation=validation, split={"enabled": True}))
+    resolve(build_job(validation=validation, split={"enabled": True}), LAPTOP)
+    edit = {"validation": validation | {"inputs": ["a.png"]}, "model": {"extra_inputs": ["edit_image"]}}
+    problems = problems_of(build_job(**edit, split={"enabled": True}))
     assert list(problems) == ["validation.prompts"]
     assert "split.enabled = false, or validation.holdout alone" in problems["validation.prompts"]
 

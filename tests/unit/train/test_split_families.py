@@ -9,10 +9,16 @@ from stage_in_process import Stage
 from training_in_process import train_in_process
 
 from diffsynth_ray.data.cache import Cache
+from diffsynth_ray.data.cached import open_cached_samples
+from diffsynth_ray.data.samples import SampleRule
+from diffsynth_ray.data.upkeep import find_garbage
 from diffsynth_ray.errors import DataError, JobFileError
 from diffsynth_ray.models import edit_pictures
 from diffsynth_ray.models.family import get_family
-from diffsynth_ray.train.split import split_parts
+from diffsynth_ray.models.sampling import SampleRequest
+from diffsynth_ray.train.cached_input import CachedInput
+from diffsynth_ray.train.loading import load_for_training
+from diffsynth_ray.train.split import job_of_stage, sample_prompts, split_parts
 
 torch.set_num_threads(1)
 PLAIN, EXTRA = ("text", "image"), ("text", "image", "extra")
@@ -166,3 +172,43 @@ def test_extra_inputs_need_frozen_encoders(stage):
     assert split_parts(get_family("wan"), wan).train == ("dit",)
     assert split_parts(get_family("wan"), wan).extra == ("vae",)
     assert split_parts(get_family("wan"), wan, present=["vae", "image_encoder"]).extra == ("vae", "image_encoder")
+
+
+@pytest.mark.parametrize("case", ["flux", "flux2", "wan", "z_image", "qwen_image"])
+def test_samples_of_stage_two_are_those_with_all_encoders(stage, case):
+    if case != "qwen_image":
+        write_rows(stage, case)
+    prompts = {"prompts": ["a cat", "a dog that no row has"], "size": [32, 32], "num_inference_steps": 2}
+    job = {"lora": {"base_model": "dit", "rank": 4}} if case == "qwen_image" else {}
+    resolved = stage.job(**job, validation=prompts) if case == "qwen_image" else job_of(stage, case, validation=prompts)
+    manifest_id, kind = stage.run(resolved), get_family(CASES.get(case, (case,))[0])
+    parts = split_parts(kind, resolved.job)
+    texts = sample_prompts(kind, resolved.job, parts)
+    assert set(texts) == {*prompts["prompts"], kind.negative_prompt}
+    assert set(parts.train) == {"dit", "vae"}
+    index, rows = open_cached_samples(
+        resolved, manifest_id, kinds=parts.kinds, rule=SampleRule(16, kind.clip_step), say=print, prompts=texts
+    )
+    found = []
+    for components in (None, parts.train):
+        cpu = torch.device("cpu")
+        family, _ = load_for_training(job_of_stage(resolved.job, parts.train), device=cpu, say=print, components=components)
+        if components is not None:
+            family.known_texts = CachedInput(index, rows, device=cpu).sample_texts()
+        frames = 1 if kind.clip_step is None else 5
+        request = SampleRequest(
+            texts[1], height=32, width=32, num_frames=frames, num_inference_steps=2, guidance_scale=4.0, seed=0
+        )
+        found.append(family.sample(request))
+    assert (found[0] == found[1]).all()
+    assert found[0].std() > 0
+
+    garbage = find_garbage(Cache(str(stage.cache_path)), min_age_s=-1)
+    assert garbage.num_entries == 0, "what samples need is kept"
+    other = resolved.job.validation.model_copy(update={"prompts": ["a cat", "a third"]})
+    alone = resolved.model_copy(update={"job": resolved.job.model_copy(update={"validation": other})})
+    with pytest.raises(DataError, match=r"cached without 1 of the 3 texts of validation\.prompts .*a third"):
+        open_cached_samples(
+            alone, manifest_id, kinds=parts.kinds, rule=SampleRule(16, kind.clip_step), say=print,
+            prompts=sample_prompts(kind, alone.job, parts),
+        )  # fmt: skip
