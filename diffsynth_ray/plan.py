@@ -53,6 +53,8 @@ class Plan:
     """Stage one of split training: its workers, their resources, and the cache."""
     num_held_out: int = 0
     """Samples of the validation loss."""
+    num_prompts: int = 0
+    """That samples are made of."""
 
     @property
     def num_samples(self) -> int:
@@ -86,11 +88,16 @@ class Plan:
             f"batch     {batch} samples a step",
             f"steps     ceil({self.num_samples} / {self.global_batch_size}) = {self.steps_per_epoch} an epoch, "
             f"{self.num_steps} in all ({epochs:.3g} epochs)",
-            *([f"validate  the loss of {self.num_held_out} samples that are held out"] if self.num_held_out else []),
+            *self._validation_lines(),
             f"output    {self.output_path}",
             f"files     {shown}{more} ({self.num_exports} exports), job.json, loss.csv, checkpoints/",
             *(f"note      {note}" for note in self.notes),
         ]
+
+    def _validation_lines(self) -> list[str]:
+        loss = [f"the loss of {self.num_held_out} samples that are held out"] if self.num_held_out else []
+        samples = [f"samples of {self.num_prompts} prompts"] if self.num_prompts else []
+        return [f"validate  {' and '.join([*loss, *samples])}"] if loss or samples else []
 
     def _encode_lines(self) -> list[str]:
         if self.encode is None:
@@ -100,7 +107,9 @@ class Plan:
             f"encode    {self.encode['num_workers']} x ({resources}) on {self.encode['device']}, loads the encoders that "
             "are not trained; what is in the cache is not encoded again",
             f"cache     {self.encode['cache_path']}",
-            f"train     loads what {' and '.join(self.trained)} is trained through; encodes nothing that is cached",
+            f"train     loads what {' and '.join(self.trained)} is trained through"
+            + (", and the VAE for samples" if self.num_prompts else "")
+            + "; encodes nothing that is cached",
         ]
 
 
@@ -163,6 +172,7 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True, runs_here: bo
         notes=[*notes, *(f"{problem.key}: {problem.message}" for problem, _ in lacking)],
         encode=None if resolved.encode is None else resolved.encode.model_dump() | {"cache_path": job.split.cache_path},
         num_held_out=num_held_out,
+        num_prompts=len(job.validation.prompts),
     )
 
 

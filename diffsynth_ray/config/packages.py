@@ -66,9 +66,7 @@ def missing_name(dotted: str) -> str | None:
     before, *inner, name = dotted.split(".")
     spec = importlib.util.find_spec(before)
     for module in inner:
-        places = [
-            str(place) for place in (spec.submodule_search_locations or [] if spec else [])
-        ]  # transformers has Paths there
+        places = spec.submodule_search_locations or [] if spec else []
         found = PathFinder.find_spec(f"{before}.{module}", [str(place) for place in places])  # transformers has Paths there
         if found is None:
             return f"{before} has no module {module!r}"
