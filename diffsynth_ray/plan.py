@@ -96,8 +96,8 @@ class Plan:
 
     def _validation_lines(self) -> list[str]:
         loss = [f"the loss of {self.num_held_out} samples that are held out"] if self.num_held_out else []
-        samples = [f"samples of {self.num_prompts} prompts"] if self.num_prompts else []
-        return [f"validate  {' and '.join([*loss, *samples])}"] if loss or samples else []
+        samples = [f"makes samples of {self.num_prompts} prompts"] if self.num_prompts else []
+        return [f"validate  {'; '.join([*loss, *samples])}"] if loss or samples else []
 
     def _encode_lines(self) -> list[str]:
         if self.encode is None:
