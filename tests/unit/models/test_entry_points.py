@@ -27,6 +27,8 @@ def install(tmp_path, monkeypatch):
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-family\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text("[diffsynth_ray.families]\n" + "\n".join(entries) + "\n")
+        for name in family_names():  # a module registers its family once: not in the copy below, which goes with the test
+            get_family(name)
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.setattr(family_module, "_FAMILIES", dict(family_module._FAMILIES))
         monkeypatch.delitem(sys.modules, "my_family", raising=False)
