@@ -99,7 +99,7 @@ class Manifest:
     @property
     def media(self) -> list[object]:
         """[num_rows] what tells the rows' files apart, as `held_out` wants it."""
-        return [(row.image_key or row.bad) if row.file is None else row.file for row in self.rows]
+        return [(row.image_key or (row.bad and row.bad[0])) if row.file is None else row.file for row in self.rows]
 
     def entry_keys(self) -> Iterable[str]:
         """The keys of all entries, repeated as rows repeat them."""

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.fs
+import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
 
 from diffsynth_ray.data.cache import Cache, TensorBytes, entry_key
 from diffsynth_ray.data.digests import content_digest, file_digest, file_digests
+from diffsynth_ray.data.holdout import held_out
 from diffsynth_ray.data.manifest import Manifest, ManifestRow, manifest_ids, only_manifest, read_manifest, write_manifest
 from diffsynth_ray.data.storage import Stamp
 from diffsynth_ray.data.store import ArrowStore, open_store
@@ -330,6 +332,23 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path) -> None:
     assert verify(cache, lambda line: None)[1]
     with pytest.raises(DataError, match="no such data set"):
         read_manifest(cache, "0" * 32)
+
+
+def test_an_older_manifest_tells_its_files_apart_by_what_is_encoded(tmp_path: Path) -> None:
+    rows = [
+        ManifestRow("a cat", "t", "i1", 32, 32, 1),
+        ManifestRow("the same cat", "t", "i1", 32, 32, 1),
+        ManifestRow("a dog", "t", "i2", 32, 32, 1),
+        ManifestRow("no picture", "t", None, 32, 32, 1, bad=["/x/a.jpg", "damaged"]),
+    ]
+    cache, older = Cache(str(tmp_path)), Manifest(rows=tuple(rows), family="qwen_image")
+    write_manifest(cache, older)
+    path = tmp_path / "datasets" / f"{older.id}.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["file"]), path)
+    media = read_manifest(cache, older.id).media
+    assert media == ["i1", "i1", "i2", "/x/a.jpg"]
+    held = {tuple(held_out(media, share=0.34, seed=seed).tolist()) for seed in range(20)}
+    assert held == {(0, 1), (2,), (3,)}
 
 
 def test_garbage_is_what_no_data_set_refers_to(tmp_path: Path) -> None:
