@@ -99,6 +99,11 @@ class ResolvedJob(BaseModel):
         """Whether the number of workers follows the cluster."""
         return self.min_workers < self.num_workers
 
+    def with_keys(self, **sections: dict[str, Any]) -> ResolvedJob:
+        """The same with other values of some keys, by section; nothing is resolved anew."""
+        changed = {name: getattr(self.job, name).model_copy(update=keys) for name, keys in sections.items()}
+        return self.model_copy(update={"job": self.job.model_copy(update=changed)})
+
     @property
     def output_path(self) -> Path:
         """Folder of the run."""

@@ -272,7 +272,7 @@ def build_sample_index(resolved: ResolvedJob, say: Callable[[str], None], *, rul
     )
     holdout = resolved.job.validation.holdout
     if isinstance(holdout, str):
-        return replace(whole, holdout=read_holdout(holdout, whole, resolved, say))
+        return replace(whole, holdout=_read_holdout(holdout, whole, resolved, say))
     if holdout is None:
         return whole
     return hold_out(whole, held_out_rows(metadata, share=holdout, seed=resolved.job.seed), resolved, sizes, say)
@@ -304,13 +304,11 @@ def build_order(resolved: ResolvedJob, sizes: IntArray, rows: IntArray) -> Sampl
     )
 
 
-def read_holdout(path: str, trained: SampleIndex, resolved: ResolvedJob, say: Callable[[str], None]) -> SampleIndex:
+def _read_holdout(path: str, trained: SampleIndex, resolved: ResolvedJob, say: Callable[[str], None]) -> SampleIndex:
     """The samples of a metadata file of their own."""
-    dataset = trained.dataset.model_copy(update={"metadata_path": path, "bad_sample": "error"})
-    validation = resolved.job.validation.model_copy(update={"holdout": None})
-    job = resolved.job.model_copy(update={"dataset": dataset, "validation": validation})
+    held = resolved.with_keys(dataset={"metadata_path": path, "bad_sample": "error"}, validation={"holdout": None})
     with holdout_errors():
-        index = build_sample_index(resolved.model_copy(update={"job": job}), say, rule=trained.rule)
+        index = build_sample_index(held, say, rule=trained.rule)
     files = {trained.path(row) for row in range(len(trained.metadata))}
     common = sum(index.path(row) in files for row in range(len(index.metadata)))
     if common:

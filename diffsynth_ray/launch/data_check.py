@@ -88,12 +88,10 @@ def report_of(content: dict[str, Any]) -> CheckReport:
 def check_data(resolved: ResolvedJob, say: Say) -> CheckReport:
     """Check on the Ray that this process is connected to; raises DataError for metadata that cannot be used at all."""
     started = time.monotonic()
-    # Whatever is wrong with a file is a finding here, and no reason to stop looking at the others.
-    tolerant = resolved.job.dataset.model_copy(update={"bad_sample": "skip", "bad_sample_limit": 1.0})
-    # Rows that are held out are looked at like all others.
-    validation = resolved.job.validation.model_copy(update={"holdout": None})
-    job = resolved.job.model_copy(update={"dataset": tolerant, "validation": validation})
-    index = build_sample_index(resolved.model_copy(update={"job": job}), say, rule=sample_rule(job))
+    # Whatever is wrong with a file is a finding here, and no reason to stop looking at the others; rows that are held out are
+    # looked at like all others.
+    tolerant = resolved.with_keys(dataset={"bad_sample": "skip", "bad_sample_limit": 1.0}, validation={"holdout": None})
+    index = build_sample_index(tolerant, say, rule=sample_rule(tolerant.job))
     problems = _decode_all(index, say)
     bad = [{"row": row + 1, "file": index.path(row), "cause": cause} for row, cause in sorted(problems.items())[:_MOST_LISTED]]
     causes = Counter(_kind(cause, index.path(row)) for row, cause in problems.items())

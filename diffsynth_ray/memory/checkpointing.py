@@ -42,7 +42,7 @@ class BlockCall:
         self.unit, self.offload, self.activations = unit, offload, activations
         inner: Callable[..., Any] = module.forward
         self.is_compiled = compile
-        self.sizes_vary = sizes_vary
+        self.sizes_vary = compile and sizes_vary
         self.inner = torch.compile(inner) if compile else inner
         self.trained = [param for param in module.parameters() if param.requires_grad]
         self.out_form: _WithoutTensors | None = None
@@ -73,7 +73,7 @@ class BlockCall:
         return results
 
     def _call(self, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
-        if self.is_compiled and self.sizes_vary:
+        if self.sizes_vary:
             let_sizes_vary(tensors)
         return self.inner(*args, **kwargs)
 

@@ -108,10 +108,7 @@ def _name_problems(job: Job, family: str) -> list[Problem]:
     )
     named = [("training.trainable_models", "component", name, components) for name in job.training.trainable_models]
     named += [("lora.base_model", "component", job.lora.base_model, components)] if job.lora.base_model is not None else []
-    presets = job.lora.preset_model or []
-    named += [
-        ("lora.preset_model", "component", name, components) for name in ([presets] if isinstance(presets, str) else presets)
-    ]
+    named += [("lora.preset_model", "component", name, components) for name in as_list(job.lora.preset_model)]
     named += [("model.fp8_models", "component", name, components) for name in job.model.fp8_models]
     named += [("model.extra_inputs", "extra input", name, inputs) for name in condition_columns(job)]
     named += [("model.options", "option", name, options) for name in job.model.options]

@@ -67,7 +67,9 @@ def cache_dataset(
             hint="add the files to model.paths, or leave [dataset] out to train from a cache that holds the data set",
         )
     rule = SampleRule(family.size_multiple, family.clip_step)
-    index = build_sample_index(_with_all_rows(resolved), say, rule=rule)
+    # A share that is held out is encoded like all other rows; which these are is stage two's matter.
+    holdout = job.validation.holdout if isinstance(job.validation.holdout, str) else None
+    index = build_sample_index(resolved.with_keys(validation={"holdout": holdout}), say, rule=rule)
     digest = partial(_digests, cache=cache, dataset=job.dataset, say=say)
     name = partial(name_rows, resolved, family, encoders=encoders, digest=digest)
     rows, held = name(index), None if index.holdout is None else name(index.holdout)
@@ -96,21 +98,13 @@ def cache_dataset(
     _replace_bad(resolved, rows, say)
     of_holdout = None
     if held is not None:
-        of_holdout = held.manifest(resolved, family, encoders, metadata_path=str(job.validation.holdout), is_holdout=True)
+        of_holdout = held.manifest(resolved, family, encoders, metadata_path=holdout, is_holdout=True)
         write_manifest(cache, of_holdout)
     manifest = rows.manifest(
         resolved, family, encoders, metadata_path=job.dataset.metadata_path, holdout=of_holdout, texts=texts
     )
     write_manifest(cache, manifest)
     return manifest.id
-
-
-def _with_all_rows(resolved: ResolvedJob) -> ResolvedJob:
-    """A share that is held out is encoded as well; which rows these are is stage two's matter."""
-    validation = resolved.job.validation
-    if isinstance(validation.holdout, float):
-        validation = validation.model_copy(update={"holdout": None})
-    return resolved.model_copy(update={"job": resolved.job.model_copy(update={"validation": validation})})
 
 
 def _replace_bad(resolved: ResolvedJob, rows: NamedRows, say: Say) -> None:

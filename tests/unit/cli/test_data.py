@@ -155,26 +155,11 @@ def test_a_file_that_crashes_its_process_is_found_alone(monkeypatch):
     }
 
 
-PHOTOS_JOB = """
-[dataset]
-base_path = "{data}"
-metadata_path = "{data}/metadata.csv"
-max_pixels = 16384
-[model]
-family = "qwen_image"
-tiny = true
-[lora]
-base_model = "dit"
-[output]
-path = "{data}/out"
-"""
-
-
 def test_bad_rows_are_counted_under_no_size(monkeypatch, tmp_path, photos):
     """One that cannot be opened borrows the size of another row; one that is damaged further inside has its own."""
     shutil.copytree(photos, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "job.toml").write_text(PHOTOS_JOB.format(data=tmp_path))
-    resolved = resolve(load_job(str(tmp_path / "job.toml")), Resources(cpus=2, gpus=0))
+    (tmp_path / "job.toml").write_text(JOB.format(photos=tmp_path, output=tmp_path / "out"))
+    resolved = resolve(load_job(str(tmp_path / "job.toml"), ["dataset.max_pixels=16384"]), Resources(cpus=2, gpus=0))
 
     def decode_all(index, say):
         micros = [micro for task in data_check._tasks(index) for micro in task]
