@@ -1,7 +1,6 @@
 """Layer offload: which unit is where, what is copied, and that nothing computes with a weight that is away."""
 
 import gc
-import multiprocessing
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from forked import FORK, fork
 from torch import nn
 
 from diffsynth_ray.memory.checkpointing import BlockCall
@@ -188,12 +188,10 @@ def _second_worker(pipe, barrier, done):
 
 
 def test_two_workers_share_one_copy():
-    context = multiprocessing.get_context("fork")
-    mine, theirs = context.Pipe()
-    done, reported = context.Pipe()
-    barrier = context.Barrier(2)
-    second = context.Process(target=_second_worker, args=(theirs, barrier, reported))
-    second.start()
+    mine, theirs = FORK.Pipe()
+    done, reported = FORK.Pipe()
+    barrier = FORK.Barrier(2)
+    second = fork(_second_worker, theirs, barrier, reported)
     real, *_ = build(group=PipeGroup(True, mine, barrier))
     names, result = done.recv()
     assert names == ["scale"], "the second worker reads only what it has for itself"
@@ -241,10 +239,8 @@ def test_a_process_that_forks_does_not_copy_what_is_pinned():
     segment = HostSegment(64 << 20, device=CPU)
     segment.data.fill_(1)
     address = f"{segment.data.data_ptr():x}-"
-    fork = multiprocessing.get_context("fork")
-    here, there = fork.Pipe()
-    child = fork.Process(target=lambda: there.send(Path("/proc/self/maps").read_text()))
-    child.start()
+    here, there = FORK.Pipe()
+    child = fork(lambda: there.send(Path("/proc/self/maps").read_text()))
     maps = here.recv()
     child.join()
     assert address not in maps

@@ -5,7 +5,6 @@ train/worker.py does: claim, choose, restore, train, figures, checkpoints in the
 """
 
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from forked import fork
 
 from diffsynth_ray.config.schema import Job, LoggingSection
 from diffsynth_ray.errors import RunError
@@ -55,7 +55,6 @@ def build_trainer(num_steps):
 
 def train(path, rank, num_steps, every, trouble):
     """One rank of one attempt; `trouble` is called before each step with the step and the rank."""
-    torch.set_num_threads(1)
     store = dist.FileStore(str(path / f"store-{os.getppid()}-{RunDir(path).attempts()[-1]['attempt']}"), WORLD_SIZE)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60))
     control, writers = Group(WORLD_SIZE), Group(WORLD_SIZE)
@@ -106,11 +105,7 @@ def begin(path, number, num_steps, every, trouble=no_trouble):
     write_whole(path / "attempt.json", json.dumps({"number": number, "token": f"token-{number}"}))
     with (path / "attempts.jsonl").open("a") as file:
         file.write(json.dumps({"attempt": number, "event": "started"}) + "\n")
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=train, args=(path, rank, num_steps, every, trouble)) for rank in range(WORLD_SIZE)]
-    for process in ranks:
-        process.start()
-    return ranks
+    return [fork(train, path, rank, num_steps, every, trouble) for rank in range(WORLD_SIZE)]
 
 
 def attempt(path, number, num_steps, every, *, kill=None):
@@ -159,7 +154,7 @@ def file_size(path):
 
 def warm_up():
     """Import here, once for all processes, what is imported late."""
-    torch.set_num_threads(1)  # a pool of threads would not survive the fork
+    torch.set_num_threads(1)  # as the forked ranks
     trainer = build_trainer(1)
     trainer.start(micro(0, 0))
     trainer.train_step([micro(0, 0)], num_samples=1)

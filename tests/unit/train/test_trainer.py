@@ -1,12 +1,12 @@
 """One step of the trainer, at the tiny size, in this process."""
 
 import math
-import multiprocessing
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+from forked import fork
 from tiny_trainer import build_job, build_trainer, micro, train, weights
 
 from diffsynth_ray.errors import JobFileError, ModelError
@@ -325,13 +325,11 @@ def test_two_workers_sum_the_gradients_of_all_their_micro_steps(precision, tmp_p
     before = weights(alone)
     alone.train_step([micro([index]) for index in range(4)], num_samples=4)
     hands = [[micro([0]), micro([1])], [micro([2]), micro([3])]]
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=train_as_rank, args=(rank, tmp_path, job, hand)) for rank, hand in enumerate(hands)]
-    for process in ranks:
-        process.start()
+    ranks = [fork(train_as_rank, rank, tmp_path, job, hand) for rank, hand in enumerate(hands)]
     for process in ranks:
         process.join(100)
         process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, expected in weights(alone).items():
         assert torch.equal(first[name], second[name]), name
