@@ -42,3 +42,8 @@ class DeviceTimer:
         self._pairs = waiting
         taken, self._done_s = self._done_s, 0.0
         return taken
+
+    def forget(self) -> None:
+        """Stretches that have ended count no more, also those that the device has not passed yet."""
+        self._done_s = 0.0
+        self._pairs.clear()

@@ -60,6 +60,9 @@ class Reporter:
     untold_steps: int = 0
     """Steps since the parts of a step were last measured."""
 
+    def __post_init__(self) -> None:
+        self._forget_parts()  # those of the micro batch that was tried before the first step
+
     def after_step(self, result: StepResult, fed: FedStep, *, started: float, data_wait_s: float) -> None:
         """Called after every step; reads the device only where the step is logged, exported or the last."""
         trainer, step = self.trainer, self.trainer.step
@@ -67,6 +70,8 @@ class Reporter:
         logged = step % trainer.job.logging.every_steps == 0 or trainer.schedule.export_stem(step) is not None
         if not logged:
             self._note_time(result, fed, started=started, data_wait_s=data_wait_s)
+            if len(self.times) == 1:
+                self._forget_parts()  # as its time, see _publish
             return
         assert trainer.strategy is not None  # built by start()
         loss_sum = trainer.strategy.sum_over_workers(result.loss_sum)
@@ -106,6 +111,15 @@ class Reporter:
         parts |= {"encode_s": encode_s} if encode_s > 0 else {}
         return parts | ({"transfer_s": stall_s} if trainer.residency.offload is not None else {})
 
+    def _forget_parts(self) -> None:
+        """What was measured up to here is no part of the steps to come."""
+        trainer = self.trainer
+        assert trainer.strategy is not None  # built by start()
+        trainer.graph.encoding.forget()
+        trainer.residency.forget_stalls()
+        trainer.strategy.communication.forget()
+        self.untold_steps = 0
+
     def publish_validation(self, step: int, figures: Mapping[str, float]) -> None:
         """Called on rank 0 after a validation."""
         if not self.may_commit():
@@ -113,7 +127,7 @@ class Reporter:
         assert self.figures is not None  # rank 0's
         self.figures.write(step, figures)
         self.gauges["validation_loss"].set(figures["validation_loss"])
-        self._take_parts()  # those of the validation are no part of a step
+        self._forget_parts()  # those of the validation
 
     def show_samples(self, step: int, samples: Sequence[SampleFile]) -> None:
         """Called on rank 0 after samples were made."""

@@ -52,6 +52,11 @@ class Residency:
         """Seconds since the last call that the computation waited for offloaded weights."""
         return self.offload.stalls.take_s() if self.offload is not None else 0.0
 
+    def forget_stalls(self) -> None:
+        """Waits for offloaded weights that have ended count no more."""
+        if self.offload is not None:
+            self.offload.stalls.forget()
+
     def begin(self) -> None:
         """A micro step begins."""
         if self.offload is not None:

@@ -77,6 +77,10 @@ class CommunicationTimer:
         """Seconds since the last call; a wait that the device has not passed yet counts the next time."""
         return self._timer.take_s()
 
+    def forget(self) -> None:
+        """Waits that have ended count no more."""
+        self._timer.forget()
+
 
 class TimedCollectives:
     """A backend whose collectives are timed; all else is the backend's."""

@@ -283,6 +283,7 @@ def test_in_a_known_order_everything_is_there_before_it_is_asked_for(slots, monk
     _, model, offload, _ = build(budget_bytes=slots * BLOCK_BYTES)
     offload.begin()
     step(model, torch.ones(1, 64))
+    assert offload.stalls.take_s() > 0
     late = []
     arrive = offload._arrive
     monkeypatch.setattr(offload, "_arrive", lambda unit: (late.append(unit.name), arrive(unit)))
@@ -290,6 +291,7 @@ def test_in_a_known_order_everything_is_there_before_it_is_asked_for(slots, monk
         offload.begin()
         step(model, torch.ones(1, 64))
     assert late == []
+    assert offload.stalls.take_s() == 0
 
 
 def test_a_unit_that_is_being_written_is_waited_for_and_not_loaded_ahead():

@@ -19,7 +19,9 @@ def test_stretches_add_up_and_are_taken_once():
     assert timer.take_s() == 0
 
 
-def test_a_stretch_that_the_device_has_not_passed_counts_later(monkeypatch):
+@pytest.fixture
+def events(monkeypatch):
+    """Numbers of the GPU's events that it has passed; between two is a second."""
     passed, made = set(), []
 
     def make_event(*, enable_timing):
@@ -31,12 +33,31 @@ def test_a_stretch_that_the_device_has_not_passed_counts_later(monkeypatch):
         return event
 
     monkeypatch.setattr(torch.cuda, "Event", make_event)
+    return passed
+
+
+def test_a_stretch_that_the_device_has_not_passed_counts_later(events):
     timer = DeviceTimer(torch.device("cuda"))
     for _ in range(2):
         with timer.stretch():
             pass
-    passed.update({0, 1, 2})
+    events.update({0, 1, 2})
     assert timer.take_s() == pytest.approx(1.0)
-    passed.add(3)
+    events.add(3)
     assert timer.take_s() == pytest.approx(1.0)
     assert timer.take_s() == 0
+
+
+def test_what_is_forgotten_counts_neither_now_nor_later(events):
+    timer = DeviceTimer(torch.device("cuda"))
+    for _ in range(2):
+        with timer.stretch():
+            pass
+    events.update({0, 1})
+    timer.forget()
+    events.update({2, 3})
+    assert timer.take_s() == 0
+    with timer.stretch():
+        pass
+    events.update({4, 5})
+    assert timer.take_s() == pytest.approx(1.0)

@@ -43,6 +43,7 @@ def report(trainer, tmp_path, steps=2):
 
 def test_parts_of_a_step_and_its_tokens(tmp_path):
     trainer = build_trainer(build_job(logging={"every_steps": 2}))
+    trainer.graph.encoding._done_s = 100.0  # of the micro batch that is tried before the first step
     shown, written, said = report(trainer, tmp_path)
     # 32x48 pixels are 4x6 latents, 2x3 patches; the dummy counts nothing.
     assert shown["tokens_per_s"] == pytest.approx(3 * 6 / shown["step_s"])
@@ -77,18 +78,40 @@ def test_figures_are_means_without_the_step_that_waits_for_the_start(tmp_path):
     assert {key: pytest.approx(value) for key, value in written.items() if key in shown}.items() <= shown.items()
 
 
+def wait_in_each_step(trainer, timer, waits):
+    """The timer measures these in the next steps."""
+    train_step = type(trainer).train_step
+    left = iter(waits)
+
+    def wait_and_train(*args, **kwargs):
+        timer._done_s += next(left)
+        return train_step(trainer, *args, **kwargs)
+
+    trainer.train_step = wait_and_train
+
+
 def test_waits_for_other_workers_are_told_a_step(tmp_path):
     trainer = build_trainer(build_job(logging={"every_steps": 2}))
     timer = trainer.strategy.communication = CommunicationTimer(torch.device("cpu"), world_size=2)
-    timer._timer._done_s = 0.5
+    wait_in_each_step(trainer, timer._timer, [7.0, 1.0, 0.5, 0.25])
+    shown, written, _ = report(trainer, tmp_path, steps=4)
+    assert written["communication_s"] == shown["communication_s"] == 0.375, "of two steps"
+
+
+def test_the_first_step_waits_for_the_start(tmp_path):
+    trainer = build_trainer(build_job(logging={"every_steps": 2}))
+    timer = trainer.strategy.communication = CommunicationTimer(torch.device("cpu"), world_size=2)
+    wait_in_each_step(trainer, timer._timer, [7.0, 1.0])
     shown, written, _ = report(trainer, tmp_path)
-    assert written["communication_s"] == shown["communication_s"] == 0.25, "of two steps"
+    assert written["communication_s"] == shown["communication_s"] == 1.0
 
 
 def test_offloaded_weights_are_counted_and_waited_for(tmp_path):
     trainer = build_trainer(build_job(offload={"cpu_offload": True}, logging={"every_steps": 2}))
+    trainer.residency.offload.stalls._done_s = 100.0  # of the micro batch that is tried before the first step
+    wait_in_each_step(trainer, trainer.residency.offload.stalls, [7.0, 0.5])
     shown, written, _ = report(trainer, tmp_path)
-    assert 0 < written["transfer_s"] < written["step_s"]
+    assert written["transfer_s"] == 0.5
     moved = shown["moved_gib"] * 2**30
     blocks = [unit for unit in trainer.residency.offload.units if "transformer_blocks" in unit.name]
     assert blocks
