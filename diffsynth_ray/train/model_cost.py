@@ -22,7 +22,7 @@ from diffsynth_ray.errors import JobFileError, ModelError, Problem
 from diffsynth_ray.memory.fake_pass import BlockCost, block_cost, fake_weights, kept_by_autograd, tensors_of
 from diffsynth_ray.memory.fp8 import convert_to_fp8
 from diffsynth_ray.memory.graph_cost import nbytes, storages
-from diffsynth_ray.memory.peak import peak_bytes
+from diffsynth_ray.memory.peak import peak_in_rounds
 from diffsynth_ray.memory.placement import split_units
 from diffsynth_ray.models import sources
 from diffsynth_ray.models.family import BatchShape, ModelFamily, get_family
@@ -394,8 +394,15 @@ def _measure_other(
         return whole
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake_weights(module, mode)
+
+    def encoding(num_rounds: int) -> Callable[[], Tensor]:
+        num_frames = 1 + (num_rounds - 1) * step
+        pixels = torch.zeros(1, num_frames, shape.height, shape.width, 3, dtype=torch.uint8)
+        return lambda: holder.encode_image(pixels)
+
+    step = family.clip_step or 1
     with mode, torch.no_grad():
-        pixels = torch.zeros(1, shape.num_frames, shape.height, shape.width, 3, dtype=torch.uint8)
-        peak = peak_bytes(lambda: holder.encode_image(pixels))
+        # A clip is encoded in rounds: its first frame, and then as many as make one of the latents.
+        peak = peak_in_rounds(encoding, 1 + (shape.num_frames - 1) // step)
     # Clips are encoded one at a time, pictures together.
     return replace(whole, encode_bytes=peak * (1 if shape.num_frames > 1 else shape.num_samples))

@@ -283,7 +283,7 @@ def test_vace_at_its_real_size_takes_what_all_of_its_blocks_take(trained, goes):
     select_trained(family, job)
     fake_weights(nn.ModuleDict(modules), mode)
     store = ActivationStore(family.device) if goes else None
-    residency._install(family, job, {name: family.repeated_blocks(name) for name in modules}, {}, None, store)
+    residency._install(family, job, {name: family.repeated_blocks(name) for name in modules}, {}, None, store, sizes_vary=False)
     _, peak = allocated(family, job, WAN, mode=mode)
     # Powers of two that the store keeps for the next step: here, without a device, they are allocated like all else.
     on_host = sum(size * len(pool) for size, pool in store._free.items()) if goes else 0
