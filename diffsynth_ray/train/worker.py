@@ -495,6 +495,11 @@ class _Worker:
     def _export_as(self, stem: str) -> None:
         assert self.trainer.strategy is not None  # built by start()
         self.heartbeat.enter("exporting", self.trainer.step)
+        with self.trainer.strategy.meant():
+            self._write_export(stem)
+
+    def _write_export(self, stem: str) -> None:
+        assert self.trainer.strategy is not None  # built by start()
         masters = self.trainer.strategy.full_masters()
         averages = self.trainer.strategy.full_averages()
         if self.rank != 0:

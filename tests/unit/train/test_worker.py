@@ -8,7 +8,7 @@ import pytest
 import torch
 from ray.train.v2.api.preemption import PreemptionInfo
 from safetensors.torch import load_file
-from tiny_trainer import build_job, build_trainer, micro
+from tiny_trainer import build_job, build_trainer, micro, train, weights
 
 from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.config.schema import OutputSection
@@ -141,6 +141,17 @@ def test_moving_averages_are_exported_beside_the_weights(tmp_path):
 def test_without_moving_averages_there_is_one_file(tmp_path):
     exporting(tmp_path, ema_decay=None)._export_as("epoch-0")
     assert [path.name for path in tmp_path.iterdir()] == ["epoch-0.safetensors"]
+
+
+def test_of_a_schedule_free_optimizer_the_averaged_weights_are_exported(tmp_path):
+    worker = exporting(tmp_path, optimizer="schedule_free.AdamW", learning_rate=1e-2, ema_decay=None)
+    train(worker.trainer, [micro([0, 1])], steps=2)
+    with worker.trainer.strategy.meant():
+        expected = sorted(float(tensor.norm()) for tensor in weights(worker.trainer).values())
+    worker._export_as("step-3")
+    found = sorted(float(tensor.float().norm()) for tensor in load_file(tmp_path / "step-3.safetensors").values())
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found != pytest.approx(sorted(float(tensor.norm()) for tensor in weights(worker.trainer).values()), rel=1e-5)
 
 
 def test_only_rank_0_of_the_newest_attempt_writes(tmp_path):
