@@ -9,7 +9,7 @@ from typing import Any
 
 from diffsynth_ray.config.distillation import DIRECT_DISTILL
 from diffsynth_ray.config.origins import local_tokenizer
-from diffsynth_ray.config.packages import extra_of, is_installed, missing_name, missing_trackers
+from diffsynth_ray.config.packages import extra_of, is_installed, missing_name, missing_trackers, note_on_estimates
 from diffsynth_ray.config.resolve import ResolvedJob, show_amounts
 from diffsynth_ray.config.schema import MOST_SAMPLES, Job, as_list
 from diffsynth_ray.config.zero import read_zero_config
@@ -169,7 +169,11 @@ def build_plan(resolved: ResolvedJob, *, check_files: bool = True, runs_here: bo
         files=[name for stem in stems for name in export_file_names(job, stem).values()],
         models=models,
         output_path=str(resolved.output_path),
-        notes=[*notes, *(f"{problem.key}: {problem.message}" for problem, _ in lacking)],
+        notes=[
+            *notes,
+            *(f"training.optimizer: {note}" for note in [note_on_estimates(job)] if note),
+            *(f"{problem.key}: {problem.message}" for problem, _ in lacking),
+        ],
         encode=None if resolved.encode is None else resolved.encode.model_dump() | {"cache_path": job.split.cache_path},
         num_held_out=num_held_out,
         num_prompts=len(job.validation.prompts),

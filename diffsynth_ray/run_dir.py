@@ -345,15 +345,19 @@ class RunDir:
 
     def request_checkpoint(self) -> None:
         """Ask the running attempt for a checkpoint; rank 0 reads it after each step."""
-        write_whole(self.checkpoint_request_path, json.dumps({"time": time.time()}))
+        write_whole(self.checkpoint_request_path, json.dumps({"time": time.time(), "request": secrets.token_hex(4)}))
 
-    def is_checkpoint_requested(self) -> bool:
-        """Whether a checkpoint was asked for and is not yet committed."""
-        return self.checkpoint_request_path.exists()
+    def checkpoint_request(self) -> str | None:
+        """The request for a checkpoint that is not yet answered, if there is one."""
+        try:
+            return str(json.loads(self.checkpoint_request_path.read_text())["request"])
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
-    def checkpoint_is_done(self) -> None:
-        """Take the request for a checkpoint back: it is committed."""
-        self.checkpoint_request_path.unlink(missing_ok=True)
+    def answer_checkpoint_request(self, request: str) -> None:
+        """Take a request back: a checkpoint of a step after it is committed. A newer request stays."""
+        if self.checkpoint_request() == request:
+            self.checkpoint_request_path.unlink(missing_ok=True)
 
     def write_progress(self, progress: Progress) -> None:
         """Keep the newest progress for `dsray status`."""

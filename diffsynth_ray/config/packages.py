@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import re
 from collections.abc import Collection
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
-from diffsynth_ray.config.schema import LoggingSection
+from diffsynth_ray.config.schema import Job, LoggingSection
 from diffsynth_ray.errors import Problem
 
 TORCH_OPTIMIZERS = (
@@ -23,6 +24,8 @@ _USELESS = {
     "SparseAdam": "takes sparse gradients only",
 }
 """The others."""
+_ESTIMATING = re.compile(r"prodigy|d_?adapt|\bl?dog$", re.IGNORECASE)
+"""In the names of optimizers that estimate their step size from all weights: Prodigy, D-Adaptation, DoG."""
 TRACKERS = {"wandb_project": "wandb", "swanlab_project": "swanlab", "mlflow_tracking_uri": "mlflow"}
 """Key of [logging] -> the package that it needs."""
 
@@ -40,6 +43,21 @@ def check_optimizer(name: str) -> list[Problem]:
     else:
         return []
     return [Problem("training.optimizer", message)]
+
+
+def note_on_estimates(job: Job) -> str | None:
+    """What becomes of the step size of an optimizer that estimates it, where no optimizer sees all weights."""
+    name = job.training.optimizer
+    if not _ESTIMATING.search(name):
+        return None
+    if job.offload.optimize_on_cpu:
+        whose = "with offload.optimize_on_cpu every block has an optimizer of its own, and with it an estimate"
+    elif job.distributed.strategy == "deepspeed":
+        whose = "under DeepSpeed every worker sees its share of the weights only, and has an estimate of its own"
+    else:
+        return None
+    leaf = name.rpartition(".")[2]
+    return f'{leaf} estimates its step size: {whose}; use strategy = "ddp" without optimize_on_cpu for one of all weights'
 
 
 def missing_trackers(logging: LoggingSection) -> dict[str, str]:

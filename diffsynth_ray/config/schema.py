@@ -143,7 +143,8 @@ class TrainingSection(Section):
     weight_decay: float = _key(0.01, identity=True, ge=0)
     """Decoupled weight decay of AdamW."""
     optimizer: str = _key("torch.optim.AdamW", identity=True)
-    """Dotted name of an optimizer class (`--customized_optimizer`)."""
+    """Dotted name of an optimizer class (`--customized_optimizer`). Of a schedule-free one (with train() and eval()) the
+    averaged weights are validated and exported."""
     optimizer_args: dict[str, Any] = _key({}, identity=True)
     """Further arguments of the optimizer class."""
     lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = _key(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import ray
 
 
@@ -17,11 +19,28 @@ def staying_nodes() -> dict[str, dict[str, float]]:
 
 def staying_resources() -> dict[str, float]:
     """What these nodes have in all, by resource."""
+    return _sum(staying_nodes().values())
+
+
+def free_resources() -> dict[str, float]:
+    """What is free on these nodes just now, by resource."""
+    staying = staying_nodes()
+    return _sum(free for node, free in _free_by_node().items() if node in staying)
+
+
+def _sum(nodes: Iterable[dict[str, float]]) -> dict[str, float]:
     total: dict[str, float] = {}
-    for resources in staying_nodes().values():
+    for resources in nodes:
         for name, amount in resources.items():
             total[name] = total.get(name, 0.0) + amount
     return total
+
+
+def _free_by_node() -> dict[str, dict[str, float]]:
+    """Node id -> what is free there. As ray.available_resources() reads it, which gives the sum only."""
+    from ray._private.state import state
+
+    return state.available_resources_per_node()
 
 
 def _draining_nodes() -> dict[str, int]:

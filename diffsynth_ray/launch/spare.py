@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from diffsynth_ray.config.resolve import READ_CPUS, ResolvedJob
+from diffsynth_ray.data.nodes import free_resources
 from diffsynth_ray.errors import first_line
 from diffsynth_ray.launch.fetch import bring_here
 from diffsynth_ray.train.sampler import Errand, Made
@@ -33,9 +34,9 @@ class SpareRoom:
         self._has_begun = False
 
     def has_room(self) -> bool:
-        """See Spare. Of the cluster as a whole: a task that fits on no node just now begins later."""
+        """See Spare. Of all nodes that stay: a task that fits on none of them just now begins later."""
         try:
-            free = ray.available_resources()
+            free = free_resources()
         except Exception:  # noqa: BLE001  a boundary: no sample is worth the run
             return False
         return all(free.get(name, 0.0) >= amount + self._kept.get(name, 0.0) for name, amount in self._needed.items())

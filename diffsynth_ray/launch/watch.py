@@ -68,7 +68,7 @@ class Watch(WorkerGroupCallback, ControllerCallback):
         self._board.say.remote(f"going on with {resize_decision.num_workers} worker(s): a checkpoint first")
         self._run_dir.request_checkpoint()
         end = time.monotonic() + _CHECKPOINT_WAIT_S
-        while time.monotonic() < end and self._run_dir.is_checkpoint_requested():
+        while time.monotonic() < end and self._run_dir.checkpoint_request() is not None:
             if ray.get(self._board.silence_s.remote()) > _SILENCE_S:
                 return  # a worker has died meanwhile
             time.sleep(_POLL_S)

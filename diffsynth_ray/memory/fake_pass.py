@@ -50,6 +50,36 @@ def fake_weights(module: nn.Module, mode: FakeTensorMode) -> None:
                     setattr(inner, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
+class Growth:
+    """Of a batch that has `more` samples than three: every number and tensor, from those of two samples and of three.
+
+    Lengths, strides and storages grow evenly with the samples, and what shares a storage still does.
+    """
+
+    def __init__(self, more: int, mode: FakeTensorMode) -> None:
+        self._more, self._mode = more, mode
+        self._storages: dict[int, Tensor] = {}
+
+    def of(self, two: int, three: int) -> int:
+        """A number."""
+        return three + self._more * (three - two)
+
+    def tensor(self, two: Tensor, three: Tensor) -> Tensor:
+        """A fake tensor; one that does not depend on the batch stays itself."""
+        before, storage = two.untyped_storage(), three.untyped_storage()
+        if before._cdata == storage._cdata:
+            return three
+        with self._mode:
+            whole = self._storages.get(storage._cdata)
+            if whole is None:
+                whole = torch.empty(self.of(before.nbytes(), storage.nbytes()), dtype=torch.uint8)
+                self._storages[storage._cdata] = whole
+            size, stride = map(self.of, two.shape, three.shape), map(self.of, two.stride(), three.stride())
+            offset = self.of(int(two.storage_offset()), int(three.storage_offset()))
+            grown = whole.view(three.dtype).as_strided(tuple(size), tuple(stride), offset)
+        return grown.requires_grad_(three.requires_grad)
+
+
 def tensors_of(arguments: object) -> list[Tensor]:
     """All tensors in nested arguments."""
     return [leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor)]

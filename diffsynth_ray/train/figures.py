@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -83,6 +85,8 @@ class _TensorBoard:
     name = "TensorBoard"
 
     def __init__(self, run_dir: RunDir, *, start_step: int) -> None:
+        # TensorBoard's own switch: where TensorFlow is installed it would be imported for its file system.
+        sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
         from torch.utils.tensorboard import SummaryWriter
 
         purge = start_step + 1 if start_step else 0

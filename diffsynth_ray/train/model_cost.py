@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from diffsynth_ray.config.schema import Job, as_list
 from diffsynth_ray.errors import JobFileError, ModelError, Problem
-from diffsynth_ray.memory.fake_pass import BlockCost, block_cost, fake_weights, kept_by_autograd, tensors_of
+from diffsynth_ray.memory.fake_pass import BlockCost, Growth, block_cost, fake_weights, kept_by_autograd, tensors_of
 from diffsynth_ray.memory.fp8 import convert_to_fp8
 from diffsynth_ray.memory.graph_cost import nbytes, storages
-from diffsynth_ray.memory.peak import peak_bytes
+from diffsynth_ray.memory.peak import peak_in_rounds
 from diffsynth_ray.memory.placement import split_units
 from diffsynth_ray.models import sources
 from diffsynth_ray.models.family import BatchShape, ModelFamily, get_family
@@ -34,6 +35,9 @@ from diffsynth_ray.train.residency import compiles
 from diffsynth_ray.train.trainer import select_trained
 
 Say = Callable[[str], object]
+
+_MOST_SAMPLES = 16
+"""Of a batch that is traced as it is."""
 
 
 @dataclass(frozen=True)
@@ -238,11 +242,7 @@ class _Traced:
     def trace(self, shape: BatchShape, capability: tuple[int, int] | None) -> tuple[list[BlockKind], int]:
         """The kinds of blocks in the order of the forward pass, and what is kept around them."""
         fake_weights(self.module, self.mode)
-        calls: dict[nn.Module, _Call] = {}
-        for blocks in self.depths:
-            for block in blocks:
-                block.forward = _Recording(block, calls)
-        around_kept = self._run(shape)
+        calls, around_kept = self._forward(shape)
         counted: dict[nn.Module, tuple[str, int]] = {}
         for (first, second), (component, depth) in self.depths.items():
             is_alike = (
@@ -272,7 +272,6 @@ class _Traced:
         is_compiled: bool,
     ) -> BlockKind:
         """`later`: storages that blocks after this one are called with; `seen`: shared ones that earlier kinds have counted."""
-        del block.__dict__["forward"]
         passed_on = {(tensor.shape, tensor.dtype) for tensor in call.results}
         own_numbers = {
             number
@@ -299,9 +298,26 @@ class _Traced:
             is_compiled=is_compiled,
         )
 
-    def _run(self, shape: BatchShape) -> int:
-        """The forward pass around the blocks; returns what it keeps for backward."""
+    def _forward(self, shape: BatchShape) -> tuple[Calls, int]:
+        """The calls of the blocks, and what is kept for backward around them.
+
+        Some models work sample by sample around their blocks: of a large batch two small ones tell all.
+        """
+        if shape.num_samples > _MOST_SAMPLES:
+            two, three = (self._run(replace(shape, num_samples=num_samples)) for num_samples in (2, 3))
+            growth = Growth(shape.num_samples - 3, self.mode)
+            calls = {block: _grown(growth, two[0][block], call) for block, call in three[0].items()}
+            if all(calls.values()):
+                return {block: call for block, call in calls.items() if call}, growth.of(two[1], three[1])
+        return self._run(shape)
+
+    def _run(self, shape: BatchShape) -> tuple[Calls, int]:
+        """See `_forward`."""
         family, job = self.family, self.job
+        calls: Calls = {}
+        blocks = [block for blocks in self.depths for block in blocks]
+        for block in blocks:
+            block.forward = _Recording(block, calls)
         with self.mode:
             batch = family.blank_batch(shape, extra_inputs=job.model.extra_inputs).with_reference()
             times = torch.zeros(shape.num_samples)
@@ -310,8 +326,10 @@ class _Traced:
                 return family.predict(batch, batch.latents, times)
 
             saved = kept_by_autograd(forward)
+        for block in blocks:
+            del block.__dict__["forward"]
         known = storages(self.module.parameters())
-        return sum(size for storage, size in saved.items() if storage not in known)
+        return calls, sum(size for storage, size in saved.items() if storage not in known)
 
     def around(self) -> dict[str, Component]:
         """The components without their blocks."""
@@ -320,6 +338,22 @@ class _Traced:
             name: _component(module, self.family.repeated_blocks(name), with_trained=with_trained)
             for name, module in self.family.components.items()
         }
+
+
+Calls = dict[nn.Module, _Call]
+
+
+def _grown(growth: Growth, two: _Call, three: _Call) -> _Call | None:
+    """The call of a larger batch; None where other arguments than tensors follow from the batch."""
+    given = (two.args, two.kwargs, two.results), (three.args, three.kwargs, three.results)
+    (leaves_of_two, spec), (leaves, spec_of_three) = map(tree_flatten, given)
+    pairs = list(zip(leaves_of_two, leaves, strict=False))
+    same = (one == other for one, other in pairs if not isinstance(other, Tensor))
+    if spec != spec_of_three or not all(same):
+        return None
+    grown = [growth.tensor(one, other) if isinstance(other, Tensor) else other for one, other in pairs]
+    args, kwargs, results = tree_unflatten(grown, spec)
+    return _Call(args, kwargs, results, three.has_backward)
 
 
 def _layers(block: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
@@ -394,8 +428,15 @@ def _measure_other(
         return whole
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake_weights(module, mode)
+
+    def encoding(num_rounds: int) -> Callable[[], Tensor]:
+        num_frames = 1 + (num_rounds - 1) * step
+        pixels = torch.zeros(1, num_frames, shape.height, shape.width, 3, dtype=torch.uint8)
+        return lambda: holder.encode_image(pixels)
+
+    step = family.clip_step or 1
     with mode, torch.no_grad():
-        pixels = torch.zeros(1, shape.num_frames, shape.height, shape.width, 3, dtype=torch.uint8)
-        peak = peak_bytes(lambda: holder.encode_image(pixels))
+        # A clip is encoded in rounds: its first frame, and then as many as make one of the latents.
+        peak = peak_in_rounds(encoding, 1 + (shape.num_frames - 1) // step)
     # Clips are encoded one at a time, pictures together.
     return replace(whole, encode_bytes=peak * (1 if shape.num_frames > 1 else shape.num_samples))

@@ -10,13 +10,13 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from diffsynth_ray.config.schema import TrainingSection
+from diffsynth_ray.config.schema import Job, TrainingSection
 from diffsynth_ray.errors import JobFileError, Problem
 from diffsynth_ray.train.strategy.base import StateReader
 
@@ -76,17 +76,59 @@ def build_optimizer(
         arguments["fused"] = True
     arguments |= training.optimizer_args
     try:
-        return optimizer_class(params, **arguments)
+        optimizer = optimizer_class(params, **arguments)
     except (TypeError, ValueError) as error:
         raise JobFileError(
             "job",
             [Problem("training.optimizer_args", f"{training.optimizer}({arguments}) is not accepted: {error}")],
         ) from error
+    if is_schedule_free(optimizer):
+        cast(Any, optimizer).train()
+    return optimizer
 
 
-def check_optimizer_arguments(training: TrainingSection) -> None:
-    """Raise JobFileError where the optimizer cannot be had with the job's arguments; needs no model."""
-    build_optimizer([nn.Parameter(torch.zeros(2, 2))], training)
+def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the weights that gradients are computed at are not those that are meant: it has `train` and `eval` to go from
+    one to the other, as in the package schedulefree."""
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+
+
+@contextmanager
+@torch.no_grad()
+def meant_weights(
+    optimizers: Sequence[torch.optim.Optimizer], masters: Sequence[Tensor], write_back: Callable[[], object]
+) -> Iterator[None]:
+    """Inside, the masters of these optimizers are the weights that are meant, outside exactly what they were.
+
+    `write_back` takes masters over into the model. Where optimizers mean the weights that they train, nothing happens.
+    """
+    apart: list[Any] = [optimizer for optimizer in optimizers if is_schedule_free(optimizer)]
+    if not apart:
+        yield
+        return
+    # The way there and back would round, and whoever validates more often would train on other numbers.
+    kept = [master.detach().clone() for master in masters]
+    for optimizer in apart:
+        optimizer.eval()
+    write_back()
+    try:
+        yield
+    finally:
+        for optimizer in apart:
+            optimizer.train()
+        torch._foreach_copy_([*masters], kept)
+        write_back()
+
+
+def check_optimizer(job: Job) -> None:
+    """Raise JobFileError where the optimizer cannot be had with the job's arguments and strategy; needs no model."""
+    optimizer = build_optimizer([nn.Parameter(torch.zeros(2, 2))], job.training)
+    if job.distributed.strategy == "deepspeed" and job.distributed.zero_stage == 3 and is_schedule_free(optimizer):
+        message = (
+            f"{job.training.optimizer} is schedule-free: its steps, and its way to the weights that are exported, are those of "
+            'all weights, which zero_stage = 3 updates part by part; use zero_stage = 2 or strategy = "ddp"'
+        )
+        raise JobFileError(f"job {job.name}", [Problem("distributed.zero_stage", message)])
 
 
 _STATE_BYTES: dict[str, float] = {}
@@ -182,6 +224,10 @@ class MasterOptimizer:
             yield
         finally:
             torch._foreach_copy_([*self.params], kept)
+
+    def meant(self) -> AbstractContextManager[None]:
+        """See `meant_weights`."""
+        return meant_weights([self.optimizer], self.masters, self.write_back)
 
     @torch.no_grad()
     def write_back(self) -> None:

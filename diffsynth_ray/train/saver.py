@@ -47,29 +47,33 @@ class CheckpointSaver:
         may_commit: Callable[[], bool],
         gather: Callable[[Any], list[Any]],
         say: Callable[[str], object],
-        on_commit: Callable[[], object] = lambda: None,
     ) -> None:
         """`gather` gives the values of all ranks, in a group that nobody else uses; `say` is silent on ranks but 0."""
         self._storage, self._identity, self._keep = storage, identity, keep
-        self._may_commit, self._gather, self._say, self._on_commit = may_commit, gather, say, on_commit
+        self._may_commit, self._gather, self._say = may_commit, gather, say
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._host: dict[str, Tensor] = {}
         self.stall_s = 0.0
         """Seconds that the training loop waited for the newest checkpoint."""
+        self.took_s = 0.0
+        """Seconds of the newest committed checkpoint, from copy to commit; on rank 0."""
 
     @property
     def in_flight(self) -> bool:
         """Whether a checkpoint is still being written. Ranks may differ."""
         return self._writing is not None and not self._writing.done()
 
-    def start(self, step: int, slices: Mapping[str, StateSlice]) -> None:
-        """Copy the state of optimizer step `step` and write it in the background; first waits for the one before."""
+    def start(self, step: int, slices: Mapping[str, StateSlice], *, on_commit: Callable[[], object] = lambda: None) -> None:
+        """Copy the state of optimizer step `step` and write it in the background; first waits for the one before.
+
+        `on_commit` is called on rank 0, in the thread, when this checkpoint is committed.
+        """
         started = time.monotonic()
         self._await(must_succeed=False)
         copies = self._copy_to_host(slices)
         self.stall_s = time.monotonic() - started
-        self._writing = self._pool.submit(self._write, step, copies, started)
+        self._writing = self._pool.submit(self._write, step, copies, started, on_commit)
 
     def check(self) -> None:
         """Raise what ended the newest checkpoint for good, without waiting. A full disk does not: the next may find room."""
@@ -104,7 +108,7 @@ class CheckpointSaver:
             torch.cuda.current_stream().synchronize()
         return copies
 
-    def _write(self, step: int, slices: Mapping[str, StateSlice], started: float) -> None:
+    def _write(self, step: int, slices: Mapping[str, StateSlice], started: float, on_commit: Callable[[], object]) -> None:
         me = self._identity
         result: Shard | str
         try:
@@ -121,6 +125,7 @@ class CheckpointSaver:
             raise CheckpointNotWrittenError(f"checkpoint {where} could not be written: {'; '.join(failures)}")
         if me.rank == 0:
             self._commit(step, results, started)
+            on_commit()
 
     def _commit(self, step: int, shards: list[Shard], started: float) -> None:
         try:
@@ -138,10 +143,10 @@ class CheckpointSaver:
             raise CheckpointNotWrittenError(f"checkpoint {where} could not be committed: {error}") from error
         if not committed:
             raise SupersededError
-        self._on_commit()
         num_bytes = sum(shard.num_bytes for shard in shards)
+        self.took_s = time.monotonic() - started
         self._say(
-            f"checkpoint after step {step}: {num_bytes / 2**20:.1f} MiB in {time.monotonic() - started:.1f} s, "
+            f"checkpoint after step {step}: {num_bytes / 2**20:.1f} MiB in {self.took_s:.1f} s, "
             f"training waited {self.stall_s:.2f} s"
         )
 

@@ -135,13 +135,15 @@ class Validation:
         if self._samples is not None:
             # At the end the workers have nothing else to do.
             is_last = self.has_ended or self._trainer.step == self._trainer.schedule.num_steps
-            self._samples.make(self._trainer.step, is_last=is_last)
+            with self._trainer.strategy.meant():
+                self._samples.make(self._trainer.step, is_last=is_last)
 
     def _compute(self, loss: ValidationLoss) -> None:
         around = self._around
-        entry = loss.compute(self._trainer.step)
+        assert self._trainer.strategy is not None  # built by start()
+        with self._trainer.strategy.meant():
+            entry = loss.compute(self._trainer.step)
         if self._job.training.ema_decay is not None:
-            assert self._trainer.strategy is not None  # built by start()
             with self._trainer.strategy.averaged():
                 entry = replace(entry, ema_loss=loss.compute(self._trainer.step).loss)
         self._history.append(entry)

@@ -55,6 +55,8 @@ from diffsynth_ray.train.validation import Surroundings, Validation
 _STOP, _CHECKPOINT, _LOOK_FOR_PREEMPTION = 1, 2, 4
 _LOOK_EVERY_S = 2.0
 """Asking Ray Train whether a node will be taken away is a meeting of all workers."""
+_LAST_CALL_S = 5.0
+"""Before a node goes, beside what a step and twice a checkpoint take: for a last checkpoint."""
 _FOLLOWER_WAIT_S = 20.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -337,6 +339,8 @@ class _Worker:
         self.saver = self._build_saver()
         self.last_checkpoint = self.last_look = time.monotonic()
         self.preempted_nodes: set[str] = set()
+        self.node_goes_at: float | None = None
+        self.step_s = 0.0
         self.validation = self._build_validation(reporter)
         try:
             self.validation.start()
@@ -355,6 +359,7 @@ class _Worker:
                 self.validation.after_step()
                 self._tell_compile_time()
                 self._export()
+                self.step_s = time.monotonic() - started
                 flags = self._flags()
                 if flags & _CHECKPOINT:
                     reporter.before_checkpoint(result, fed)
@@ -388,8 +393,9 @@ class _Worker:
             flags |= _STOP | _CHECKPOINT
         # By time or on request, a checkpoint can wait for the one that is still being written; by steps, training waits.
         due = output.checkpoint_minutes is not None and (now - self.last_checkpoint) / 60 >= output.checkpoint_minutes
-        due = (due or self.run_dir.is_checkpoint_requested()) and not self.saver.in_flight
+        due = (due or self.run_dir.checkpoint_request() is not None) and not self.saver.in_flight
         due |= output.checkpoint_steps is not None and step % output.checkpoint_steps == 0
+        due |= self._is_last_call()
         if due or step == self.schedule.num_steps or self.validation.has_ended:
             flags |= _CHECKPOINT
         if now - self.last_look >= _LOOK_EVERY_S:
@@ -397,12 +403,24 @@ class _Worker:
             flags |= _LOOK_FOR_PREEMPTION
         return flags
 
+    def _is_last_call(self) -> bool:
+        """Whether a node goes so soon that another checkpoint can only just be written; the one of its notice may be old."""
+        if self.node_goes_at is None or self.saver.in_flight:
+            return False
+        left_s = self.node_goes_at - time.time()
+        if left_s > _LAST_CALL_S + 2 * self.saver.took_s + self.step_s:
+            return False
+        self.node_goes_at = None
+        self.say(f"a node goes in {max(left_s, 0):.0f} s: checkpoint after step {self.trainer.step}")
+        return True
+
     def _is_new_preemption(self) -> bool:
         """Whether a worker's node will be taken away that was not known of; the same on all ranks."""
         info = ray.train.get_preemption_info()
         nodes = set(info.preempted_node_ids) - self.preempted_nodes if info is not None else set()
         if nodes:
             self.preempted_nodes |= nodes
+            self.node_goes_at = info.deadline_ms / 1000 if info.deadline_ms else None
             self.say(f"the nodes of ranks {info.preempted_ranks} will go: checkpoint after step {self.trainer.step}")
         return bool(nodes)
 
@@ -413,7 +431,6 @@ class _Worker:
             keep=self.job.output.keep_checkpoints,
             may_commit=self.may_commit,
             gather=self.writers.gather,
-            on_commit=self.run_dir.checkpoint_is_done,
             say=self.say,
         )
 
@@ -426,7 +443,10 @@ class _Worker:
 
     def _checkpoint(self) -> None:
         assert self.trainer.strategy is not None  # built by start()
-        self.saver.start(self.trainer.step, self.trainer.strategy.state_slices())
+        # A request that comes while this one is written is not answered by it: who asks would lose the steps in between.
+        request = self.run_dir.checkpoint_request() if self.rank == 0 else None
+        answer = partial(self.run_dir.answer_checkpoint_request, request) if request is not None else _nothing
+        self.saver.start(self.trainer.step, self.trainer.strategy.state_slices(), on_commit=answer)
         self.last_checkpoint = time.monotonic()
 
     def _build_validation(self, reporter: Reporter) -> Validation:
@@ -475,6 +495,11 @@ class _Worker:
     def _export_as(self, stem: str) -> None:
         assert self.trainer.strategy is not None  # built by start()
         self.heartbeat.enter("exporting", self.trainer.step)
+        with self.trainer.strategy.meant():
+            self._write_export(stem)
+
+    def _write_export(self, stem: str) -> None:
+        assert self.trainer.strategy is not None  # built by start()
         masters = self.trainer.strategy.full_masters()
         averages = self.trainer.strategy.full_averages()
         if self.rank != 0:
@@ -499,6 +524,10 @@ def _gauges(run: str, rank: int) -> dict[str, Gauge]:
     for gauge in gauges.values():
         gauge.set_default_tags(tags)
     return gauges
+
+
+def _nothing() -> None:
+    """When a checkpoint is committed that nobody has asked for."""
 
 
 def _silent(line: str) -> None:

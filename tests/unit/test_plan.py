@@ -411,6 +411,28 @@ def test_what_only_this_machine_lacks_is_noted_and_where_it_is_to_run_a_problem(
     assert plan(photos, check_files=False, **sections).notes == []
 
 
+ON_HOST = {"offload": {"cpu_offload": True, "optimize_on_cpu": True}, "training": {"max_grad_norm": 0}}
+ZERO = {"distributed": {"strategy": "deepspeed"}}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "sections", "told"),
+    [
+        ("prodigyopt.Prodigy", ON_HOST, "Prodigy estimates its step size: with offload.optimize_on_cpu every block"),
+        ("dadaptation.DAdaptAdam", ZERO, "DAdaptAdam estimates its step size: under DeepSpeed every worker"),
+        ("dog.LDoG", ZERO, "LDoG estimates its step size"),
+        ("prodigyopt.Prodigy", {}, None),
+        ("torch.optim.SGD", ON_HOST, None),
+        ("my_dogs.Optimizer", ZERO, None),
+    ],
+)
+def test_who_estimates_its_step_size_in_parts_is_told(photos, optimizer, sections, told):
+    training = sections.get("training", {}) | {"optimizer": optimizer, "trainable_models": ["dit"]}
+    sections = sections | {"training": training, "lora": {"base_model": None}}
+    notes = [note for note in plan(photos, **sections).notes if "estimates" in note]
+    assert [note.partition("training.optimizer: ")[2][: len(told or "")] for note in notes] == ([told] if told else [])
+
+
 @pytest.mark.parametrize("optimizer", ["torch.optim.Adamw", "transformers.optimization.Adafactr"])
 def test_a_typing_error_in_the_optimizer_is_told_before_anything_starts(photos: Path, optimizer: str) -> None:
     assert "did you mean" in problems(photos, training={"optimizer": optimizer})["training.optimizer"]

@@ -321,14 +321,19 @@ def test_checkpoints_that_are_elsewhere_are_not_lost_from_sight(tmp_path: Path) 
         local.checkpoint_location(with_checkpoint_path(resolved, "s3://bucket"))
 
 
-def test_a_request_for_a_checkpoint_is_taken_back_when_it_is_committed(tmp_path: Path) -> None:
+def test_a_request_for_a_checkpoint_is_taken_back_when_it_is_answered(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
-    assert not run_dir.is_checkpoint_requested()
+    assert run_dir.checkpoint_request() is None
     run_dir.request_checkpoint()
-    assert run_dir.is_checkpoint_requested()
-    run_dir.checkpoint_is_done()
-    run_dir.checkpoint_is_done()
-    assert not run_dir.is_checkpoint_requested()
+    first = run_dir.checkpoint_request()
+    assert first is not None
+    run_dir.request_checkpoint()
+    run_dir.answer_checkpoint_request(first)
+    second = run_dir.checkpoint_request()
+    assert second not in (first, None), "another request is not answered with it"
+    run_dir.answer_checkpoint_request(second)
+    run_dir.answer_checkpoint_request(second)
+    assert run_dir.checkpoint_request() is None
 
 
 def test_the_progress_of_stage_one_is_read_back(tmp_path: Path) -> None:

@@ -90,6 +90,13 @@ class Strategy(Protocol):
         """The sum of a tensor over all workers, on every worker."""
         ...
 
+    def meant(self) -> AbstractContextManager[None]:
+        """Masters and parameters are inside what is validated and exported, outside what is trained and kept to go on.
+
+        Called on all ranks. They differ for schedule-free optimizers only.
+        """
+        ...
+
     def full_masters(self) -> dict[str, Tensor]:
         """Float32 masters by full parameter name. Called on all ranks; whole on rank 0, whatever on the others."""
         ...

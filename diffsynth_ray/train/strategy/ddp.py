@@ -120,6 +120,10 @@ class DDPStrategy:
                 dist.all_reduce(value)
         return value
 
+    def meant(self) -> AbstractContextManager[None]:
+        """See Strategy."""
+        return self.optimizer.meant()
+
     def full_masters(self) -> dict[str, Tensor]:
         """See Strategy. Every rank has them."""
         return self.optimizer.named_masters()

@@ -34,6 +34,7 @@ from diffsynth_ray.train.optim import (
     build_optimizer,
     group_entries,
     load_optimizer_class,
+    meant_weights,
 )
 from diffsynth_ray.train.shards import balanced_slices
 from diffsynth_ray.train.strategy.base import GradientWatch, StateReader, StateSlice
@@ -327,6 +328,13 @@ class HostStrategy:
             if group.unit is not None and group.unit.pending is not None:
                 group.unit.pending.wait()
 
+    def meant(self) -> AbstractContextManager[None]:
+        """See Strategy."""
+        self._finish()
+        mine = [group for group in self._groups if group.is_mine]
+        optimizers = [group.optimizer for group in mine if group.optimizer is not None]
+        return meant_weights(optimizers, [master for group in mine for master in group.masters], self._show_masters)
+
     def full_masters(self) -> dict[str, Tensor]:
         """See Strategy. Blocks that another worker updates as the weights in host memory, rounded as an export rounds them."""
         self._finish()
@@ -386,6 +394,13 @@ class HostStrategy:
             else:
                 own = NUMBERS[number](values.item()) if number else in_huge_pages(values)
                 group.optimizer.state[master][key] = own
+        self._show_masters()
+
+    @torch.no_grad()
+    def _show_masters(self) -> None:
+        """Round the masters into the weights in host memory, and into those that stay on the device."""
+        if self.world_size > 1:
+            dist.barrier()  # nobody computes with the ones before any more
         for group in self._groups:
             if group.unit is not None:
                 self._offload.evict(group.unit)

@@ -82,9 +82,10 @@ def test_a_checkpoint_comes_before_another_number_of_workers(watch, board, tmp_p
 
     def commit_after_three_waits(seconds):
         waits.append(seconds)
-        assert run_dir.is_checkpoint_requested()
+        request = run_dir.checkpoint_request()
+        assert request is not None
         if len(waits) == 3:
-            run_dir.checkpoint_is_done()
+            run_dir.answer_checkpoint_request(request)
 
     monkeypatch.setattr(watch_module.time, "sleep", commit_after_three_waits)
     watch.before_controller_execute_resize_decision(SimpleNamespace(num_workers=4))

@@ -20,9 +20,9 @@ from diffsynth_ray.memory.graph_cost import nbytes, storages
 from diffsynth_ray.memory.peak import PeakBytes
 from diffsynth_ray.models import wan_configs
 from diffsynth_ray.models.family import BatchShape, get_family
-from diffsynth_ray.train import fit, residency
+from diffsynth_ray.train import fit, model_cost, residency
 from diffsynth_ray.train.estimate import GIB, Spread, activation_bytes, backward_moments, estimate
-from diffsynth_ray.train.model_cost import Weights, find_configs, measure_model
+from diffsynth_ray.train.model_cost import Weights, _Traced, find_configs, measure_model
 from diffsynth_ray.train.residency import settle
 from diffsynth_ray.train.trainer import load_family, select_trained
 
@@ -205,6 +205,23 @@ def test_the_fake_pass_keeps_what_a_real_one_keeps(row):
     assert cost.weights.num_trained == sum(param.numel() for param in trained)
 
 
+@pytest.mark.parametrize("row", [pytest.param(row, marks=() if row == "z_image" else pytest.mark.slow) for row in TINY])
+def test_a_large_batch_is_told_from_two_small_ones(monkeypatch, row):
+    """Z-Image works sample by sample around its blocks: 190 operators a sample."""
+    job, (_, side, num_frames) = tiny_job(row), TINY[row]
+    runs, run = [], _Traced._run
+    monkeypatch.setattr(_Traced, "_run", lambda self, shape: (runs.append(shape.num_samples), run(self, shape))[1])
+
+    def measure(num_samples):
+        return measure_model(job, BatchShape(num_samples, side, side, num_frames, text_tokens=12), capability=None, say=silent)
+
+    found = measure(17)
+    assert runs == [2, 3], "whatever the batch"
+    monkeypatch.setattr(model_cost, "_MOST_SAMPLES", 17)
+    assert found == measure(17)
+    assert runs == [2, 3, 17]
+
+
 def record(block, calls, *args, **kwargs):
     calls[block] = (args, kwargs)
     return block.plain(*args, **kwargs)
@@ -283,7 +300,7 @@ def test_vace_at_its_real_size_takes_what_all_of_its_blocks_take(trained, goes):
     select_trained(family, job)
     fake_weights(nn.ModuleDict(modules), mode)
     store = ActivationStore(family.device) if goes else None
-    residency._install(family, job, {name: family.repeated_blocks(name) for name in modules}, {}, None, store)
+    residency._install(family, job, {name: family.repeated_blocks(name) for name in modules}, {}, None, store, sizes_vary=False)
     _, peak = allocated(family, job, WAN, mode=mode)
     # Powers of two that the store keeps for the next step: here, without a device, they are allocated like all else.
     on_host = sum(size * len(pool) for size, pool in store._free.items()) if goes else 0

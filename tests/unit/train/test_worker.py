@@ -1,17 +1,20 @@
 """A worker's decisions, without Ray: what it wants after a step, what it exports, what it says of its end."""
 
 import errno
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ray.train.v2.api.preemption import PreemptionInfo
 from safetensors.torch import load_file
-from tiny_trainer import build_job, build_trainer, micro
+from tiny_trainer import build_job, build_trainer, micro, train, weights
 
 from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.config.schema import OutputSection
 from diffsynth_ray.errors import ModelError, RunError, SupersededError
 from diffsynth_ray.run_dir import RunDir
+from diffsynth_ray.train import saver as saver_module
 from diffsynth_ray.train import worker as worker_module
 from diffsynth_ray.train.checkpoint import TrainedOn, find_checkpoints
 from diffsynth_ray.train.group import Group
@@ -26,20 +29,24 @@ NUM_STEPS = 100
 def wishes(tmp_path, monkeypatch):
     """Build a worker after a step, `minutes` after its last checkpoint; what it wants."""
     monkeypatch.setattr(worker_module.time, "monotonic", lambda: NOW_S)
+    monkeypatch.setattr(worker_module.time, "time", lambda: NOW_S)
     said = []
 
-    def of(step, *, minutes=0.0, in_flight=False, has_ended=False, looked_s=0.0, request=None, **output):
+    def of(step, *, minutes=0.0, in_flight=False, has_ended=False, looked_s=0.0, request=None, goes_in_s=None, **output):
         worker = object.__new__(_Worker)
         worker.job = SimpleNamespace(output=OutputSection.model_validate(output))
         worker.trainer = SimpleNamespace(step=step)
         worker.schedule = SimpleNamespace(num_steps=NUM_STEPS)
         worker.validation = SimpleNamespace(has_ended=has_ended)
-        worker.saver = SimpleNamespace(in_flight=in_flight)
+        worker.saver = SimpleNamespace(in_flight=in_flight, took_s=3.0)
+        worker.node_goes_at, worker.step_s = None if goes_in_s is None else NOW_S + goes_in_s, 2.0
         worker.run_dir, worker.say = RunDir(tmp_path), said.append
         worker.last_checkpoint, worker.last_look = NOW_S - 60 * minutes, NOW_S - looked_s
         if request is not None:
             request(worker.run_dir)
-        return worker._wishes()
+        wanted = worker._wishes()
+        of.node_goes_at = worker.node_goes_at
+        return wanted
 
     of.said = said
     return of
@@ -65,6 +72,26 @@ def test_checkpoints_by_time(wishes):
 def test_a_checkpoint_on_request_waits_for_the_one_that_is_being_written(wishes):
     assert wishes(7, request=RunDir.request_checkpoint, in_flight=True) == 0
     assert wishes(7) == _CHECKPOINT
+
+
+def test_before_a_node_goes_there_is_a_last_checkpoint(wishes):
+    """In time for a step of 2 s, twice a checkpoint of 3 s and 5 s more."""
+    assert wishes(7, goes_in_s=13.1) == 0
+    assert wishes(7, goes_in_s=12.9, in_flight=True) == 0, "one is being written"
+    assert wishes.node_goes_at is not None
+    assert wishes(7, goes_in_s=12.9) == _CHECKPOINT
+    assert wishes.node_goes_at is None, "once"
+    assert wishes.said == ["a node goes in 13 s: checkpoint after step 7"]
+
+
+def test_when_a_node_goes_is_what_ray_train_says(monkeypatch):
+    worker = object.__new__(_Worker)
+    worker.trainer, worker.preempted_nodes, worker.node_goes_at, worker.say = SimpleNamespace(step=7), set(), None, len
+    for deadline_ms, nodes, expected in ((None, "a", None), (60_000, "ab", 60.0), (90_000, "ab", 60.0), (0, "abc", None)):
+        info = PreemptionInfo(deadline_ms=deadline_ms, preempted_node_to_ranks={node: [0] for node in nodes})
+        monkeypatch.setattr(worker_module.ray.train, "get_preemption_info", lambda info=info: info)
+        assert worker._is_new_preemption() == (deadline_ms != 90_000)
+        assert worker.node_goes_at == expected
 
 
 def test_the_end_is_kept_however_it_comes(wishes):
@@ -116,6 +143,17 @@ def test_without_moving_averages_there_is_one_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["epoch-0.safetensors"]
 
 
+def test_of_a_schedule_free_optimizer_the_averaged_weights_are_exported(tmp_path):
+    worker = exporting(tmp_path, optimizer="schedule_free.AdamW", learning_rate=1e-2, ema_decay=None)
+    train(worker.trainer, [micro([0, 1])], steps=2)
+    with worker.trainer.strategy.meant():
+        expected = sorted(float(tensor.norm()) for tensor in weights(worker.trainer).values())
+    worker._export_as("step-3")
+    found = sorted(float(tensor.float().norm()) for tensor in load_file(tmp_path / "step-3.safetensors").values())
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found != pytest.approx(sorted(float(tensor.norm()) for tensor in weights(worker.trainer).values()), rel=1e-5)
+
+
 def test_only_rank_0_of_the_newest_attempt_writes(tmp_path):
     exporting(tmp_path, rank=1, may_commit=False)._export_as("step-1")
     with pytest.raises(SupersededError):
@@ -123,13 +161,19 @@ def test_only_rank_0_of_the_newest_attempt_writes(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_as_many_checkpoints_are_kept_as_the_job_says_and_a_request_is_taken_back(tmp_path):
+def saving(tmp_path):
+    """A worker that has done one step and can write checkpoints."""
     worker = exporting(tmp_path)
     worker.job = build_job(output={"keep_checkpoints": 3})
     worker.storage, worker.world_size = Storage.at(tmp_path / "checkpoints"), 1
     worker.token, worker.writer, worker.writers = "token", "writer", Group(1)
     worker.index = SimpleNamespace(metadata=[{}] * 5, order=SimpleNamespace(digest="digest"))
     worker.saver = worker._build_saver()
+    return worker
+
+
+def test_as_many_checkpoints_are_kept_as_the_job_says_and_a_request_is_taken_back(tmp_path):
+    worker = saving(tmp_path)
     worker.run_dir.request_checkpoint()
     for step in range(1, 6):
         worker.trainer.step = step
@@ -138,7 +182,30 @@ def test_as_many_checkpoints_are_kept_as_the_job_says_and_a_request_is_taken_bac
     found = find_checkpoints(worker.storage)
     assert [each.step for each in found] == [5, 4, 3]
     assert found[0].trained_on == TrainedOn(5, "digest")
-    assert not worker.run_dir.is_checkpoint_requested()
+    assert worker.run_dir.checkpoint_request() is None
+
+
+def test_a_request_is_not_answered_by_the_checkpoint_that_is_being_written(tmp_path, monkeypatch):
+    worker = saving(tmp_path)
+    may_write = threading.Event()
+    original = saver_module.write_shard
+
+    def slow(*arguments):
+        assert may_write.wait(10)
+        return original(*arguments)
+
+    monkeypatch.setattr(saver_module, "write_shard", slow)
+    worker.trainer.step = 1
+    worker._checkpoint()
+    worker.run_dir.request_checkpoint()  # steps after it, which the requester would lose
+    may_write.set()
+    worker.saver.finish()
+    assert worker.run_dir.checkpoint_request() is not None
+    worker.trainer.step = 4
+    worker._checkpoint()
+    worker.saver.finish()
+    assert worker.run_dir.checkpoint_request() is None
+    assert [each.step for each in find_checkpoints(worker.storage)] == [4, 1]
 
 
 # How a worker ends

@@ -34,6 +34,7 @@ FULL = {"lora": {"base_model": None}, "training": {"trainable_models": ["dit"]}}
 BF16 = {"training": {"precision": "bf16"}}
 COMPILED = {"training": {"compile": True}}
 SGD = {"training": {"optimizer": "torch.optim.SGD", "optimizer_args": {"momentum": 0.9}}}
+SCHEDULE_FREE = {"training": {"optimizer": "schedule_free.AdamW"}}
 
 
 def zero(stage, **keys):
@@ -60,6 +61,9 @@ CASES = {
         "full 3 kept compiled": (FULL, COMPILED, {"gradient": {"checkpointing": False}}, zero(3)),
         "full 3 host": (FULL, zero(3, **ON_HOST, offload_param_device="cpu")),
         "sgd 2": (LORA, SGD, zero(2)),
+        "schedule-free 1": (FULL, SCHEDULE_FREE, zero(1)),
+        "schedule-free 2": (LORA, SCHEDULE_FREE, zero(2)),
+        "schedule-free 2 host": (FULL, SCHEDULE_FREE, zero(2, **ON_HOST)),
         "bf16 1": (LORA, BF16, zero(1)),
         "bf16 2": (LORA, BF16, zero(2)),
         "bf16 3": (LORA, BF16, zero(3)),
@@ -162,10 +166,12 @@ def run_case(job):
     for _ in range(STEPS):
         loss, norm = train(trainer, steps=1)
         losses, norms = losses + loss, norms + norm
-        evaluated.append(evaluate(trainer))
-    masters = copied(trainer.strategy.full_masters())
-    found = {"losses": losses, "norms": norms, "start": start, "masters": masters, "evaluated": evaluated}
-    found["drift"] = drift(trainer, masters)
+        with trainer.strategy.meant():
+            evaluated.append(evaluate(trainer))
+    with trainer.strategy.meant():
+        masters = copied(trainer.strategy.full_masters())
+        found = {"losses": losses, "norms": norms, "start": start, "masters": masters, "evaluated": evaluated}
+        found["drift"] = drift(trainer, masters)
     close(trainer)
     return found
 
