@@ -348,9 +348,9 @@ class RunDir:
         write_whole(self.checkpoint_request_path, json.dumps({"time": time.time(), "request": secrets.token_hex(4)}))
 
     def checkpoint_request(self) -> str | None:
-        """The request for a checkpoint that is not yet answered, if there is one."""
+        """The request for a checkpoint that is not yet answered, if there is one: what its file holds."""
         try:
-            return str(json.loads(self.checkpoint_request_path.read_text())["request"])
+            return self.checkpoint_request_path.read_text()
         except (FileNotFoundError, NotADirectoryError):
             return None
 
