@@ -18,7 +18,7 @@ import training_runs
 from PIL import Image
 from safetensors.torch import load_file
 from training_in_process import train_in_process
-from training_runs import wait_until
+from waiting import wait_until
 
 from diffsynth_ray.config.resolve import Resources, available_cpus, resolve
 from diffsynth_ray.config.schema import Job
