@@ -95,9 +95,14 @@ class Run(training_runs.Run):
 
     def undisturbed_losses(self, steps=3):
         """Those of combined training in this process, with as many threads as the worker has, as loss.csv has them."""
+        before = torch.get_num_threads()
         torch.set_num_threads(available_cpus())
+        try:
+            losses, _ = train_in_process(self.dir.owner(), steps=steps)
+        finally:
+            torch.set_num_threads(before)  # the tests that follow compute with as many as without this one
         # Nine digits tell one float32 from every other.
-        return {step: float(f"{loss:.9g}") for step, loss in train_in_process(self.dir.owner(), steps=steps)[0].items()}
+        return {step: float(f"{loss:.9g}") for step, loss in losses.items()}
 
     def counts(self):
         return [line.strip() for line in self.said if line.startswith("encoded ")]

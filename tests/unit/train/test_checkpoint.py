@@ -285,9 +285,9 @@ class Threads:
     def of(self, rank):
         def gather(value):
             self.values[rank] = value
-            self.barrier.wait(10)
+            self.barrier.wait(100)
             found = list(self.values)
-            self.barrier.wait(10)
+            self.barrier.wait(100)
             return found
 
         return gather
@@ -318,7 +318,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(storage, monkeypatch):
     original = saver_module.write_shard
 
     def slow(*arguments):
-        assert may_write.wait(10)
+        assert may_write.wait(100)
         return original(*arguments)
 
     monkeypatch.setattr(saver_module, "write_shard", slow)
