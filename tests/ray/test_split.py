@@ -193,7 +193,7 @@ def test_two_stages_are_one_run(split):
     assert split.dir.encode_progress().done == 10
     assert len(split.cache.index_files()) == 1
     # The encoders are gone with their stage: their GPUs would be free.
-    assert not processes("_EncodeUnit")
+    wait_until(lambda: not processes("_EncodeUnit"))
 
 
 def test_its_losses_are_those_of_combined_training(split):
