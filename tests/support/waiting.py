@@ -3,7 +3,7 @@
 import time
 
 
-def wait_until(condition, seconds=120, explain=lambda: "", *, every_s=0.02):
+def wait_until(condition, seconds=200, explain=lambda: "", *, every_s=0.02):
     """What the condition gives, as soon as that is true; `seconds` are for a machine that does much else."""
     end = time.monotonic() + seconds
     while not (found := condition()):
