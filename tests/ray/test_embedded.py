@@ -89,40 +89,41 @@ def test_life(state_dir):
     assert cluster is not None
     remote = client.Cluster(url=cluster.url, token=cluster.token)
     wait_until(lambda: client.cluster_resources(remote) == Resources(cpus=2, gpus=0), every_s=0.2)
-    dropped = state_dir / "dropped"
-    submission_id = submit(cluster, "r-a1", CODE.format(dropped=str(dropped)))
-    lines: list[str] = []
-    streams: list[int] = []
-    original = follow._LogReader.read
+    with embedded.lock():  # it does not end before it was looked at, however long that takes
+        dropped = state_dir / "dropped"
+        submission_id = submit(cluster, "r-a1", CODE.format(dropped=str(dropped)))
+        lines: list[str] = []
+        streams: list[int] = []
+        original = follow._LogReader.read
 
-    async def counted(self, *args):
-        streams.append(len(lines))
-        await original(self, *args)
+        async def counted(self, *args):
+            streams.append(len(lines))
+            await original(self, *args)
 
-    def drop_once():
-        wait_until(lambda: len(lines) >= 2)
-        drop_log_streams(urlsplit(local.dashboard_url).port)
-        dropped.touch()
+        def drop_once():
+            wait_until(lambda: len(lines) >= 2)
+            drop_log_streams(urlsplit(local.dashboard_url).port)
+            dropped.touch()
 
-    follow._LogReader.read = counted
-    try:
-        thread = threading.Thread(target=drop_once)
-        thread.start()
-        result = follow.follow(cluster, submission_id, lines.append)
-        thread.join()
-    finally:
-        follow._LogReader.read = original
-    own = [line for line in lines if line.startswith(("line", "end"))]
-    assert own == [*(f"line {i}" for i in range(6)), "end without newline"]
-    assert len(streams) >= 2, "the drop did not happen"
-    assert result == client.Ended("SUCCEEDED", ExitCode.DONE)
-    assert client.active_job(cluster, "r") is None
-    assert list(client.job_states(cluster, "r")) == [1]
+        follow._LogReader.read = counted
+        try:
+            thread = threading.Thread(target=drop_once)
+            thread.start()
+            result = follow.follow(cluster, submission_id, lines.append)
+            thread.join()
+        finally:
+            follow._LogReader.read = original
+        own = [line for line in lines if line.startswith(("line", "end"))]
+        assert own == [*(f"line {i}" for i in range(6)), "end without newline"]
+        assert len(streams) >= 2, "the drop did not happen"
+        assert result == client.Ended("SUCCEEDED", ExitCode.DONE)
+        assert client.active_job(cluster, "r") is None
+        assert list(client.job_states(cluster, "r")) == [1]
 
-    tree = [psutil.Process(local.supervisor_pid), *psutil.Process(local.supervisor_pid).children(recursive=True)]
-    ports = listeners({process.pid for process in tree})
-    assert len(ports) > 5
-    assert {ip.removeprefix("::ffff:") for ip, _ in ports} == {"127.0.0.1"}
+        tree = [psutil.Process(local.supervisor_pid), *psutil.Process(local.supervisor_pid).children(recursive=True)]
+        ports = listeners({process.pid for process in tree})
+        assert len(ports) > 5
+        assert {ip.removeprefix("::ffff:") for ip, _ in ports} == {"127.0.0.1"}
     wait_until(lambda: not local.alive(), explain=lambda: "the idle Ray did not end")
     assert not [process for process in tree if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     still = {each.laddr.port for each in psutil.net_connections("inet") if each.status == psutil.CONN_LISTEN}

@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import sys
+from functools import partial
 
 import pytest
 from waiting import wait_until
@@ -52,6 +53,8 @@ def job_file(tmp_path, monkeypatch):
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(client, "entrypoint", lambda submission_id: shlex.join([sys.executable, "-c", DRIVER]))
+    # It knows the jobs of a run for as long as it lasts.
+    monkeypatch.setattr(embedded, "find_or_start", partial(embedded.find_or_start, idle_grace_s=500.0))
     Image.new("RGB", (64, 64)).save(tmp_path / "red.png")
     path = tmp_path / "tiny.toml"
     path.write_text(JOB.format(folder=tmp_path))
