@@ -1,15 +1,22 @@
 """A one-node Ray for the tests that run stages in this process."""
 
+import os
+from pathlib import Path
+
 import pytest
 import ray
 
 from diffsynth_ray.launch.environment import WITHOUT_DASHBOARD_ENV, inherited
 
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
+
 
 @pytest.fixture(scope="session")
 def local_ray(tmp_path_factory):
     """Two CPUs, as on the smallest machine that the quickstart runs on; stopped at the end."""
-    with inherited(WITHOUT_DASHBOARD_ENV):  # by Ray's processes; the tests that follow go without
+    # A job may name an optimizer of the tests.
+    search = {"PYTHONPATH": os.pathsep.join(filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH")]))}
+    with inherited(WITHOUT_DASHBOARD_ENV | search):  # by Ray's processes; the tests that follow go without
         for attempt in range(3):
             try:
                 ray.init(
