@@ -27,7 +27,7 @@ def run_ranks(folder, cases):
         with log.open("w") as output:
             ranks.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
     try:
-        codes = [process.wait(timeout=250) for process in ranks]
+        codes = [process.wait(timeout=500) for process in ranks]
     finally:
         for process in ranks:
             process.kill()
