@@ -97,10 +97,10 @@ fi
 # In the background, so that the signals above are not held back until it ends.
 dsray submit "$job_file" --address "$dashboard" "$@" &
 submit=$!
+while kill -0 "$submit" 2> /dev/null; do # a signal cuts `wait` short
+  wait "$submit" || true
+done
+# It may have ended while a signal was answered: only now `wait` gives its exit code, which the shell has kept.
 code=0
 wait "$submit" || code=$?
-while kill -0 "$submit" 2> /dev/null; do # `wait` was cut short by a signal
-  code=0
-  wait "$submit" || code=$?
-done
 exit "$code"

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Decided before anything imports ray or tokenizers, and alike for every process that a test starts.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -19,6 +20,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the driver sets it for its workers
+
+# The same examples in every run, so that the commit decides and not chance; no limits of time, for machines that do other
+# things; fewer than usual, because some examples are a whole epoch.
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=40
+)
+settings.load_profile("repeatable")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

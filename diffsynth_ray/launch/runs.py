@@ -24,6 +24,7 @@ from diffsynth_ray.run_dir import EncodeProgress, Progress, RunDir
 
 _EXIT_OF_STATE = {"SUCCEEDED": ExitCode.DONE, "FAILED": ExitCode.RUN_FAILED, "STOPPED": ExitCode.STOPPED}
 _KILL_S = 30.0
+_ANSWER_S = 10.0
 _POLL_S = 0.1
 _NOTHING_THERE = "nothing of it is in its output path"
 _DIED = "its process ended without a word (killed, or the machine went down); submit the job again to continue it"
@@ -315,7 +316,7 @@ def stop(submission: Submission, *, now: bool, say: Callable[[str], None]) -> En
         run_dir.request_stop(reason="dsray stop")
         return None
     if submission.pid is not None:
-        return _interrupt(submission, now=now, say=say)
+        return _interrupt(submission, run_dir, now=now, say=say)
     if cluster is None:
         raise ClusterError(note or f"the local Ray of {seen.run} does not run")
     if now and run_dir is not None and has_started:
@@ -326,7 +327,7 @@ def stop(submission: Submission, *, now: bool, say: Callable[[str], None]) -> En
     return client.wait_until_ended(cluster, seen.submission_id, say=say) if now else None
 
 
-def _interrupt(submission: Submission, *, now: bool, say: Callable[[str], None]) -> Ended | None:
+def _interrupt(submission: Submission, run_dir: RunDir | None, *, now: bool, say: Callable[[str], None]) -> Ended | None:
     """Ctrl-C to a run in the foreground: once asks it to stop, twice (`now`) ends it at once, which is waited for."""
     if submission.is_elsewhere:
         raise DsrayError(f"{submission.run} runs on {submission.host}", hint="stop it there")
@@ -335,11 +336,17 @@ def _interrupt(submission: Submission, *, now: bool, say: Callable[[str], None])
     if process is None:
         return ended
     try:
-        for _ in range(2 if now else 1):
-            process.send_signal(signal.SIGINT)
-            time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
         if not now:
             return None
+        # Two that come before it looks are one. It answers the first one in its folder, where it has begun that.
+        deadline = time.monotonic() + _ANSWER_S
+        while run_dir is not None and run_dir.stop_reason() is None and time.monotonic() < deadline:
+            if submission.process() is None:
+                return ended
+            time.sleep(_POLL_S)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
         say(f"waiting for process {process.pid} to end ...")
         deadline = time.monotonic() + _KILL_S
         # Not psutil's wait: to that, one whose parent has not asked after it yet is alive.

@@ -1,7 +1,7 @@
 """Checkpoints beside the training: the loop waits for a copy to host memory only; a thread writes, hashes and commits.
 
 Every worker writes its own shard. The threads of all workers meet in a process group of their own (gather), so that rank 0
-commits when all shards are there, wherever the training loops are by then. At most one checkpoint is under way.
+commits when all shards are there, wherever the training loops are by then. At most one checkpoint is under way, of all workers.
 """
 
 from __future__ import annotations
@@ -123,9 +123,13 @@ class CheckpointSaver:
                 self._storage.delete(result.name)
             where = self._storage.path(f"step-{step}")
             raise CheckpointNotWrittenError(f"checkpoint {where} could not be written: {'; '.join(failures)}")
-        if me.rank == 0:
-            self._commit(step, results, started)
-            on_commit()
+        try:
+            if me.rank == 0:
+                self._commit(step, results, started)
+                on_commit()
+        finally:
+            # Whatever is there of other steps is deleted then: nobody may be writing the next checkpoint yet.
+            self._gather(None)
 
     def _commit(self, step: int, shards: list[Shard], started: float) -> None:
         try:

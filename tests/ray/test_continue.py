@@ -11,7 +11,8 @@ import time
 import psutil
 import pytest
 from safetensors.torch import load_file
-from training_runs import JOB, distance, note_recovery, wait_until
+from training_runs import JOB, distance, note_recovery
+from waiting import wait_until
 
 from diffsynth_ray.errors import ExitCode
 from diffsynth_ray.run_dir import RunDir

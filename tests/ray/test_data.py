@@ -21,7 +21,7 @@ from diffsynth_ray.launch.data_check import check_data
 from diffsynth_ray.launch.driver import run_job
 from diffsynth_ray.run_dir import RunDir
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("local_ray")]
 
 VIDEO = Path(__file__).parents[1] / "assets" / "videos" / "bigbuckbunny.mp4"
 JOB = """

@@ -14,7 +14,8 @@ import psutil
 import pytest
 import ray
 from PIL import Image
-from training_runs import JOB, note_recovery, recovery, wait_until
+from training_runs import JOB, note_recovery, recovery
+from waiting import wait_until
 
 from diffsynth_ray.config.load import load_job
 from diffsynth_ray.config.resolve import Resources, resolve

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 from line import Line
 from pyarrow.fs import FileSystem, LocalFileSystem, copy_files
-from training_runs import JOB, Run, distance, wait_until
+from training_runs import JOB, Run, distance
+from waiting import wait_until
 
 from diffsynth_ray.data import storage
 from diffsynth_ray.data.cache import Cache

@@ -4,9 +4,9 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
+from waiting import wait_until
 
 from diffsynth_ray.launch import embedded
 
@@ -36,14 +36,6 @@ def submit(dsray, path, *overrides):
 
 def status(dsray, run):
     return json.loads(dsray("status", run, "--json").stdout)
-
-
-def wait_until(condition, seconds=200):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "too late"
-        time.sleep(1)
-    return found
 
 
 def test_a_run_waits_for_its_turn_list_says_why_and_the_urgent_one_goes_first(dsray, tmp_path):

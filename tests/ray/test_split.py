@@ -18,7 +18,7 @@ import training_runs
 from PIL import Image
 from safetensors.torch import load_file
 from training_in_process import train_in_process
-from training_runs import wait_until
+from waiting import wait_until
 
 from diffsynth_ray.config.resolve import Resources, available_cpus, resolve
 from diffsynth_ray.config.schema import Job
@@ -95,9 +95,14 @@ class Run(training_runs.Run):
 
     def undisturbed_losses(self, steps=3):
         """Those of combined training in this process, with as many threads as the worker has, as loss.csv has them."""
+        before = torch.get_num_threads()
         torch.set_num_threads(available_cpus())
+        try:
+            losses, _ = train_in_process(self.dir.owner(), steps=steps)
+        finally:
+            torch.set_num_threads(before)  # the tests that follow compute with as many as without this one
         # Nine digits tell one float32 from every other.
-        return {step: float(f"{loss:.9g}") for step, loss in train_in_process(self.dir.owner(), steps=steps)[0].items()}
+        return {step: float(f"{loss:.9g}") for step, loss in losses.items()}
 
     def counts(self):
         return [line.strip() for line in self.said if line.startswith("encoded ")]
@@ -188,7 +193,7 @@ def test_two_stages_are_one_run(split):
     assert split.dir.encode_progress().done == 10
     assert len(split.cache.index_files()) == 1
     # The encoders are gone with their stage: their GPUs would be free.
-    assert not processes("_EncodeUnit")
+    wait_until(lambda: not processes("_EncodeUnit"))
 
 
 def test_its_losses_are_those_of_combined_training(split):

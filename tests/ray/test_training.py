@@ -3,19 +3,19 @@
 import json
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 from safetensors.torch import load_file
 from training_runs import Run, distance
+from waiting import wait_until
 
 from diffsynth_ray.errors import ExitCode
 from diffsynth_ray.train.checkpoint import find_checkpoints
 from diffsynth_ray.train.storage import Storage
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("local_ray")]
 
 
 @pytest.fixture(scope="module")
@@ -83,23 +83,21 @@ def test_a_run_that_goes_on_with_another_data_set_says_so(tmp_path, photos):
 
 
 def test_a_killed_worker_comes_back_and_changes_nothing(reference, tmp_path, photos):
-    run = Run(tmp_path, photos)
+    run, hold = Run(tmp_path, photos), tmp_path / "hold"
+    hold.touch()
 
     def kill_after_step_5():
-        run.wait_for_step(5)
-        workers = [
-            process
-            for process in psutil.process_iter(["cmdline"])
-            if any("RayTrainWorker" in part for part in process.info["cmdline"] or [])
-        ]
-        assert workers, "no training worker found"
-        for worker in workers:
-            worker.kill()
+        run.wait_for_step(5, 200)
+        wait_until(lambda: find_checkpoints(Storage.at(run.dir.checkpoints_dir)), explain=lambda: run.said)
+        run.kill(0)
+        hold.unlink()
 
     thread = threading.Thread(target=kill_after_step_5)
     thread.start()
-    assert run.start("output.checkpoint_steps=2") == ExitCode.DONE, run.said
+    held = ["training.optimizer=held_optimizer.HeldAdamW", f"training.optimizer_args={{hold = '{hold}', at = 6}}"]
+    assert run.start("output.checkpoint_steps=2", *held) == ExitCode.DONE, run.said
     thread.join()
+    assert run.killed
     assert any("continuing after step" in line for line in run.said), run.said
     assert run.losses() == reference.losses()
     assert distance(reference.weights(), run.weights()) == 0
@@ -194,10 +192,11 @@ def test_weights_from_files_and_full_training_beside_a_lora(tmp_path, photos, re
 def test_no_training_or_decoding_process_is_left(reference):
     """On a shared Ray, after runs that ended well, failed and were killed. That the driver's end takes the rest with it is
     tested in test_quickstart."""
-    end = time.monotonic() + 30
-    while left := [process.info for process in psutil.process_iter(["pid", "cmdline"]) if _is_training(process)]:
-        assert time.monotonic() < end, left
-        time.sleep(0.5)
+
+    def left():
+        return [process.info for process in psutil.process_iter(["pid", "cmdline"]) if _is_training(process)]
+
+    wait_until(lambda: not left(), explain=left, every_s=0.5)
 
 
 def _is_training(process):

@@ -15,6 +15,7 @@ import psutil
 import ray
 import torch
 from safetensors.torch import load_file
+from waiting import wait_until
 
 from diffsynth_ray.config.load import load_job
 from diffsynth_ray.config.resolve import Resources, resolve
@@ -176,14 +177,6 @@ def describe_measurement():
         "unit": "seconds from the kill: until it was told, until new workers were there, had loaded the model, had restored "
         "the checkpoint, had done a step; load: of the machine, in processes",
     }
-
-
-def wait_until(condition, seconds=120, explain=lambda: "", *, every_s=0.02):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, explain()
-        time.sleep(every_s)
-    return found
 
 
 def distance(first, second):

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from waiting import wait_until
 
 from diffsynth_ray import __version__
 from diffsynth_ray.cli import app, inspect
@@ -82,7 +83,7 @@ def run(*arguments):
 
 
 def subprocess_run(code, **options):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, **options)
 
 
 def test_version(capsys):
@@ -169,9 +170,11 @@ def test_all_job_files_are_read_before_the_first_starts(job_file, tmp_path, caps
 
 
 def test_unreachable_cluster_is_exit_3_and_quick(job_file, capsys):
-    began = time.monotonic()
-    assert run("submit", job_file, "--address", "http://127.0.0.1:9") == ExitCode.CLUSTER
-    assert time.monotonic() - began < 10
+    for _ in range(2):
+        capsys.readouterr()
+        began = time.monotonic()
+        assert run("submit", job_file, "--address", "http://127.0.0.1:9") == ExitCode.CLUSTER
+    assert time.monotonic() - began < 10, "the second time, when all is imported"
     error = capsys.readouterr().err
     assert "http://127.0.0.1:9" in error
     assert "hint:" in error
@@ -333,7 +336,7 @@ def test_logs_follow_a_run_in_the_foreground_to_its_end(job_file, monkeypatch, c
         with run_dir.attempts_path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
-    monkeypatch.setattr(inspect.time, "sleep", end)
+    monkeypatch.setattr(inspect, "time", SimpleNamespace(sleep=end))
     assert run("logs", "-f", job_file) == ExitCode.STOPPED
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
 
@@ -393,36 +396,44 @@ def test_a_run_on_another_machine_that_shares_the_home_folder_has_not_failed(job
 
 _FOREGROUND = """
 import signal, sys, time
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from diffsynth_ray.run_dir import RunDir
+count, folder, busy_s = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 asked = []
 def interrupted(*_):
-    Path(sys.argv[1]).write_text(str(len(asked) + 1))
+    count.write_text(str(len(asked) + 1))
     if asked:
         time.sleep(1)
         sys.exit(130)
     asked.append(1)
+    RunDir(folder).request_stop(reason="Ctrl-C")
 signal.signal(signal.SIGINT, interrupted)
-Path(sys.argv[1]).write_text("0")
-time.sleep(60)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+count.write_text("0")
+time.sleep(busy_s)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+time.sleep(200)
 """
 
 
 @pytest.fixture
-def foreground(job_file, tmp_path):
-    """A process that ends by two interrupts, as `dsray run` does, known as the run in the foreground."""
-    resolved, _ = finish(job_file, state=None)
+def foreground(request, job_file, tmp_path):
+    """A process that ends by two interrupts, as `dsray run` does, known as the run in the foreground.
+
+    Its parameter: for how many seconds it does not look at them.
+    """
+    resolved, run_dir = finish(job_file, state=None)
     count = tmp_path / "interrupts"
-    process = subprocess.Popen([sys.executable, "-c", _FOREGROUND, str(count)])
-    while not count.exists():
-        time.sleep(0.05)
+    arguments = [str(count), str(run_dir.path), str(getattr(request, "param", 0))]
+    process = subprocess.Popen([sys.executable, "-c", _FOREGROUND, *arguments])
+    wait_until(count.exists)
     remember(resolved, job_file, pid=process.pid)
     yield process, count
     process.kill()
     process.wait()
 
 
+@pytest.mark.parametrize("foreground", [0, 1.5], indirect=True)
 def test_stop_now_ends_a_run_in_the_foreground_and_waits(job_file, foreground, capsys):
     process, count = foreground
     assert run("stop", job_file, "--now") == 0
@@ -431,23 +442,21 @@ def test_stop_now_ends_a_run_in_the_foreground_and_waits(job_file, foreground, c
     assert count.read_text() == "2"
 
 
-_PARENT = "import subprocess, sys, time; print(subprocess.Popen(sys.argv[1:]).pid, flush=True); time.sleep(60)"
+_PARENT = "import subprocess, sys, time; print(subprocess.Popen(sys.argv[1:]).pid, flush=True); time.sleep(200)"
 
 
 def test_a_run_in_the_foreground_whose_parent_does_not_ask_after_it_has_ended(job_file, tmp_path):
     """As one that a script has started: it stays in the table of processes, and half a minute was waited for."""
-    resolved, _ = finish(job_file, state=None)
+    resolved, run_dir = finish(job_file, state=None)
     count = tmp_path / "interrupts"
-    parent = subprocess.Popen(
-        [sys.executable, "-c", _PARENT, sys.executable, "-c", _FOREGROUND, str(count)], stdout=subprocess.PIPE, text=True
-    )
+    foreground = [sys.executable, "-c", _FOREGROUND, str(count), str(run_dir.path), "0"]
+    parent = subprocess.Popen([sys.executable, "-c", _PARENT, *foreground], stdout=subprocess.PIPE, text=True)
     try:
         remember(resolved, job_file, pid=int(parent.stdout.readline()))
-        while not count.exists():
-            time.sleep(0.05)
+        wait_until(count.exists)
         asked = time.monotonic()
         assert run("stop", job_file, "--now") == 0
-        assert time.monotonic() - asked < 10
+        assert time.monotonic() - asked < 20
         assert count.read_text() == "2"
     finally:
         parent.kill()

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from waiting import wait_until
 
 from diffsynth_ray.launch import diagnosis
 
@@ -212,16 +214,23 @@ FAKES = {
     # Drops Slurm's options and runs the rest.
     "srun": 'echo "srun $*" >> calls; while [[ $1 == --* ]]; do shift; done; exec "$@"',
     "ray": 'echo "ray $*" >> calls; exec sleep 60',
-    "curl": 'if [[ -e two ]]; then echo \'"state": "ALIVE" "state": "ALIVE"\'; else echo \'"state": "ALIVE"\'; touch two; fi',
+    # The node that is waited for is there as soon as its Ray was started.
+    "curl": "started='ray start --head'; [[ -e one ]] && started='ray start --block'; touch one\n"
+    'until grep -q "^$started" calls; do sleep 0.05; done; grep "^ray start" calls | sed \'s/.*/"state": "ALIVE"/\'',
     "openssl": "echo secret",
-    "dsray": 'echo "dsray $* token=$(stat -c %a "$RAY_AUTH_TOKEN_PATH")" >> calls\n'
-    "[[ $1 == stop ]] && touch stopped && exit 0\n"
-    "for _ in $(seq 100); do [[ -e stopped || ! -e wait ]] && exit 103; sleep 0.1; done",
+    # A run that is to `wait` ends when it is stopped, and with `quick` before the command that stops it does.
+    "dsray": "[[ $1 == submit ]] && echo $$ > submitted\n"
+    'echo "dsray $* token=$(stat -c %a "$RAY_AUTH_TOKEN_PATH")" >> calls\n'
+    "if [[ $1 == stop ]]; then\n"
+    "  touch stopped; while [[ -e quick && -d /proc/$(cat submitted) ]]; do sleep 0.05; done; exit 0\n"
+    "fi\n"
+    "while [[ -e wait && ! -e stopped ]]; do sleep 0.1; done; exit 103",
 }
 
 
 @pytest.fixture
 def slurm(tmp_path):
+    """Starts the script, where the commands that it calls are stand-ins."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, text in FAKES.items():
@@ -233,14 +242,15 @@ def slurm(tmp_path):
         "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8",
     }  # fmt: skip
     arguments = ["bash", str(CLUSTER / "slurm.sh"), "job.toml", "--new"]
-    return subprocess.Popen(
+    return lambda: subprocess.Popen(
         arguments, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
 def test_the_slurm_script_starts_every_node_and_gives_the_runs_exit_code(slurm, tmp_path):
-    output, _ = slurm.communicate(timeout=60)
-    assert slurm.returncode == 103, output
+    script = slurm()
+    output, _ = script.communicate(timeout=120)
+    assert script.returncode == 103, output
     calls = (tmp_path / "calls").read_text().splitlines()
     (head,) = (call for call in calls if call.startswith("ray start --head"))
     (worker,) = (call for call in calls if call.startswith("ray start --block --address"))
@@ -251,16 +261,14 @@ def test_the_slurm_script_starts_every_node_and_gives_the_runs_exit_code(slurm, 
     assert list(tmp_path.glob(".dsray-token*")) == []
 
 
-def test_the_slurm_script_stops_the_run_before_its_time_is_over(slurm, tmp_path):
-    import signal
-    import time
-
+@pytest.mark.parametrize("is_quick", [True, False])
+def test_the_slurm_script_stops_the_run_before_its_time_is_over(slurm, tmp_path, is_quick):
     (tmp_path / "wait").touch()
-    deadline = time.monotonic() + 30
-    while "dsray submit" not in ((tmp_path / "calls").read_text() if (tmp_path / "calls").exists() else ""):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    slurm.send_signal(signal.SIGUSR1)
-    output, _ = slurm.communicate(timeout=60)
-    assert slurm.returncode == 103, output
-    assert any(call.startswith("dsray stop job.toml") for call in (tmp_path / "calls").read_text().splitlines())
+    if is_quick:
+        (tmp_path / "quick").touch()
+    script, calls = slurm(), tmp_path / "calls"
+    wait_until(lambda: calls.exists() and "dsray submit" in calls.read_text())
+    script.send_signal(signal.SIGUSR1)
+    output, _ = script.communicate(timeout=120)
+    assert script.returncode == 103, output
+    assert any(call.startswith("dsray stop job.toml") for call in calls.read_text().splitlines())

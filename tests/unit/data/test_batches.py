@@ -7,14 +7,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from diffsynth_ray.data.batches import Bucket, GlobalBatch, MicroBatch, SampleOrder, build_buckets, count_tokens, deal
-
-# No deadline, for machines that do other things; fewer examples than usual, because an example is a whole epoch.
-settings.register_profile("epochs", deadline=None, max_examples=40)
-settings.load_profile("epochs")
 
 
 def make_buckets(counts: list[int]) -> tuple[Bucket, ...]:
@@ -133,11 +129,11 @@ def test_mixes_buckets_over_the_epoch() -> None:
 def test_a_trillion_samples_cost_no_more_than_their_rows() -> None:
     buckets = make_buckets([700, 200, 100])
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.thread_time()  # whatever else the machine does
     order = SampleOrder(buckets, repeat=10**9 + 7, batch_size=4, global_batch_size=64, seed=0)
     steps = [0, order.steps_per_epoch // 2, order.steps_per_epoch - 1, 3 * order.steps_per_epoch + 12345]
     batches = [order.step(step) for step in steps]
-    elapsed_s = time.perf_counter() - started
+    elapsed_s = time.thread_time() - started
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert order.num_samples > 10**12

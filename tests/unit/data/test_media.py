@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -302,7 +303,7 @@ def breaking_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list
             self.wfile.write(body[: cuts.pop(0)] if cuts else body)
             self.close_connection = True
 
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(storage, "time", SimpleNamespace(sleep=lambda seconds: None))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

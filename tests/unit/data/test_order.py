@@ -38,10 +38,10 @@ def test_one_position_at_a_time_gives_the_same() -> None:
 
 def test_a_large_size_costs_nothing() -> None:
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.thread_time()  # whatever else the machine does
     permutation = KeyedPermutation(2**62, b"key")
     outputs = permutation(np.arange(2**62 - 1000, 2**62))
-    elapsed_s = time.perf_counter() - started
+    elapsed_s = time.thread_time() - started
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(set(outputs.tolist())) == 1000

@@ -1,5 +1,6 @@
 """What Ray Train's controller tells the board, with a controller's objects as Ray Train makes them."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -87,7 +88,8 @@ def test_a_checkpoint_comes_before_another_number_of_workers(watch, board, tmp_p
         if len(waits) == 3:
             run_dir.answer_checkpoint_request(request)
 
-    monkeypatch.setattr(watch_module.time, "sleep", commit_after_three_waits)
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=commit_after_three_waits)
+    monkeypatch.setattr(watch_module, "time", clock)
     watch.before_controller_execute_resize_decision(SimpleNamespace(num_workers=4))
     assert len(waits) == 3
     assert ("say", "going on with 4 worker(s): a checkpoint first") in board.sent

@@ -1,21 +1,23 @@
 """Time of marked stretches; the GPU's events are stood in for by a stream that has not got to the last one yet."""
 
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from diffsynth_ray.memory import timing
 from diffsynth_ray.memory.timing import DeviceTimer
 
 
-def test_stretches_add_up_and_are_taken_once():
+def test_stretches_add_up_and_are_taken_once(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     timer = DeviceTimer(torch.device("cpu"))
     for _ in range(2):
         with timer.stretch():
-            time.sleep(0.01)
-    time.sleep(0.02)
-    assert 0.02 <= timer.take_s() < 0.04
+            now[0] += 1
+    now[0] += 2
+    assert timer.take_s() == 2
     assert timer.take_s() == 0
 
 

@@ -51,7 +51,7 @@ def test_words_are_those_that_bash_hands_over(text: str, tmp_path) -> None:
         pytest.skip("no bash here")
     prefix = 'show() { local a; for a in "$@"; do printf "%s\\0" "$a"; done >> shown; printf "\\1" >> shown; }\n'
     # `|| show c` does not run after a success: every branch is read.
-    subprocess.run([bash, "-c", prefix + text.replace("|| show c", "; show c")], cwd=tmp_path, check=True, timeout=20)
+    subprocess.run([bash, "-c", prefix + text.replace("|| show c", "; show c")], cwd=tmp_path, check=True, timeout=100)
     said = (tmp_path / "shown").read_text().split("\1")[:-1]
     assert found == [each.split("\0")[:-1] for each in said]
 

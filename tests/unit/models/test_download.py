@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from diffsynth_ray.config.origins import CONVERTED_REPO, Origin, parse_origin
 from diffsynth_ray.config.schema import ModelSection
@@ -393,14 +394,25 @@ def test_progress_is_told_while_a_hub_is_slow(hub, bring, monkeypatch, said):
     monkeypatch.setattr(download, "_SAY_EVERY_S", 0.05)
     hub.add("a/b", "x.safetensors", PAYLOAD)
     hub.hold.clear()
-    threading.Timer(0.4, hub.hold.set).start()
+
+    def answer_when_it_was_told():
+        wait_until(lambda: any("0 B of 256.0 KiB" in line and "waiting for the hub" in line for line in list(said)), 20)
+        hub.hold.set()
+
+    answer = threading.Thread(target=answer_when_it_was_told)
+    answer.start()
     bring("a/b:x.safetensors")
+    answer.join()
     assert any("waiting for the hub" in line for line in said)
     assert any("0 B of 256.0 KiB" in line for line in said)
 
 
-def _bring_in_a_process(source, base_path):
-    Downloader(hubs.build_hub(source), base_path=base_path, say=lambda _: None).bring(Origin("a/b", "x.safetensors"))
+def _bring_in_a_process(source, base_path, said_path):
+    def say(line):
+        with said_path.open("a") as file:
+            file.write(f"{line}\n")
+
+    Downloader(hubs.build_hub(source), base_path=base_path, say=say).bring(Origin("a/b", "x.safetensors"))
 
 
 @BOTH
@@ -408,14 +420,16 @@ def test_several_processes_download_once(hub, tmp_path, source):
     hub.add("a/b", "x.safetensors", PAYLOAD)
     hub.hold.clear()
     context = multiprocessing.get_context("fork")
-    arguments = (source, str(tmp_path / "models"))
+    said_path = tmp_path / "said"
+    said_path.touch()
+    arguments = (source, str(tmp_path / "models"), said_path)
     processes = [context.Process(target=_bring_in_a_process, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()
-    time.sleep(0.3)
+    wait_until(lambda: said_path.read_text().count("another process is downloading to it") == 2, 25)
     hub.hold.set()
     for process in processes:
-        process.join(20)
+        process.join(100)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert hub.fetched() == ["x.safetensors"]
 

@@ -1,17 +1,20 @@
 """One rank of test_communication.py: `python communication_rank.py RANK FOLDER LATE_S CASE...`. Not a test module.
 
-Rank 1 comes LATE_S seconds late to every step. Each rank writes to FOLDER/rank-RANK.json, by case and step, the seconds that
-its strategy has measured ("waited"), when it began the step and when each of its waits, by the clock that both share.
+Rank 1 comes late to every step: when rank 0 has been in one wait for LATE_S seconds, or longer where the steps take long. Each
+rank writes to FOLDER/rank-RANK.json, by case and step, the seconds that its strategy has measured ("waited"), when it began
+the step and when each of its waits, by the clock that both share.
 """
 
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tiny_trainer import build_job, micro
+from waiting import wait_until
 
 from diffsynth_ray.memory.host import NodePlace
 from diffsynth_ray.schedule import build_schedule
@@ -21,6 +24,8 @@ from diffsynth_ray.train.strategy import communication
 from diffsynth_ray.train.trainer import Trainer, load_family, select_trained
 
 WORLD_SIZE = 2
+WARM_UP = 2
+"""Steps to which both come in time. In the first one DeepSpeed waits where it does not later."""
 STEPS = 3
 BF16 = {"precision": "bf16"}
 FULL = {"base_model": None, "rank": 32}
@@ -56,7 +61,7 @@ def build_trainer(job, rank):
     return trainer
 
 
-def run_case(case, rank, late_s):
+def run_case(case, rank, late_s, folder):
     trainer = build_trainer(build_job(**CASES[case]), rank)
     strategy = trainer.strategy
     collectives = communication._COLLECTIVES
@@ -65,26 +70,43 @@ def run_case(case, rank, late_s):
     hands = [[micro([0]), micro([1])], [micro([2]), micro([3])]]
     steps, begun = [], []
     timer = strategy.communication._timer
-    stretch, timer.stretch = timer.stretch, lambda: begun.append(time.monotonic()) or stretch()
-    for _ in range(STEPS):
+    stretch, timer.stretch = timer.stretch, lambda: note_wait(begun, shown_at) or stretch()
+    for step in range(WARM_UP + STEPS):
+        shown_at = folder / f"{case}-{step}-{rank}.waits"
         dist.barrier()
         strategy.communication.take_s()
         begun = []
-        time.sleep(late_s * rank)
-        step = {"began": time.monotonic()}
+        if step >= WARM_UP and rank == 1:
+            wait_until(partial(waits_since, folder / f"{case}-{step}-0.waits", late_s))
+        began = time.monotonic()
         trainer.train_step(hands[rank], num_samples=4)
-        steps.append(step | {"waited": strategy.communication.take_s(), "waits": begun})
+        steps.append({"began": began, "waited": strategy.communication.take_s(), "waits": begun})
+        if step == WARM_UP - 1:  # on a busy machine a step has many small waits, for both
+            late_s = max(late_s, 4 * (time.monotonic() - began))
     communication._COLLECTIVES = collectives
     if hasattr(strategy, "engine"):
         strategy.engine.destroy()
-    return steps
+    return steps[WARM_UP:]
+
+
+def note_wait(begun, path):
+    """A wait begins: for the figures, and for the other rank to see."""
+    begun.append(time.monotonic())
+    with path.open("a") as file:
+        file.write(f"{begun[-1]}\n")
+
+
+def waits_since(path, seconds):
+    """Whether the newest of the waits began that long ago: it goes on."""
+    begun = path.read_text().splitlines() if path.exists() else []
+    return bool(begun) and time.monotonic() - float(begun[-1]) > seconds
 
 
 def main():
     rank, folder, late_s = int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
     store = dist.FileStore(str(folder / "store"), WORLD_SIZE)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE)
-    found = {case: run_case(case, rank, late_s) for case in sys.argv[4:]}
+    found = {case: run_case(case, rank, late_s, folder) for case in sys.argv[4:]}
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
     # Without it gloo's threads are still there when the interpreter ends, which sometimes aborts the process.
     dist.barrier()

@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 
 import pytest
 import torch
@@ -285,9 +286,9 @@ class Threads:
     def of(self, rank):
         def gather(value):
             self.values[rank] = value
-            self.barrier.wait(10)
+            self.barrier.wait(100)
             found = list(self.values)
-            self.barrier.wait(10)
+            self.barrier.wait(100)
             return found
 
         return gather
@@ -318,7 +319,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(storage, monkeypatch):
     original = saver_module.write_shard
 
     def slow(*arguments):
-        assert may_write.wait(10)
+        assert may_write.wait(100)
         return original(*arguments)
 
     monkeypatch.setattr(saver_module, "write_shard", slow)
@@ -337,6 +338,32 @@ def test_training_goes_on_while_a_checkpoint_is_written(storage, monkeypatch):
     for saver in savers:
         saver.finish()
     equal(read_checkpoint(storage, restorable(storage), expected_masters={"w"}), tensors)
+
+
+def test_no_worker_writes_the_next_checkpoint_while_one_is_committed(storage, monkeypatch):
+    """Whatever is there of other steps is deleted then; a manifest was written over the lack of a shard."""
+    may_commit = threading.Event()
+    original = saver_module.commit_checkpoint
+
+    def slow(*arguments, **options):
+        assert may_commit.wait(100)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(saver_module, "commit_checkpoint", slow)
+    savers = build_savers(storage)
+    start(savers, 3, TENSORS)
+    ahead = threading.Thread(target=savers[1].start, args=(4, balanced_slices(TENSORS, rank=1, world_size=2)))
+    ahead.start()
+    end = time.monotonic() + 1
+    while storage.list("step-4") == [] and time.monotonic() < end:
+        time.sleep(0.02)
+    may_commit.set()
+    savers[0].start(4, balanced_slices(TENSORS, rank=0, world_size=2))
+    ahead.join(100)
+    for saver in savers:
+        saver.finish()
+    assert restorable(storage).step == 4
+    equal(read_checkpoint(storage, restorable(storage), expected_masters={"w"}), TENSORS)
 
 
 def test_a_full_disk_under_one_worker_costs_a_checkpoint_only(storage, monkeypatch):

@@ -27,7 +27,7 @@ def run_ranks(folder, cases):
         with log.open("w") as output:
             ranks.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
     try:
-        codes = [process.wait(timeout=250) for process in ranks]
+        codes = [process.wait(timeout=500) for process in ranks]
     finally:
         for process in ranks:
             process.kill()
@@ -41,12 +41,11 @@ def check(ranks, cases):
     for case in cases:
         absent = []
         for first, second in zip(on_time[case], late[case], strict=True):
-            # The wait in which the other one's step begins lasts at least until then. DeepSpeed's first step has others.
-            before = [wait for wait in first["waits"] if wait < second["began"]]
-            absent.append(second["began"] - before[-1] if before else 0.0)
+            # The wait in which the other one's step begins lasts at least until then.
+            absent.append(second["began"] - [wait for wait in first["waits"] if wait < second["began"]][-1])
             assert first["waited"] >= absent[-1], case
+        assert min(absent) >= LATE_S, case
         # A busy machine makes the one or the other later still: the clearest of the steps is what counts.
-        assert max(absent) > LATE_S / 2, case
         assert any(second["waited"] < 0.6 * first["waited"] for first, second in zip(on_time[case], late[case])), case
 
 

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from waiting import wait_until
 
 from diffsynth_ray.data.bad_samples import BadSample
 from diffsynth_ray.data.batches import MicroBatch
@@ -57,15 +58,14 @@ def test_the_next_step_is_fetched_meanwhile_and_no_more():
             fetched.append(step)
             yield streamed(step, step)
 
+    others = set(threading.enumerate())  # an earlier test may have left its feed waiting
     feed = DeviceFeed(batches(), CPU)
+    [thread] = [each for each in threading.enumerate() if each.name == "feed" and each not in others]
     assert next(feed).rows == (0,)
-    end = time.monotonic() + 5
-    while len(fetched) < 3 and time.monotonic() < end:
-        time.sleep(0.01)
+    wait_until(lambda: len(fetched) >= 3)
     time.sleep(0.1)
     # One is computed, one is ready, one waits for a place.
     assert fetched == [0, 1, 2]
     feed.close()
-    while any(thread.name == "feed" for thread in threading.enumerate()):
-        assert time.monotonic() < end + 5
-        time.sleep(0.05)
+    thread.join(100)
+    assert not thread.is_alive()

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import fork
+from waiting import wait_until
 
 from diffsynth_ray.config.schema import Job, LoggingSection
 from diffsynth_ray.errors import RunError
@@ -141,13 +142,6 @@ def assert_same(path, whole):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def wait_for(condition, seconds=200):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def file_size(path):
     return path.stat().st_size if path.exists() else 0
 
@@ -164,7 +158,7 @@ def soak(tmp_path, *, num_kills, num_steps, every, seed=0):
     warm_up()
     began = time.monotonic()
     whole = begin(tmp_path / "whole", 1, num_steps, every)
-    wait_for(lambda: file_size(tmp_path / "whole" / "loss.csv") > 0)
+    wait_until(lambda: file_size(tmp_path / "whole" / "loss.csv") > 0)
     until_first_s = time.monotonic() - began  # while the model is loaded
     assert ended_well(whole)
     times = [entry.stat().st_mtime for entry in (tmp_path / "whole" / "checkpoints").glob("step-*/manifest.json")]
@@ -226,9 +220,9 @@ def test_a_full_disk_and_then_a_kill_in_the_middle_of_a_file(tmp_path, whole):
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     ranks = begin(path, 1, STEPS, 1, trouble)
-    wait_for(half_written.exists)
-    wait_for((path / "checkpoints/step-3/manifest.json").exists)  # rank 0 writes it while rank 1 is at step 4
-    wait_for(lambda: not (path / "checkpoints/step-2").exists())  # and then deletes what is not whole
+    wait_until(half_written.exists)
+    wait_until((path / "checkpoints/step-3/manifest.json").exists)  # rank 0 writes it while rank 1 is at step 4
+    wait_until(lambda: not (path / "checkpoints/step-2").exists())  # and then deletes what is not whole
     os.kill(ranks[1].pid, signal.SIGKILL)
     ranks[0].kill()
     assert not ended_well(ranks)
@@ -246,13 +240,13 @@ def test_of_two_attempts_at_once_the_older_one_ends_and_writes_nothing(tmp_path,
 
     def trouble(step, rank):
         if step == 3:
-            wait_for((path / "newer").exists)
+            wait_until((path / "newer").exists)
 
     older = begin(path, 1, STEPS, 1, trouble)
-    wait_for(lambda: "3,loss" in ((path / "loss.csv").read_text() if (path / "loss.csv").exists() else ""))
-    wait_for(lambda: (path / "checkpoints" / "step-3" / "manifest.json").exists())
+    wait_until(lambda: "3,loss" in ((path / "loss.csv").read_text() if (path / "loss.csv").exists() else ""))
+    wait_until(lambda: (path / "checkpoints" / "step-3" / "manifest.json").exists())
     newer = begin(path, 2, STEPS, 1)
-    wait_for(lambda: json.loads((path / "writer.json").read_text())["token"] == "token-2")
+    wait_until(lambda: json.loads((path / "writer.json").read_text())["token"] == "token-2")
     (path / "newer").touch()
     older[0].join(60)
     for process in older:

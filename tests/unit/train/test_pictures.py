@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -225,11 +227,12 @@ def test_one_errand_at_a_time_and_the_last_samples_are_made_by_the_workers(tmp_p
 
 def test_late_samples_are_waited_for(tmp_path, photos, monkeypatch):
     _, samples, spare, said, shown = samples_with_room(resolved_job(tmp_path, photos))
-    samples.finish(timeout_s=5)
+    samples.finish(timeout_s=200)
     assert said == []
     samples.make(0)
-    monkeypatch.setattr("diffsynth_ray.train.pictures.time.sleep", lambda seconds: setattr(spare, "is_done", True))
-    samples.finish(timeout_s=5)
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: setattr(spare, "is_done", True))
+    monkeypatch.setattr("diffsynth_ray.train.pictures.time", clock)
+    samples.finish(timeout_s=200)
     assert said[1] == "waiting for the samples of step 0, which are still being made"
     assert list(shown) == [0]
 

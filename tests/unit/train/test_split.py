@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -414,7 +415,7 @@ def test_keys_tell_apart_what_encodes(stage: Stage, monkeypatch: pytest.MonkeyPa
 
 def test_the_time_left_counts_from_the_first_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 60.0, 60.5, 62.0, 62.5, 64.0])
-    monkeypatch.setattr(encode.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(encode, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     said: list[str] = []
     progress = encode._Progress(40, lambda each: said.append(each.line()))
     for done in (8, 16, 24, 32, 40):  # the first encoder took a minute to start

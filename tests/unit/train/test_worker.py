@@ -2,6 +2,7 @@
 
 import errno
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -28,8 +29,7 @@ NUM_STEPS = 100
 @pytest.fixture
 def wishes(tmp_path, monkeypatch):
     """Build a worker after a step, `minutes` after its last checkpoint; what it wants."""
-    monkeypatch.setattr(worker_module.time, "monotonic", lambda: NOW_S)
-    monkeypatch.setattr(worker_module.time, "time", lambda: NOW_S)
+    monkeypatch.setattr(worker_module, "time", SimpleNamespace(monotonic=lambda: NOW_S, time=lambda: NOW_S))
     said = []
 
     def of(step, *, minutes=0.0, in_flight=False, has_ended=False, looked_s=0.0, request=None, goes_in_s=None, **output):
@@ -218,8 +218,9 @@ def end(tmp_path, monkeypatch):
     resolved = resolve(job, Resources(cpus=8, gpus=0))
     monkeypatch.setattr(worker_module.ray, "get", lambda value: value)
     monkeypatch.setattr(worker_module.ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: 3))
-    monkeypatch.setattr(worker_module.time, "sleep", lambda seconds: waited.append(seconds))
     waited, failures, phases = [], [], []
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=waited.append)  # its own: other threads sleep too
+    monkeypatch.setattr(worker_module, "time", clock)
 
     def of(error):
         class Broken:
