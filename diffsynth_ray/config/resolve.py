@@ -17,10 +17,9 @@ from pydantic import BaseModel, ConfigDict
 
 from diffsynth_ray.config import schema
 from diffsynth_ray.config.distillation import check_distillation
-from diffsynth_ray.config.load import lookup
 from diffsynth_ray.config.origins import parse_folder, parse_origin, tokenizer_ids
 from diffsynth_ray.config.packages import check_optimizer
-from diffsynth_ray.config.schema import Job, ModelSection
+from diffsynth_ray.config.schema import Job, ModelSection, lookup
 from diffsynth_ray.config.validation import check_validation
 from diffsynth_ray.config.zero import check_zero_keys
 from diffsynth_ray.errors import JobFileError, ModelError, Problem

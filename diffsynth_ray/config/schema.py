@@ -367,3 +367,11 @@ def mark(field: FieldInfo, name: Literal["identity", "path"]) -> Any:
 def as_list(value: str | list[str] | None) -> list[str]:
     """The texts of a key that takes one or several."""
     return [] if value is None else [value] if isinstance(value, str) else value
+
+
+def lookup(job: Job, dotted: str) -> Any:
+    """A key's value by its dotted name."""
+    value: Any = job
+    for part in dotted.split("."):
+        value = getattr(value, part)
+    return value
