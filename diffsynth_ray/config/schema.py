@@ -181,7 +181,7 @@ class OutputSection(Section):
     save_steps: int | None = _key(ge=1)
     """Export weights every so many optimizer steps and at the end; unset = after every epoch."""
     formats: list[Literal["diffsynth", "diffusers", "comfyui", "kohya"]] = _key(["diffsynth"])
-    """Key names of the exports; formats other than diffsynth go to {path}/{format}/."""
+    """Key names of the exports: diffsynth's always, those of other formats (LoRA only) in {path}/{format}/."""
     checkpoint_path: str | None = _key(path=True)
     """Folder or URL (s3://, gs://, hdfs://, any file system of pyarrow) of the checkpoints; default {path}/checkpoints."""
     checkpoint_minutes: float | None = _key(15.0, gt=0)
