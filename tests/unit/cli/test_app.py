@@ -619,6 +619,29 @@ def test_a_reader_that_has_gone_is_no_error(monkeypatch, job_file):
     assert run("plan", job_file) == ExitCode.DONE
 
 
+@pytest.mark.parametrize("arguments", [["--version"], ["list", "--json"], ["--help"], ["plan", "nothing.toml", "--json"]])
+@pytest.mark.parametrize("reader", ["full", "gone"])
+def test_a_result_that_cannot_be_written_is_no_bug_of_dsray(arguments, reader, state_dir):
+    """Of a full disk behind stdout the user hears, of a reader that has gone nobody."""
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full", "wb") if reader == "full" else os.fdopen(write, "wb") as stdout:
+        process = subprocess.run(
+            [sys.executable, "-m", "diffsynth_ray.cli.app", *arguments], stdout=stdout, stderr=subprocess.PIPE, text=True,
+            check=False, timeout=60,
+        )  # fmt: skip
+    told = [line for line in process.stderr.splitlines() if line.startswith(("error:", "hint:"))]
+    assert "Traceback" not in process.stderr, process.stderr
+    assert "Exception ignored" not in process.stderr, process.stderr
+    assert "bug" not in process.stderr
+    if "nothing.toml" in arguments:
+        assert (process.returncode, told) == (2, ["error: nothing.toml: 1 problem"])
+    elif reader == "full":
+        assert (process.returncode, told) == (2, ["error: the result cannot be written: No space left on device"])
+    else:
+        assert (process.returncode, told) == (0, [])
+
+
 def test_the_end_by_a_signal_is_no_success(monkeypatch, job_file):
     """Ray answers SIGTERM with SystemExit while it starts."""
 
