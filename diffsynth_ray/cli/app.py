@@ -83,7 +83,7 @@ app.command("report")(report.report)
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code. Every error of every command ends here."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    if isinstance(sys.stdout, io.TextIOWrapper) and (sys.stdout.errors == "strict" or sys.stdout.encoding != "utf-8"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets the others
     as_json = "--json" in arguments
     try:

@@ -566,10 +566,13 @@ def test_values_that_cannot_be_meant(job_file, capsys, override, expected):
     assert expected in capsys.readouterr().err
 
 
-def test_a_terminal_that_cannot_show_a_character_gets_the_others(job_file):
+@pytest.mark.parametrize(
+    "locale", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_a_terminal_that_cannot_show_a_character_gets_the_others(job_file, locale):
     resolved, run_dir = finish(job_file)
     run_dir.loss_path.write_text("step,key,value\n1,loss,1\n2,loss,2\n3,loss,1\n")
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    environment = os.environ | locale
     code = f"from diffsynth_ray.cli import app; raise SystemExit(app.main(['status', {str(run_dir.path)!r}]))"
     done = subprocess_run(code, env=environment)
     assert done.returncode == 0, done.stderr
