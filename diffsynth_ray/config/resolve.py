@@ -289,6 +289,10 @@ def check_rules(job: Job) -> list[Problem]:
     if "://" in job.output.path:
         message = f"got {job.output.path!r}; a folder that all nodes see; only checkpoints can be at a URL (checkpoint_path)"
         problems.append(Problem("output.path", message))
+    for key, place in (("output.checkpoint_path", job.output.checkpoint_path), ("split.cache_path", job.split.cache_path)):
+        scheme, is_url, inside = (place or "").partition("://")
+        if is_url and not inside.strip("/"):
+            problems.append(Problem(key, f"got {place!r}, which names no place; as in {scheme}://bucket/folder"))
     if (dataset.height is None) != (dataset.width is None):
         problems.append(Problem("dataset.height", "height and width go together; give both or none"))
     if training.min_timestep_boundary >= training.max_timestep_boundary:

@@ -347,6 +347,8 @@ def test_num_workers_of_the_dataset_is_an_upper_bound() -> None:
             {"model": {"fp8_models": ["vae"]}, "training": {"trainable_models": ["vae"]}, "lora": {"base_model": None}},
             "model.fp8_models",
         ),
+        ({"split": {"enabled": True, "cache_path": "s3://"}}, "split.cache_path"),
+        ({"output": {"checkpoint_path": "gs:///"}}, "output.checkpoint_path"),
     ],
 )
 def test_rules_between_keys(change: dict[str, Any], key: str) -> None:
