@@ -549,6 +549,23 @@ def test_new_moves_nothing_aside_that_is_not_the_runs(job_file, tmp_path, monkey
         assert runs.claim_output(resolved, None, new=True) == run_dir.path / "previous" / resolved.run
 
 
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_new_is_refused_while_a_job_of_the_run_is_there(job_file, monkeypatch, has_begun):
+    """Also between its submission and its first file: two attempts at once would train in one folder."""
+    from diffsynth_ray.errors import OutputError
+    from diffsynth_ray.launch import client, runs
+
+    resolved, run_dir = finish(job_file, state=None)
+    if not has_begun:
+        shutil.rmtree(run_dir.path)
+    job = {"submission_id": f"{resolved.run}-a1", "status": "PENDING"}
+    monkeypatch.setattr(client, "active_job", lambda cluster, name: job if name == resolved.run else None)
+    cluster = client.Cluster(url="http://127.0.0.1:9", token=None)
+    with pytest.raises(OutputError, match=rf"is being written by {resolved.run}-a1"):
+        runs.claim_output(resolved, cluster, new=True)
+    assert runs.claim_output(resolved, cluster, new=False) is None
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
