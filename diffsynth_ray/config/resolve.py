@@ -462,6 +462,8 @@ def _absolute_paths(job: Job, *, remote: bool) -> tuple[Job, list[Problem]]:
                 Problem(dotted, f"got {relative[0]!r}; with a remote cluster paths must be absolute, as the nodes see them")
             )
         sections.setdefault(section, {})[leaf] = _absolute(value)
+    if given := _flat(job.model.paths):
+        sections["model"]["fp8_models"] = [_absolute(text) if text in given else text for text in job.model.fp8_models]
     updates = {name: getattr(job, name).model_copy(update=values) for name, values in sections.items()}
     return job.model_copy(update=updates), problems
 

@@ -114,7 +114,7 @@ class ModelSection(Section):
     Kontext), "input_image" and "end_image" (Wan image to video; without such a column the video's own first and last frame),
     "vace_video", "vace_video_mask" and "vace_reference_image" (Wan VACE: clips as long and large as the video, a picture)."""
     fp8_models: list[str] = _key([], identity=True)
-    """Frozen components kept in scaled FP8."""
+    """Frozen components kept in scaled FP8: by name, or by their entry in paths or id_with_origin_paths, exactly as there."""
     source: Literal["modelscope", "huggingface"] | None = _key()
     """Where ids are downloaded from; default DIFFSYNTH_DOWNLOAD_SOURCE, else "modelscope"."""
     base_path: str | None = _key(path=True)

@@ -113,6 +113,7 @@ def _download_and_check(resolved_json: str, board: Any, node: str) -> None:
 def _check_model(resolved: ResolvedJob, board: Any, *, node: str = "") -> None:
     from diffsynth_ray.models.download import download_model
     from diffsynth_ray.models.family import get_family
+    from diffsynth_ray.models.weights import find_fp8_components
     from diffsynth_ray.train.optim import check_optimizer_arguments
     from diffsynth_ray.train.trainer import check_components
 
@@ -121,5 +122,6 @@ def _check_model(resolved: ResolvedJob, board: Any, *, node: str = "") -> None:
 
     model = resolved.job.model
     family = str(model.family) if model.tiny else download_model(model, say)[0]
+    find_fp8_components(resolved.job)
     check_components(get_family(family), resolved.job)
     check_optimizer_arguments(resolved.job.training)

@@ -414,3 +414,15 @@ def test_what_only_this_machine_lacks_is_noted_and_where_it_is_to_run_a_problem(
 @pytest.mark.parametrize("optimizer", ["torch.optim.Adamw", "transformers.optimization.Adafactr"])
 def test_a_typing_error_in_the_optimizer_is_told_before_anything_starts(photos: Path, optimizer: str) -> None:
     assert "did you mean" in problems(photos, training={"optimizer": optimizer})["training.optimizer"]
+
+
+def test_fp8_models_may_be_entries_of_the_model(photos: Path) -> None:
+    """As in DiffSynth-Studio's `--fp8_models`: the files tell which components they are."""
+    for entry in (VAE, DIT[1]):
+        assert plan(photos, model=files(fp8_models=[entry])).models
+    origin = "Qwen/Qwen-Image:transformer/diffusion_pytorch_model*.safetensors"
+    ids = {"tiny": False, "id_with_origin_paths": [origin], "base_path": "/nowhere"}
+    assert plan(photos, model=ids | {"fp8_models": [origin]}).models
+    full = {"lora": {"base_model": None}, "training": {"trainable_models": ["dit"]}}
+    assert "dit is trained" in problems(photos, model=files(fp8_models=[DIT[0]]), **full)["model.fp8_models"]
+    assert "no component" in problems(photos, model=files(fp8_models=["/gone.safetensors"]))["model.fp8_models"]
