@@ -168,6 +168,15 @@ def test_all_job_files_are_read_before_the_first_starts(job_file, tmp_path, caps
     assert not (tmp_path / "state" / "local.json").exists()
 
 
+def test_problems_of_several_job_files_name_their_file(job_file, tmp_path, capsys):
+    other = tmp_path / "other.toml"
+    other.write_text("[lora\n")
+    assert run("submit", job_file, other, "--set", "lora.rank=big") == ExitCode.USAGE
+    told = capsys.readouterr().err
+    assert f"  {job_file}: lora.rank: got " in told
+    assert f"  {other}: not valid TOML: " in told
+
+
 def test_unreachable_cluster_is_exit_3_and_quick(job_file, capsys):
     began = time.monotonic()
     assert run("submit", job_file, "--address", "http://127.0.0.1:9") == ExitCode.CLUSTER
