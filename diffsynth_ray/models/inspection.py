@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from diffsynth_ray.config.zero import check_shared_encoders
 from diffsynth_ray.errors import ModelError, Problem
 from diffsynth_ray.models import layouts, sources
 from diffsynth_ray.models.fp8_entries import entry_number, fp8_components, fp8_problems, names_entries
-from diffsynth_ray.schedule import partitioned_components
+from diffsynth_ray.schedule import partitioned_components, trained_components
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,10 @@ def inspect_model(job: Job) -> tuple[list[ModelFiles], list[Problem]]:
         if held is not None:
             components[number] = held
         entries.append(_describe(" and ".join(held) if held else None, name, files, model))
+    if family is not None and len(components) == len(model.paths) + len(model.id_with_origin_paths) > 0:
+        known_names = layouts.KEY_LAYOUTS.get(family, {})
+        absent = check_trained(job, [name for held in components.values() for name in held])
+        problems += [problem for name, problem in absent.items() if name in known_names]
     if names_entries(job):
         problems += fp8_problems(job, fp8_components(job, components))
     if any(entry.component in (None, "text_encoder") for entry in entries):
@@ -85,6 +89,16 @@ def inspect_model(job: Job) -> tuple[list[ModelFiles], list[Problem]]:
         more, lacking = _tokenizers_of_a_hub(model, family, weights)
         entries, problems = entries + more, problems + lacking
     return entries, problems
+
+
+def check_trained(job: Job, present: Collection[str]) -> dict[str, Problem]:
+    """Trained component -> what is wrong, of those that are in none of the files."""
+    found = {}
+    for name in trained_components(job):
+        if name not in present:
+            key = "lora.base_model" if name == job.lora.base_model else "training.trainable_models"
+            found[name] = Problem(key, f"{name} is in none of the model's files, which hold {', '.join(present)}")
+    return found
 
 
 def unknown_family(family: str) -> str | None:
