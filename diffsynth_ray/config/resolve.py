@@ -330,6 +330,8 @@ def check_rules(job: Job) -> list[Problem]:
     problems += check_optimizer(training.optimizer)
     problems += _check_offload(job)
     problems += _check_plain_values("training.optimizer_args", training.optimizer_args)
+    if "lr" in training.optimizer_args:
+        problems.append(Problem("training.optimizer_args", "has lr, which each step sets; that is training.learning_rate"))
     problems += _check_plain_values("model.options", job.model.options)
     asked = job.distributed.num_workers
     if isinstance(asked, int) and asked < 1:

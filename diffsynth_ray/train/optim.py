@@ -61,6 +61,8 @@ _HAVE_FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 """Their updates are one kernel for many parameters on the GPU, where asked for."""
 
 
+_OF_ARGUMENTS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, AssertionError, RuntimeError)
+"""What optimizers make of arguments that they do not take, as one beta in place of two."""
 COLLECTED_BYTES = 1 << 30
 """Gradients that are added to their masters' at once."""
 
@@ -77,7 +79,7 @@ def build_optimizer(
     arguments |= training.optimizer_args
     try:
         return optimizer_class(params, **arguments)
-    except (TypeError, ValueError) as error:
+    except _OF_ARGUMENTS as error:
         raise JobFileError(
             "job",
             [Problem("training.optimizer_args", f"{training.optimizer}({arguments}) is not accepted: {error}")],

@@ -69,9 +69,10 @@ def test_unknown_optimizer_names_the_key():
         load_optimizer_class("torch.nn.Linear")
 
 
-def test_refused_optimizer_arguments_name_the_key():
+@pytest.mark.parametrize("arguments", [{"beta": 3}, {"betas": [0.9]}, {"betas": 3}, {"betas": [2.0, 0.9]}, {"eps": "small"}])
+def test_refused_optimizer_arguments_name_the_key(arguments):
     with pytest.raises(JobFileError, match=r"training\.optimizer_args"):
-        build(nn.Parameter(torch.zeros(1)), optimizer_args={"beta": 3})
+        build(nn.Parameter(torch.zeros(1)), optimizer_args=arguments)
 
 
 class NumbersInItsState(torch.optim.SGD):
