@@ -451,6 +451,9 @@ def _absolute_paths(job: Job, *, remote: bool) -> tuple[Job, list[Problem]]:
         if "" in _flat(value) and dotted != "dataset.base_path":
             problems.append(Problem(dotted, "is empty; name a path, or remove the key"))
             continue
+        if any("\0" in path for path in _flat(value)):
+            problems.append(Problem(dotted, f"got {value!r}; no path has the character \\0"))
+            continue
         if section == "model" and leaf in tokenizer_ids(job.model):
             continue
         if dotted == "output.path":
@@ -465,7 +468,9 @@ def _absolute_paths(job: Job, *, remote: bool) -> tuple[Job, list[Problem]]:
             )
         sections.setdefault(section, {})[leaf] = _absolute(value)
     if given := _flat(job.model.paths):
-        sections["model"]["fp8_models"] = [_absolute(text) if text in given else text for text in job.model.fp8_models]
+        sections.setdefault("model", {})["fp8_models"] = [
+            _absolute(text) if text in given else text for text in job.model.fp8_models
+        ]
     updates = {name: getattr(job, name).model_copy(update=values) for name, values in sections.items()}
     return job.model_copy(update=updates), problems
 

@@ -579,7 +579,9 @@ def test_new_is_refused_while_a_job_of_the_run_is_there(job_file, monkeypatch, h
     ("override", "expected"),
     [
         ("output.path=", "output.path: is empty; name a path, or remove the key"),
+        ('output.path="a\\u0000b"', "output.path: got 'a\\x00b'; no path has the character \\0"),
         ("split.cache_path=", "split.cache_path: is empty"),
+        ("model={paths=[''], base_path='', family='wan'}", "model.paths: is empty"),
         ("output.checkpoint_path=", "output.checkpoint_path: is empty"),
         ("lora.checkpoint=", "lora.checkpoint: is empty"),
         ("training.resume_from_checkpoint=['']", "training.resume_from_checkpoint: is empty"),
