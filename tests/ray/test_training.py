@@ -206,7 +206,7 @@ def test_the_files_tell_the_worker_which_component_an_fp8_entry_is(tmp_path, pho
     )
     assert code == ExitCode.DONE, run.said
     assert "model.fp8_models: vae has no repeated blocks of Linear layers, and stays as it is" in run.said
-    assert run.dir.owner()["job"]["model"]["fp8_models"] == [paths[0][1], vae]
+    assert run.dir.owner().job.model.fp8_models == [paths[0][1], vae]
 
 
 def test_no_training_or_decoding_process_is_left(reference):
