@@ -35,6 +35,8 @@ _RUN_OF_ATTEMPT = re.compile(r"(?P<run>.+)-(?:a|local-)\d+")
 _EXPORT = re.compile(r"(?:step|epoch)-\d+\.|best\.")
 _UNKNOWN = "unknown"
 """In the place of a run's name."""
+_UNREADABLE = (FileNotFoundError, NotADirectoryError, ValueError, TypeError)
+"""Of a file that only tells how far a run is: one that is damaged, or another version's, is as good as none."""
 _DATA_BOUND_SHARE = 0.2
 """Share of a step's time that may be spent waiting for data."""
 _DATA_BOUND_S = 0.05
@@ -405,7 +407,7 @@ class RunDir:
         """The newest progress, or None before the first logged step."""
         try:
             return Progress(**json.loads(self.progress_path.read_text()))
-        except (FileNotFoundError, NotADirectoryError):
+        except _UNREADABLE:
             return None
 
     def write_encode_progress(self, progress: EncodeProgress) -> None:
@@ -416,14 +418,14 @@ class RunDir:
         """The newest progress of this attempt's stage one, or None where it encodes nothing."""
         try:
             return EncodeProgress(**json.loads(self.encode_path.read_text()))
-        except (FileNotFoundError, NotADirectoryError):
+        except _UNREADABLE:
             return None
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON Lines file, none where there is no file; a line cut by a crash is left out."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(errors="replace").splitlines()
     except (FileNotFoundError, NotADirectoryError):
         return
     for line in lines:

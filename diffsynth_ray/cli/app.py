@@ -83,7 +83,7 @@ app.command("report")(report.report)
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code. Every error of every command ends here."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    if isinstance(sys.stdout, io.TextIOWrapper) and (sys.stdout.errors == "strict" or sys.stdout.encoding != "utf-8"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets the others
     as_json = "--json" in arguments
     try:
@@ -109,10 +109,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _tell(problem: DsrayError, *, as_json: bool) -> None:
-    if as_json:
-        render.error_json(problem)
-    else:
-        render.error(problem)
+    if as_json and not getattr(sys.stdout, "closed", False):
+        try:
+            return render.error_json(problem)
+        except OSError:  # the reader of stdout has gone, or its disk is full
+            render.close_quietly()
+    render.error(problem)
 
 
 def _usage(problem: Exception, *, as_json: bool) -> int:
@@ -131,6 +133,9 @@ def _shown(problem: Exception) -> DsrayError:
         return problem
     if isinstance(problem, OSError) and problem.filename and problem.errno in _OF_THE_FILE_SYSTEM:
         return DsrayError(f"{problem.filename}: {problem.strerror}")
+    if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+        render.close_quietly()  # what is left for it would fail once more at the end of the process
+        return DsrayError(f"the result cannot be written: {problem.strerror}")
     return _unexpected(problem)
 
 

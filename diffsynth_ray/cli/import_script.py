@@ -10,7 +10,7 @@ import typer
 
 from diffsynth_ray.cli import render
 from diffsynth_ray.cli.options import Json
-from diffsynth_ray.errors import DsrayError, ExitCode, JobFileError
+from diffsynth_ray.errors import DsrayError, ExitCode, JobFileError, OutputError
 
 if TYPE_CHECKING:
     from diffsynth_ray.errors import Problem
@@ -47,6 +47,7 @@ def import_script(
     be used by this version; the reasons are told.
     """  # fmt: skip
     from diffsynth_ray.migrate.read import read_migration
+    from diffsynth_ray.run_dir import write_whole
 
     migration = read_migration(script, config_file=config_file)
     if output is None:
@@ -55,8 +56,13 @@ def import_script(
     written = []
     for draft, path, name in zip(migration.drafts, paths, migration.names(), strict=True):
         given = None if _can_be_name(path.stem) else name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(_text(migration, draft, script, name=given), encoding="utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, _text(migration, draft, script, name=given))
+        except OSError as error:
+            raise OutputError(
+                f"{path} cannot be written: {error.strerror or error}", hint="give another place with -o"
+            ) from error
         written.append(path)
     return _report(migration, written, as_json=as_json)
 

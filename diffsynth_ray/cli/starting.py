@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsynth_ray.cli import render
-from diffsynth_ray.errors import DataError, ExitCode, JobFileError
+from diffsynth_ray.errors import DataError, ExitCode, JobFileError, Problem
 
 if TYPE_CHECKING:
     from diffsynth_ray.config.resolve import ResolvedJob
@@ -50,7 +50,12 @@ def load_jobs(references: list[str], overrides: list[str] | None) -> list[Job]:
     if len(failures) == 1:
         raise failures[0]
     if failures:
-        raise JobFileError(", ".join(each.source for each in failures), [p for each in failures for p in each.problems])
+        problems = [
+            Problem(": ".join(filter(None, (each.source, problem.key))), problem.message)
+            for each in failures
+            for problem in each.problems
+        ]
+        raise JobFileError(", ".join(each.source for each in failures), problems)
     return jobs
 
 

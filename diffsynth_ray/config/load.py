@@ -12,9 +12,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from diffsynth_ray.config import schema
+from diffsynth_ray.config.resolve import check_rules
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.errors import JobFileError, Problem
 
+_NO_TOML = (ValueError, RecursionError)
+"""TOML's errors, UTF-8's, Python's about numbers of thousands of digits and about hundreds of brackets."""
+_DEEPEST = 50
+"""Levels of tables and arrays; what checks and shows them calls itself for each."""
 _PACKAGE_DIR = Path(__file__).resolve().parent.parent
 
 
@@ -55,9 +60,11 @@ def load_job(reference: str, overrides: list[str] | None = None) -> Job:
     path = find_job_file(reference)
     try:
         raw = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except ValueError as error:  # TOML's errors, UTF-8's, and Python's about numbers of thousands of digits
+    except _NO_TOML as error:
         raise JobFileError(str(path), [Problem("", f"not valid TOML: {error}")]) from error
     problems = [problem for text in overrides or [] if (problem := _apply_override(raw, text))]
+    if _is_deeper(raw, _DEEPEST):
+        raise JobFileError(str(path), [*problems, Problem("", f"tables and arrays are nested more than {_DEEPEST} deep")])
     if "name" not in raw and re.fullmatch(schema.NAME, path.stem) is None:
         allowed = "at most 63 letters, digits, '_', '.', '-'"
         problems.append(Problem("name", f"the file's name {path.stem!r} cannot be the job's; set name = ... of {allowed}"))
@@ -67,7 +74,7 @@ def load_job(reference: str, overrides: list[str] | None = None) -> Job:
         _anchor_shipped_data(raw)
     job = _validate(raw, str(path), problems)
     if problems:
-        raise JobFileError(str(path), problems)
+        raise JobFileError(str(path), problems + check_rules(job))
     return job
 
 
@@ -85,8 +92,11 @@ def _apply_override(raw: dict[str, Any], text: str) -> Problem | None:
     if not equals or not all(parts):
         return Problem(f"--set {text}", "expected section.key=value, as in --set training.learning_rate=2e-5")
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except ValueError:
+        document = tomllib.loads(f"value = {value}")
+        parsed = document.pop("value")
+        if document:
+            return Problem(f"--set {text}", f"sets {', '.join(document)} too; give each key a --set of its own")
+    except _NO_TOML:
         parsed = value
     table = raw
     for part in parts[:-1]:
@@ -95,6 +105,17 @@ def _apply_override(raw: dict[str, Any], text: str) -> Problem | None:
             return Problem(f"--set {text}", f"{part} is a key, not a section")
     table[parts[-1]] = parsed
     return None
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    inside = [value]
+    for _ in range(levels):
+        inside = [
+            part
+            for each in inside
+            for part in (each.values() if isinstance(each, dict) else each if isinstance(each, list) else ())
+        ]
+    return bool(inside)
 
 
 def _validate(raw: dict[str, Any], source: str, problems: list[Problem]) -> Job:
@@ -106,7 +127,35 @@ def _validate(raw: dict[str, Any], source: str, problems: list[Problem]) -> Job:
             problem = _problem(dict(item))
             found.setdefault(problem.key, []).append(problem)
         # A union reports one error a branch: one line a key is enough.
-        raise JobFileError(source, problems + [_merge(group) for group in found.values()]) from None
+        merged = [_merge(group) for group in found.values()]
+        rest = _problems_of_the_rest(raw, error, told=merged)
+        raise JobFileError(source, [*problems, *merged, *rest]) from None
+
+
+def _problems_of_the_rest(raw: dict[str, Any], error: ValidationError, *, told: list[Problem]) -> list[Problem]:
+    """Rules that the other keys break, less what may only follow from those that are wrong themselves."""
+    rest = {name: dict(value) if isinstance(value, dict) else value for name, value in raw.items()}
+    wrong = set()
+    for section, *inner in (item["loc"] for item in error.errors(include_url=False)):
+        wrong.add(str(inner[0] if inner else section))
+        table = rest.get(str(section))
+        if inner and isinstance(table, dict):
+            table.pop(str(inner[0]), None)
+        else:
+            rest.pop(str(section), None)
+    try:
+        broken = check_rules(Job.model_validate({"name": "job", **rest}))
+    except ValidationError:
+        return []
+    texts = " ".join(str(problem) for problem in told)
+    return [
+        problem
+        for problem in broken
+        if problem.key not in texts
+        and (section := problem.key.partition(".")[0]) not in wrong
+        and f"mean [{section}]" not in texts
+        and not any(re.search(rf"\b{re.escape(name)}\b", problem.message) for name in wrong)
+    ]
 
 
 def _merge(group: list[Problem]) -> Problem:
@@ -123,6 +172,8 @@ def _problem(item: dict[str, Any]) -> Problem:
     if len(item["loc"]) > 1 and dotted not in known:
         dotted = str(item["loc"][0])  # a top-level key whose value has parts of its own
     got = _short(item["input"])
+    if item["type"] == "model_type":
+        return Problem(dotted, f"got {got}; it is a section: [{dotted}], and its keys below")
     if item["type"] == "list_type" and isinstance(item["input"], str) and len(item["loc"]) == 2:
         # DiffSynth-Studio's lists are texts with commas.
         parts = [int(part) if part.strip().isdecimal() else part.strip() for part in item["input"].split(",")]
@@ -157,11 +208,3 @@ def _short(value: object) -> str:
     except TypeError:
         text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def lookup(job: Job, dotted: str) -> Any:
-    """A key's value by its dotted name."""
-    value: Any = job
-    for part in dotted.split("."):
-        value = getattr(value, part)
-    return value

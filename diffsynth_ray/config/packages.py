@@ -30,7 +30,7 @@ TRACKERS = {"wandb_project": "wandb", "swanlab_project": "swanlab", "mlflow_trac
 """Key of [logging] -> the package that it needs."""
 
 
-def check_optimizer(name: str) -> list[Problem]:
+def check_optimizer_name(name: str) -> list[Problem]:
     """What is wrong with training.optimizer whatever is installed."""
     module, _, leaf = name.rpartition(".")
     advice, have = _advice(leaf, TORCH_OPTIMIZERS, before="torch.optim."), f"torch.optim has {', '.join(TORCH_OPTIMIZERS)}"

@@ -17,10 +17,9 @@ from pydantic import BaseModel, ConfigDict
 
 from diffsynth_ray.config import schema
 from diffsynth_ray.config.distillation import check_distillation
-from diffsynth_ray.config.load import lookup
 from diffsynth_ray.config.origins import parse_folder, parse_origin, tokenizer_ids
-from diffsynth_ray.config.packages import check_optimizer
-from diffsynth_ray.config.schema import Job, ModelSection
+from diffsynth_ray.config.packages import check_optimizer_name
+from diffsynth_ray.config.schema import Job, ModelSection, lookup
 from diffsynth_ray.config.validation import check_validation
 from diffsynth_ray.config.zero import check_zero_keys
 from diffsynth_ray.errors import JobFileError, ModelError, Problem
@@ -290,6 +289,10 @@ def check_rules(job: Job) -> list[Problem]:
     if "://" in job.output.path:
         message = f"got {job.output.path!r}; a folder that all nodes see; only checkpoints can be at a URL (checkpoint_path)"
         problems.append(Problem("output.path", message))
+    for key, place in (("output.checkpoint_path", job.output.checkpoint_path), ("split.cache_path", job.split.cache_path)):
+        scheme, is_url, inside = (place or "").partition("://")
+        if is_url and not inside.strip("/"):
+            problems.append(Problem(key, f"got {place!r}, which names no place; as in {scheme}://bucket/folder"))
     if (dataset.height is None) != (dataset.width is None):
         problems.append(Problem("dataset.height", "height and width go together; give both or none"))
     if training.min_timestep_boundary >= training.max_timestep_boundary:
@@ -324,9 +327,11 @@ def check_rules(job: Job) -> list[Problem]:
                 least = f"{LEAST_AMOUNT:g} is the smallest part that Ray knows"
                 message = f"{name} = {amount:g}; amounts are 0 or more, and {least}"
                 problems.append(Problem(f"{section}.resources_per_worker", message))
-    problems += check_optimizer(training.optimizer)
+    problems += check_optimizer_name(training.optimizer)
     problems += _check_offload(job)
     problems += _check_plain_values("training.optimizer_args", training.optimizer_args)
+    if "lr" in training.optimizer_args:
+        problems.append(Problem("training.optimizer_args", "has lr, which each step sets; that is training.learning_rate"))
     problems += _check_plain_values("model.options", job.model.options)
     asked = job.distributed.num_workers
     if isinstance(asked, int) and asked < 1:
@@ -446,6 +451,9 @@ def _absolute_paths(job: Job, *, remote: bool) -> tuple[Job, list[Problem]]:
         if "" in _flat(value) and dotted != "dataset.base_path":
             problems.append(Problem(dotted, "is empty; name a path, or remove the key"))
             continue
+        if any("\0" in path for path in _flat(value)):
+            problems.append(Problem(dotted, f"got {value!r}; no path has the character \\0"))
+            continue
         if section == "model" and leaf in tokenizer_ids(job.model):
             continue
         if dotted == "output.path":
@@ -459,6 +467,10 @@ def _absolute_paths(job: Job, *, remote: bool) -> tuple[Job, list[Problem]]:
                 Problem(dotted, f"got {relative[0]!r}; with a remote cluster paths must be absolute, as the nodes see them")
             )
         sections.setdefault(section, {})[leaf] = _absolute(value)
+    if given := _flat(job.model.paths):
+        sections.setdefault("model", {})["fp8_models"] = [
+            _absolute(text) if text in given else text for text in job.model.fp8_models
+        ]
     updates = {name: getattr(job, name).model_copy(update=values) for name, values in sections.items()}
     return job.model_copy(update=updates), problems
 

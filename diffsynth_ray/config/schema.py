@@ -114,7 +114,7 @@ class ModelSection(Section):
     Kontext), "input_image" and "end_image" (Wan image to video; without such a column the video's own first and last frame),
     "vace_video", "vace_video_mask" and "vace_reference_image" (Wan VACE: clips as long and large as the video, a picture)."""
     fp8_models: list[str] = _key([], identity=True)
-    """Frozen components kept in scaled FP8."""
+    """Frozen components kept in scaled FP8: by name, or by their entry in paths or id_with_origin_paths, exactly as there."""
     source: Literal["modelscope", "huggingface"] | None = _key()
     """Where ids are downloaded from; default DIFFSYNTH_DOWNLOAD_SOURCE, else "modelscope"."""
     base_path: str | None = _key(path=True)
@@ -182,7 +182,7 @@ class OutputSection(Section):
     save_steps: int | None = _key(ge=1)
     """Export weights every so many optimizer steps and at the end; unset = after every epoch."""
     formats: list[Literal["diffsynth", "diffusers", "comfyui", "kohya"]] = _key(["diffsynth"])
-    """Key names of the exports; formats other than diffsynth go to {path}/{format}/."""
+    """Key names of the exports: diffsynth's always, those of other formats (LoRA only) in {path}/{format}/."""
     checkpoint_path: str | None = _key(path=True)
     """Folder or URL (s3://, gs://, hdfs://, any file system of pyarrow) of the checkpoints; default {path}/checkpoints."""
     checkpoint_minutes: float | None = _key(15.0, gt=0)
@@ -368,3 +368,11 @@ def mark(field: FieldInfo, name: Literal["identity", "path"]) -> Any:
 def as_list(value: str | list[str] | None) -> list[str]:
     """The texts of a key that takes one or several."""
     return [] if value is None else [value] if isinstance(value, str) else value
+
+
+def lookup(job: Job, dotted: str) -> Any:
+    """A key's value by its dotted name."""
+    value: Any = job
+    for part in dotted.split("."):
+        value = getattr(value, part)
+    return value

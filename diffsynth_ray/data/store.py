@@ -202,6 +202,8 @@ def open_store(path: str) -> Store:
     from pyarrow.fs import FileSystem
 
     try:
+        if not path.partition("://")[2].strip("/"):
+            raise ArrowInvalid("it names no place")
         system, base = FileSystem.from_uri(path)
     except (ArrowInvalid, OSError, NotImplementedError) as error:
         raise OutputError(

@@ -10,7 +10,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffsynth_ray.config.origins import tokenizer_ids
 from diffsynth_ray.config.resolve import ResolvedJob
-from diffsynth_ray.errors import DsrayError, ModelError
+from diffsynth_ray.errors import DsrayError, JobFileError, ModelError
 from diffsynth_ray.run_dir import RunDir
 
 _POLL_S = 1.0
@@ -113,6 +113,8 @@ def _download_and_check(resolved_json: str, board: Any, node: str) -> None:
 def _check_model(resolved: ResolvedJob, board: Any, *, node: str = "") -> None:
     from diffsynth_ray.models.download import download_model
     from diffsynth_ray.models.family import get_family
+    from diffsynth_ray.models.inspection import check_trained
+    from diffsynth_ray.models.weights import find_fp8_components
     from diffsynth_ray.train.optim import check_optimizer
     from diffsynth_ray.train.trainer import check_components
 
@@ -120,6 +122,9 @@ def _check_model(resolved: ResolvedJob, board: Any, *, node: str = "") -> None:
         board.say.remote(f"node {node}: {line}" if node else line)
 
     model = resolved.job.model
-    family = str(model.family) if model.tiny else download_model(model, say)[0]
+    family, files = (str(model.family), None) if model.tiny else download_model(model, say)[:2]
+    find_fp8_components(resolved.job)
     check_components(get_family(family), resolved.job)
+    if files is not None and (absent := check_trained(resolved.job, files)):
+        raise JobFileError(f"job {resolved.job.name}", list(absent.values()))
     check_optimizer(resolved.job)

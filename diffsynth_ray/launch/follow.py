@@ -57,7 +57,10 @@ async def _read_until_end(
             job = await asyncio.to_thread(cluster.job, submission_id)
             if job is None:
                 raise _ForgottenError(f"{cluster.url} no longer knows the job {submission_id}")
-            if stream.done() or job["status"] not in ACTIVE:
+            if stream.done():
+                stream.result()  # raises where nobody takes the lines any more
+                return job
+            if job["status"] not in ACTIVE:
                 return job
     finally:
         stream.cancel()
@@ -83,12 +86,14 @@ class _LogReader:
         skip, rest = self.num_chars, ""
         stream = client.tail_job_logs(submission_id)
         try:
-            async for chunk in stream:
+            while True:
+                try:
+                    chunk = await anext(stream)
+                except (StopAsyncIteration, TimeoutError, aiohttp.ClientError, OSError, RuntimeError):
+                    return  # the caller asks the job's status, which tells whether this was the end
                 skipped = min(skip, len(chunk))
                 skip -= skipped
-                rest = self._give(rest + chunk[skipped:])
-        except (TimeoutError, aiohttp.ClientError, OSError, RuntimeError):
-            return  # the caller asks the job's status, which tells whether this was the end
+                rest = self._give(rest + chunk[skipped:])  # its errors are those of the lines' reader
         finally:
             await stream.aclose()
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from diffsynth_ray import __version__
-from diffsynth_ray.errors import DsrayError, first_line
+from diffsynth_ray.errors import DsrayError, OutputError, first_line
 
 State = Literal["ok", "warning", "failed", "skipped"]
 MUST_BE_EQUAL = ("python", "dsray", "ray", "torch", "diffusers", "transformers", "peft", "deepspeed")
@@ -195,16 +195,14 @@ def _apart(request: Request) -> Iterator[tuple[State, str, str]]:
 
 
 def _why_not_writable(path: str) -> str | None:
-    from pyarrow import ArrowInvalid
-
     from diffsynth_ray.train.storage import Storage
 
     name = f".dsray-probe-{secrets.token_hex(8)}"
     path = path.removeprefix("file://")
     try:
         storage = Storage.at(path if "://" in path else _existing(Path(path)))
-    except (OSError, ArrowInvalid, NotImplementedError):
-        return "no address that pyarrow can open"  # its own words repeat all of the address
+    except (OSError, OutputError):
+        return "no address that pyarrow can open"
     try:
         storage.write_text(name, name)
         is_same = storage.read_text(name) == name

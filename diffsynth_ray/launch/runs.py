@@ -257,14 +257,17 @@ def claim_output(resolved: ResolvedJob, cluster: Cluster | None, *, new: bool) -
             f"{run_dir.path} is being written by process {writer.pid} (`dsray run`)",
             hint=f"`dsray logs -f {writer.run}` follows it, `dsray stop {writer.run}` ends it",
         )
+    if not new:
+        if name is not None:
+            run_dir.check_owner(resolved)
+        return None
+    # A job that has just been submitted has written nothing yet.
+    for run in {name or resolved.run, resolved.run}:
+        active = client.active_job(cluster, run) if cluster else None
+        if active is not None:
+            raise OutputError(f"{run_dir.path} is being written by {active['submission_id']}", hint=f"first `dsray stop {run}`")
     if name is None:
         return None
-    if not new:
-        run_dir.check_owner(resolved)
-        return None
-    active = client.active_job(cluster, name) if cluster else None
-    if active is not None:
-        raise OutputError(f"{run_dir.path} is being written by {active['submission_id']}", hint=f"first `dsray stop {name}`")
     _check_nothing_else_is_moved(resolved, run_dir)
     return run_dir.move_aside()
 

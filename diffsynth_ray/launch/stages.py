@@ -44,11 +44,19 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
 
         resolved = ResolvedJob.model_validate_json(config["resolved_json"])
         bring_to_worker(resolved, config["board"], rank=rank)
+        resolved = _with_fp8_components(resolved)
+        config["resolved_json"] = resolved.model_dump_json()
         return train_loop(**config, spare=SpareRoom(resolved, config["board"]))
     except ImportError as error:
         # It does not come by a restart either.
         ray.get(config["board"].fail.remote(rank, _missing_package(error)))
         raise
+
+
+def _with_fp8_components(resolved: ResolvedJob) -> ResolvedJob:
+    from diffsynth_ray.models.weights import find_fp8_components
+
+    return resolved.with_keys(model={"fp8_models": find_fp8_components(resolved.job)})
 
 
 def _missing_package(error: ImportError) -> ClusterError:
@@ -90,6 +98,7 @@ def encode_stage(resolved_json: str, board: Any, place: QueuePlace | None) -> st
     if not model.tiny:
         _, files, tokenizers = find_model(model)
         found = FoundModel(found.family, files, tokenizers)
+        resolved = _with_fp8_components(resolved)
 
     def say(line: str) -> None:
         board.say.remote(line)

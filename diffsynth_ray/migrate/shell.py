@@ -21,6 +21,8 @@ _DECLARING = ("export", "declare", "local", "readonly")
 _LOOPS = {"for", "while", "until", "if", "elif", "case", "select", "function"}
 _KEYWORDS = {"then", "do", "else", "{", "!", "time"}
 _CLOSINGS = {"fi", "done", "esac", "}"}
+_ONLY_A_COMMENT = re.compile(r"`\s*#[^\n]*`")
+"""How one comments an option of a command that goes on in the next line: a substitution that gives nothing."""
 _COMMENTED_LAUNCH = re.compile(r"#+\s*(?:accelerate\s+launch|torchrun|python3?)\s.*\S")
 
 
@@ -100,7 +102,11 @@ class _Reader:
         elif char == "$":
             self._variable(splits=True)
         elif char == "`":
-            self._substitution(self._find("`", self.position + 1) + 1)
+            end = self._find("`", self.position + 1) + 1
+            if _ONLY_A_COMMENT.fullmatch(self.text, self.position, end):
+                self._move(end)
+            else:
+                self._substitution(end)
         elif char == "#" and self.word is None:
             self._comment()
         elif char in " \t":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from diffsynth_ray.config.sizes import check_clip_length, check_micro_batch, che
 from diffsynth_ray.config.zero import check_shared_encoders
 from diffsynth_ray.errors import ModelError, Problem
 from diffsynth_ray.models import layouts, sources
-from diffsynth_ray.schedule import partitioned_components
+from diffsynth_ray.models.fp8_entries import entry_number, fp8_components, fp8_problems, names_entries
+from diffsynth_ray.schedule import partitioned_components, trained_components
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ def inspect_model(job: Job) -> tuple[list[ModelFiles], list[Problem]]:
     """Where every entry of [model] is and what it holds, and all that is wrong with the files that are here."""
     model = job.model
     problems: list[Problem] = []
-    known: list[tuple[str, str, sources.Files, layouts.Shapes | None]] = []
-    for key, name, files in _entries(model):
+    known: list[tuple[int, str, str, sources.Files, layouts.Shapes | None]] = []
+    for number, (key, name, files) in enumerate(_entries(model)):
         shapes = None
         if gone := [path for path in files.files if not path.exists()]:
             problems += [Problem(key, f"{path} does not exist") for path in gone]
@@ -61,12 +62,12 @@ def inspect_model(job: Job) -> tuple[list[ModelFiles], list[Problem]]:
         elif model.skip_download:
             message = f"{name}: {files.missing} in {files.directory}, and model.skip_download is set"
             problems.append(Problem(key, message))
-        known.append((key, name, files, shapes))
+        known.append((number, key, name, files, shapes))
     read = [shapes for *_, shapes in known if shapes is not None]
     family = model.family or layouts.common_family(read, layouts.KEY_LAYOUTS)
     problems += check_family(job, family)
-    entries = []
-    for key, name, files, shapes in known:
+    entries, components = [], {}
+    for number, key, name, files, shapes in known:
         held = None
         if shapes is not None:
             try:
@@ -74,12 +75,30 @@ def inspect_model(job: Job) -> tuple[list[ModelFiles], list[Problem]]:
             except ModelError as error:
                 problems.append(Problem(key, f"{', '.join(map(str, _weights(files)))}: {error.message}"))
             problems += _lora_problems(job, family, held)
+        if held is not None:
+            components[number] = held
         entries.append(_describe(" and ".join(held) if held else None, name, files, model))
+    if family is not None and len(components) == len(model.paths) + len(model.id_with_origin_paths) > 0:
+        known_names = layouts.KEY_LAYOUTS.get(family, {})
+        absent = check_trained(job, [name for held in components.values() for name in held])
+        problems += [problem for name, problem in absent.items() if name in known_names]
+    if names_entries(job):
+        problems += fp8_problems(job, fp8_components(job, components))
     if any(entry.component in (None, "text_encoder") for entry in entries):
         weights = [paths for *_, files, _ in known if (paths := _weights(files))]
         more, lacking = _tokenizers_of_a_hub(model, family, weights)
         entries, problems = entries + more, problems + lacking
     return entries, problems
+
+
+def check_trained(job: Job, present: Collection[str]) -> dict[str, Problem]:
+    """Trained component -> what is wrong, of those that are in none of the files."""
+    found = {}
+    for name in trained_components(job):
+        if name not in present:
+            key = "lora.base_model" if name == job.lora.base_model else "training.trainable_models"
+            found[name] = Problem(key, f"{name} is in none of the model's files, which hold {', '.join(present)}")
+    return found
 
 
 def unknown_family(family: str) -> str | None:
@@ -109,7 +128,11 @@ def _name_problems(job: Job, family: str) -> list[Problem]:
     named = [("training.trainable_models", "component", name, components) for name in job.training.trainable_models]
     named += [("lora.base_model", "component", job.lora.base_model, components)] if job.lora.base_model is not None else []
     named += [("lora.preset_model", "component", name, components) for name in as_list(job.lora.preset_model)]
-    named += [("model.fp8_models", "component", name, components) for name in job.model.fp8_models]
+    named += [
+        ("model.fp8_models", "component", name, components)
+        for name in job.model.fp8_models
+        if entry_number(job.model, name) is None
+    ]
     named += [("model.extra_inputs", "extra input", name, inputs) for name in condition_columns(job)]
     named += [("model.options", "option", name, options) for name in job.model.options]
     problems = []

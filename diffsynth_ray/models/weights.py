@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from diffsynth_ray.config.origins import Origin
-from diffsynth_ray.config.schema import ModelSection
-from diffsynth_ray.errors import ModelError
+from diffsynth_ray.config.schema import Job, ModelSection
+from diffsynth_ray.errors import JobFileError, ModelError
 from diffsynth_ray.models import layouts, sources
 from diffsynth_ray.models.family import ComponentFiles, detect_component, get_family, key_layouts
+from diffsynth_ray.models.fp8_entries import fp8_components, fp8_problems, names_entries
 from diffsynth_ray.models.weight_source import (
     SCALE_SUFFIXES,
     UNUSED_FP8_KEYS,
@@ -120,6 +121,19 @@ def load_components(
     if family is None:
         raise ModelError("[model] paths names no weights")
     return family, found
+
+
+def find_fp8_components(job: Job) -> list[str]:
+    """`model.fp8_models` by components; its entries must be here. Raises JobFileError where one of them is trained."""
+    if not names_entries(job):
+        return job.model.fp8_models
+    entries = sources.model_entries(job.model)
+    names = fp8_components(
+        job, {number: load_components([paths], family=job.model.family)[1] for number, paths in enumerate(entries)}
+    )
+    if problems := fp8_problems(job, names):
+        raise JobFileError(f"job {job.name}", problems)
+    return names
 
 
 def find_model(

@@ -12,8 +12,7 @@ from string import Template
 from typing import Any
 
 from diffsynth_ray import __version__
-from diffsynth_ray.config.load import lookup
-from diffsynth_ray.config.schema import Job, keys
+from diffsynth_ray.config.schema import Job, keys, lookup
 from diffsynth_ray.report.curves import WIDTH, Curve, draw_chart, smoothed
 from diffsynth_ray.report.record import AttemptRecord, RunRecord
 

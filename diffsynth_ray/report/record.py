@@ -112,11 +112,11 @@ def read_record(run_dir: RunDir) -> RunRecord:
 def _read_figures(path: Path) -> dict[str, Series]:
     figures: dict[str, Series] = {}
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", errors="replace") as file:
             for row in csv.DictReader(file):
                 try:
                     figures.setdefault(row["key"], []).append((int(row["step"]), float(row["value"])))
-                except (TypeError, ValueError):
+                except (TypeError, ValueError, KeyError):
                     continue  # a row that a crash has cut
     except FileNotFoundError:
         return {}
@@ -126,7 +126,7 @@ def _read_figures(path: Path) -> dict[str, Series]:
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -20,7 +20,7 @@ from diffsynth_ray.schedule import export_file_names, trained_components
 
 
 def export_weights(family: ModelFamily, job: Job, *, masters: dict[str, Tensor], output_dir: Path, stem: str) -> list[Path]:
-    """Write the trained weights of every trained component in every format; returns the files.
+    """Write the trained weights of every trained component in every format, DiffSynth-Studio's first; returns the files.
 
     `masters` are the float32 weights by "component.parameter"; under bf16 the files are bf16.
     """
@@ -30,7 +30,7 @@ def export_weights(family: ModelFamily, job: Job, *, masters: dict[str, Tensor],
         state = _component_state(family, job, component, masters)
         state = {key: tensor.to(dtype=dtype, device="cpu").contiguous() for key, tensor in state.items()}
         is_lora = component == job.lora.base_model
-        for fmt in job.output.formats:
+        for fmt in dict.fromkeys(["diffsynth", *job.output.formats]):
             if not is_lora and fmt != "diffsynth":
                 continue  # other tools' names exist for LoRA only
             converted = (

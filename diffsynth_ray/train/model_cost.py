@@ -27,6 +27,7 @@ from diffsynth_ray.memory.peak import peak_in_rounds
 from diffsynth_ray.memory.placement import split_units
 from diffsynth_ray.models import sources
 from diffsynth_ray.models.family import BatchShape, ModelFamily, get_family
+from diffsynth_ray.models.fp8_entries import fp8_components, names_entries, with_fp8_models
 from diffsynth_ray.models.full_size import released_components
 from diffsynth_ray.models.library_family import LibraryFamily
 from diffsynth_ray.models.weights import load_components
@@ -161,6 +162,19 @@ def find_configs(job: Job) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
     return families.pop(), configs, notes
 
 
+def _with_fp8_components(job: Job) -> Job:
+    """The job with components in place of the entries in model.fp8_models."""
+    if not names_entries(job):
+        return job
+    alone = [{"paths": [entry], "id_with_origin_paths": []} for entry in job.model.paths]
+    alone += [{"paths": [], "id_with_origin_paths": [text]} for text in job.model.id_with_origin_paths]
+    held = {
+        number: find_configs(job.model_copy(update={"model": job.model.model_copy(update=keys)}))[1]
+        for number, keys in enumerate(alone)
+    }
+    return with_fp8_models(job, fp8_components(job, held))
+
+
 def measure_model(job: Job, shape: BatchShape, *, capability: tuple[int, int] | None, say: Say) -> ModelCost:
     """Build and trace a job's model; seconds, on the CPU, without its weights.
 
@@ -169,6 +183,7 @@ def measure_model(job: Job, shape: BatchShape, *, capability: tuple[int, int] | 
     Raises JobFileError or ModelError for what cannot be reckoned.
     """
     name, configs, notes = find_configs(job)
+    job = _with_fp8_components(job)
     family = get_family(name)
     if not issubclass(family, LibraryFamily):
         raise ModelError(f"the family {name} of another package cannot be reckoned")

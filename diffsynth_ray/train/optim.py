@@ -61,6 +61,9 @@ _HAVE_FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 """Their updates are one kernel for many parameters on the GPU, where asked for."""
 
 
+_OF_ARGUMENTS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, AssertionError)
+"""What optimizers make of arguments that they do not take, as one beta in place of two. Some make a RuntimeError of two that
+exclude each other; on a GPU that can be something else, as a full memory."""
 COLLECTED_BYTES = 1 << 30
 """Gradients that are added to their masters' at once."""
 
@@ -77,14 +80,16 @@ def build_optimizer(
     arguments |= training.optimizer_args
     try:
         optimizer = optimizer_class(params, **arguments)
-    except (TypeError, ValueError) as error:
-        raise JobFileError(
-            "job",
-            [Problem("training.optimizer_args", f"{training.optimizer}({arguments}) is not accepted: {error}")],
-        ) from error
+    except _OF_ARGUMENTS as error:
+        raise _not_accepted(training, error) from error
     if is_schedule_free(optimizer):
         cast(Any, optimizer).train()
     return optimizer
+
+
+def _not_accepted(training: TrainingSection, error: Exception) -> JobFileError:
+    message = f"{training.optimizer} does not take {training.optimizer_args}: {error}"
+    return JobFileError("job", [Problem("training.optimizer_args", message)])
 
 
 def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
@@ -122,7 +127,10 @@ def meant_weights(
 
 def check_optimizer(job: Job) -> None:
     """Raise JobFileError where the optimizer cannot be had with the job's arguments and strategy; needs no model."""
-    optimizer = build_optimizer([nn.Parameter(torch.zeros(2, 2))], job.training)
+    try:
+        optimizer = build_optimizer([nn.Parameter(torch.zeros(2, 2))], job.training)
+    except RuntimeError as error:
+        raise _not_accepted(job.training, error) from error
     if job.distributed.strategy == "deepspeed" and job.distributed.zero_stage == 3 and is_schedule_free(optimizer):
         message = (
             f"{job.training.optimizer} is schedule-free: its steps, and its way to the weights that are exported, are those of "

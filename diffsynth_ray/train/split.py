@@ -22,6 +22,7 @@ from diffsynth_ray.data.samples import SampleRule
 from diffsynth_ray.data.store import Store
 from diffsynth_ray.errors import DataError, JobFileError, Problem
 from diffsynth_ray.models.family import ComponentFiles, ModelFamily, split_conditions
+from diffsynth_ray.models.fp8_entries import entry_number
 from diffsynth_ray.models.layouts import TRAINED_TINY
 from diffsynth_ray.models.weight_source import SAFETENSORS_DTYPES, SAFETENSORS_NAMES
 from diffsynth_ray.schedule import trained_components
@@ -72,7 +73,7 @@ def split_parts(family: type[ModelFamily], job: Job, *, present: Collection[str]
     problems = [
         Problem("model.fp8_models", f"the family {family.name} has no component {name!r}")
         for name in job.model.fp8_models
-        if name not in family.component_names
+        if name not in family.component_names and entry_number(job.model, name) is None
     ]
     encoders = {*family.text_components, *family.image_components, *extra}
     if extra and (both := [name for name in trained if name in encoders]):

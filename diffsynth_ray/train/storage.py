@@ -13,8 +13,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow as pa
 from pyarrow import fs as pafs
 
+from diffsynth_ray.errors import OutputError
 from diffsynth_ray.run_dir import write_whole
 
 
@@ -36,9 +38,16 @@ class Storage:
 
     @classmethod
     def at(cls, location: str | Path) -> Storage:
-        """The storage at a local path or a URL."""
+        """The storage at a local path or a URL. Raises OutputError for a URL that pyarrow does not know."""
         if "://" in str(location):
-            return cls(*pafs.FileSystem.from_uri(str(location)))
+            try:
+                return cls(*pafs.FileSystem.from_uri(str(location)))
+            except (pa.ArrowInvalid, NotImplementedError):
+                # Without pyarrow's words, which repeat all of the address: keys may be in it.
+                raise OutputError(
+                    f"output.checkpoint_path: no address that pyarrow can open ({str(location).partition('://')[0]}://...)",
+                    hint="a folder, or a URL that pyarrow knows: s3://bucket/folder, gs://bucket/folder, hdfs://host/folder",
+                ) from None
         return cls(pafs.LocalFileSystem(use_mmap=True), os.path.abspath(location))
 
     def path(self, name: str) -> str:

@@ -189,6 +189,24 @@ def test_weights_from_files_and_full_training_beside_a_lora(tmp_path, photos, re
     assert any((after[key] != before[key].to(after[key].dtype)).any() for key in after), "the VAE was trained"
 
 
+@pytest.mark.slow
+def test_the_files_tell_the_worker_which_component_an_fp8_entry_is(tmp_path, photos, repository):
+    tiny = repository / "tests/assets/qwen_image_tiny"
+    run = Run(tmp_path, photos)
+    vae = str(tiny / "vae/diffusion_pytorch_model.safetensors")
+    paths = [[str(path) for path in sorted((tiny / part).glob("*.safetensors"))] for part in ("transformer", "text_encoder")]
+    code = run.start(
+        "model.tiny=false",
+        f"model.paths={json.dumps([*paths, vae])}",
+        f'model.tokenizer_path="{tiny}/tokenizer"',
+        f"model.fp8_models={json.dumps([paths[0][1], vae])}",
+        "training.max_steps=1",
+    )
+    assert code == ExitCode.DONE, run.said
+    assert "model.fp8_models: vae has no repeated blocks of Linear layers, and stays as it is" in run.said
+    assert run.dir.owner().job.model.fp8_models == [paths[0][1], vae]
+
+
 def test_no_training_or_decoding_process_is_left(reference):
     """On a shared Ray, after runs that ended well, failed and were killed. That the driver's end takes the rest with it is
     tested in test_quickstart."""

@@ -222,7 +222,7 @@ def test_the_plan_says_what_would_be_downloaded(photos: Path, tmp_path: Path) ->
 def test_the_default_tokenizer_is_part_of_the_plan(photos: Path, tmp_path: Path) -> None:
     ids = ["Qwen/Qwen-Image:text_encoder/*.safetensors"]
     model = {"tiny": False, "id_with_origin_paths": ids, "base_path": str(tmp_path / "models")}
-    lora = {"base_model": "dit"}
+    lora = {"base_model": "text_encoder"}
     encoder, tokenizer = plan(photos, model=model, lora=lora).models
     assert (encoder.component, tokenizer.component, tokenizer.entry) == (None, "tokenizer", "Qwen/Qwen-Image:tokenizer/")
     assert tokenizer.missing == "no file"
@@ -436,3 +436,23 @@ def test_who_estimates_its_step_size_in_parts_is_told(photos, optimizer, section
 @pytest.mark.parametrize("optimizer", ["torch.optim.Adamw", "transformers.optimization.Adafactr"])
 def test_a_typing_error_in_the_optimizer_is_told_before_anything_starts(photos: Path, optimizer: str) -> None:
     assert "did you mean" in problems(photos, training={"optimizer": optimizer})["training.optimizer"]
+
+
+def test_fp8_models_may_be_entries_of_the_model(photos: Path) -> None:
+    """As in DiffSynth-Studio's `--fp8_models`: the files tell which components they are."""
+    for entry in (VAE, DIT[1]):
+        assert plan(photos, model=files(fp8_models=[entry])).models
+    origin = "Qwen/Qwen-Image:transformer/diffusion_pytorch_model*.safetensors"
+    ids = {"tiny": False, "id_with_origin_paths": [origin], "base_path": "/nowhere"}
+    assert plan(photos, model=ids | {"fp8_models": [origin]}).models
+    full = {"lora": {"base_model": None}, "training": {"trainable_models": ["dit"]}}
+    assert "dit is trained" in problems(photos, model=files(fp8_models=[DIT[0]]), **full)["model.fp8_models"]
+    assert "no component" in problems(photos, model=files(fp8_models=["/gone.safetensors"]))["model.fp8_models"]
+
+
+def test_a_trained_component_must_be_in_the_files(photos: Path) -> None:
+    told = problems(photos, model=files(paths=[VAE]), training={"trainable_models": ["text_encoder", "vae"]})
+    assert told == {
+        "lora.base_model": "dit is in none of the model's files, which hold vae",
+        "training.trainable_models": "text_encoder is in none of the model's files, which hold vae",
+    }

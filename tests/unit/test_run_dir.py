@@ -247,6 +247,15 @@ def test_progress_is_kept(tmp_path: Path) -> None:
     assert run_dir.progress() == PROGRESS
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b'{"step": 1, "of_a_later_version": 2}'])
+def test_a_damaged_progress_file_is_none(tmp_path: Path, content: bytes) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.progress_path.write_bytes(content)
+    run_dir.encode_path.write_bytes(content)
+    run_dir.attempts_path.write_bytes(b'{"attempt": 1}\n\xff\n')
+    assert (run_dir.progress(), run_dir.encode_progress(), run_dir.attempts()) == (None, None, [{"attempt": 1}])
+
+
 # Whole files
 
 

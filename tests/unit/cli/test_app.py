@@ -169,6 +169,15 @@ def test_all_job_files_are_read_before_the_first_starts(job_file, tmp_path, caps
     assert not (tmp_path / "state" / "local.json").exists()
 
 
+def test_problems_of_several_job_files_name_their_file(job_file, tmp_path, capsys):
+    other = tmp_path / "other.toml"
+    other.write_text("[lora\n")
+    assert run("submit", job_file, other, "--set", "lora.rank=big") == ExitCode.USAGE
+    told = capsys.readouterr().err
+    assert f"  {job_file}: lora.rank: got " in told
+    assert f"  {other}: not valid TOML: " in told
+
+
 def test_unreachable_cluster_is_exit_3_and_quick(job_file, capsys):
     for _ in range(2):
         capsys.readouterr()
@@ -558,11 +567,30 @@ def test_new_moves_nothing_aside_that_is_not_the_runs(job_file, tmp_path, monkey
         assert runs.claim_output(resolved, None, new=True) == run_dir.path / "previous" / resolved.run
 
 
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_new_is_refused_while_a_job_of_the_run_is_there(job_file, monkeypatch, has_begun):
+    """Also between its submission and its first file: two attempts at once would train in one folder."""
+    from diffsynth_ray.errors import OutputError
+    from diffsynth_ray.launch import client, runs
+
+    resolved, run_dir = finish(job_file, state=None)
+    if not has_begun:
+        shutil.rmtree(run_dir.path)
+    job = {"submission_id": f"{resolved.run}-a1", "status": "PENDING"}
+    monkeypatch.setattr(client, "active_job", lambda cluster, name: job if name == resolved.run else None)
+    cluster = client.Cluster(url="http://127.0.0.1:9", token=None)
+    with pytest.raises(OutputError, match=rf"is being written by {resolved.run}-a1"):
+        runs.claim_output(resolved, cluster, new=True)
+    assert runs.claim_output(resolved, cluster, new=False) is None
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
         ("output.path=", "output.path: is empty; name a path, or remove the key"),
+        ('output.path="a\\u0000b"', "output.path: got 'a\\x00b'; no path has the character \\0"),
         ("split.cache_path=", "split.cache_path: is empty"),
+        ("model={paths=[''], base_path='', family='wan'}", "model.paths: is empty"),
         ("output.checkpoint_path=", "output.checkpoint_path: is empty"),
         ("lora.checkpoint=", "lora.checkpoint: is empty"),
         ("training.resume_from_checkpoint=['']", "training.resume_from_checkpoint: is empty"),
@@ -575,10 +603,13 @@ def test_values_that_cannot_be_meant(job_file, capsys, override, expected):
     assert expected in capsys.readouterr().err
 
 
-def test_a_terminal_that_cannot_show_a_character_gets_the_others(job_file):
+@pytest.mark.parametrize(
+    "locale", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_a_terminal_that_cannot_show_a_character_gets_the_others(job_file, locale):
     resolved, run_dir = finish(job_file)
     run_dir.loss_path.write_text("step,key,value\n1,loss,1\n2,loss,2\n3,loss,1\n")
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    environment = os.environ | locale
     code = f"from diffsynth_ray.cli import app; raise SystemExit(app.main(['status', {str(run_dir.path)!r}]))"
     done = subprocess_run(code, env=environment)
     assert done.returncode == 0, done.stderr
@@ -626,6 +657,29 @@ def test_a_reader_that_has_gone_is_no_error(monkeypatch, job_file):
     monkeypatch.setattr("sys.stdout", sys.stdout)
     monkeypatch.setattr("sys.stderr", sys.stderr)
     assert run("plan", job_file) == ExitCode.DONE
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["list", "--json"], ["--help"], ["plan", "nothing.toml", "--json"]])
+@pytest.mark.parametrize("reader", ["full", "gone"])
+def test_a_result_that_cannot_be_written_is_no_bug_of_dsray(arguments, reader, state_dir):
+    """Of a full disk behind stdout the user hears, of a reader that has gone nobody."""
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full", "wb") if reader == "full" else os.fdopen(write, "wb") as stdout:
+        process = subprocess.run(
+            [sys.executable, "-m", "diffsynth_ray.cli.app", *arguments], stdout=stdout, stderr=subprocess.PIPE, text=True,
+            check=False, timeout=60,
+        )  # fmt: skip
+    told = [line for line in process.stderr.splitlines() if line.startswith(("error:", "hint:"))]
+    assert "Traceback" not in process.stderr, process.stderr
+    assert "Exception ignored" not in process.stderr, process.stderr
+    assert "bug" not in process.stderr
+    if "nothing.toml" in arguments:
+        assert (process.returncode, told) == (2, ["error: nothing.toml: 1 problem"])
+    elif reader == "full":
+        assert (process.returncode, told) == (2, ["error: the result cannot be written: No space left on device"])
+    else:
+        assert (process.returncode, told) == (0, [])
 
 
 def test_the_end_by_a_signal_is_no_success(monkeypatch, job_file):

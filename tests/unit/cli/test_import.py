@@ -1,6 +1,8 @@
 """`dsray import` as a command: where it writes, what it says, its exit code."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,19 @@ def test_nothing_is_overwritten_unasked(run, script, tmp_path):
     assert run(script, "-o", "job.toml", "--force")[0] == 0
     (tmp_path / "file").write_text("")
     assert "file is a file, not a folder" in run(script, "-o", "file/jobs")[2]
+
+
+def test_a_full_disk_leaves_the_job_that_was_there(run, script, tmp_path, monkeypatch):
+    (tmp_path / "job.toml").write_text("mine")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    code, out, err = run(script, "-o", "job.toml", "--force")
+    assert (code, out) == (ExitCode.USAGE, "")
+    assert "job.toml cannot be written: No space left on device" in err
+    assert {path.name: path.read_text() for path in tmp_path.glob("*job*")} == {"job.toml": "mine"}
 
 
 def test_a_file_name_that_no_job_can_have(run, script):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffsynth_ray.config import packages
-from diffsynth_ray.config.packages import TORCH_OPTIMIZERS, check_optimizer, is_installed, missing_name
+from diffsynth_ray.config.packages import TORCH_OPTIMIZERS, check_optimizer_name, is_installed, missing_name
 from diffsynth_ray.config.schema import TrainingSection
 from diffsynth_ray.errors import JobFileError
 from diffsynth_ray.train.optim import build_optimizer, load_optimizer_class
@@ -45,9 +45,9 @@ def test_the_optimizers_of_torch_are_those_that_can_train_here():
                 build_optimizer([param], TrainingSection(optimizer=f"torch.optim.{name}")).step()
                 trains.add(name)
             except (JobFileError, TypeError, RuntimeError):
-                assert "which training here does not do" in check_optimizer(f"torch.optim.{name}")[0].message
+                assert "which training here does not do" in check_optimizer_name(f"torch.optim.{name}")[0].message
     assert trains == set(TORCH_OPTIMIZERS)
-    assert [name for name in TORCH_OPTIMIZERS if check_optimizer(f"torch.optim.{name}")] == []
+    assert [name for name in TORCH_OPTIMIZERS if check_optimizer_name(f"torch.optim.{name}")] == []
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_the_optimizers_of_torch_are_those_that_can_train_here():
     ],
 )
 def test_what_no_machine_can_have_is_told(name, told):
-    [problem] = check_optimizer(name)
+    [problem] = check_optimizer_name(name)
     assert problem.key == "training.optimizer"
     assert re.search(told, problem.message), problem.message
     with pytest.raises(JobFileError):

@@ -347,6 +347,9 @@ def test_num_workers_of_the_dataset_is_an_upper_bound() -> None:
             {"model": {"fp8_models": ["vae"]}, "training": {"trainable_models": ["vae"]}, "lora": {"base_model": None}},
             "model.fp8_models",
         ),
+        ({"split": {"enabled": True, "cache_path": "s3://"}}, "split.cache_path"),
+        ({"training": {"optimizer_args": {"lr": 1e-3}}}, "training.optimizer_args"),
+        ({"output": {"checkpoint_path": "gs:///"}}, "output.checkpoint_path"),
     ],
 )
 def test_rules_between_keys(change: dict[str, Any], key: str) -> None:

@@ -74,6 +74,23 @@ def read(lines, *streams, log=None):
     reader.finish(log)
 
 
+def test_who_no_longer_takes_the_lines_ends_the_following(monkeypatch):
+    """`dsray logs -f RUN | head -1`: at the next line, not at the end of the run."""
+    streams, given = Streams(["a\nb\n"], ["a\nb\nc\n"]), []
+    monkeypatch.setattr(follow, "job_client", lambda cluster: streams)
+    jobs = iter([{"status": "RUNNING"}, {"status": "RUNNING"}, {"status": "SUCCEEDED"}])
+    monkeypatch.setattr(Cluster, "job", lambda self, submission_id: next(jobs))
+
+    def take(line):
+        if given:
+            raise BrokenPipeError(32, "Broken pipe")
+        given.append(line)
+
+    with pytest.raises(BrokenPipeError):
+        follow.follow(Cluster(url="http://127.0.0.1:9", token=None), "x", take)
+    assert (given, len(streams.streams)) == (["a"], 1)
+
+
 def test_a_reconnected_stream_repeats_and_loses_nothing():
     lines = []
     read(lines, ["a\nb", OSError("gone")], ["a\n", "bb\nc"], ["a\nbb\nccc\n", RuntimeError("closed")], log="a\nbb\nccc\nend")

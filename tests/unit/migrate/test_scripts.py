@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from diffsynth_ray.config.load import load_job, lookup
+from diffsynth_ray.config.load import load_job
+from diffsynth_ray.config.schema import lookup
 from diffsynth_ray.errors import DsrayError, JobFileError
 from diffsynth_ray.migrate.job_file import toml_value, write_job_file
 from diffsynth_ray.migrate.read import read_migration

@@ -14,6 +14,7 @@ AS_BASH = [
     "show a\\\n  b",
     "show a\\\nb",
     "show a # b \\\nshow c",
+    "show a `# the first` \\\n  b`#x` `# and` c",
     "show 'a # b' a#b",
     'show "it\'s" \'say "x"\'',
     'show "a \\" b \\\\ c \\d" \'\\n\'',

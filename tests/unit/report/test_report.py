@@ -167,3 +167,11 @@ def test_smoothing_starts_at_the_first_value() -> None:
     found = smoothed([(1, 8.0), (2, float("inf")), (3, 8.0)], window=10)
     assert [step for step, _ in found] == [1, 2, 3]
     assert [value for _, value in found] == pytest.approx([8.0] * 3)
+
+
+@pytest.mark.parametrize("content", [b"", b"step,key,value\n1,loss,2.0\n\xff\xfe", b"1,loss,2.0\n2,loss,1.0\n"])
+def test_a_run_with_damaged_files_has_a_page(run_dir: RunDir, content: bytes) -> None:
+    run_dir.loss_path.write_bytes(content)
+    run_dir.progress_path.write_bytes(b"garbage")
+    run_dir.environment_path.write_bytes(b"\xff")
+    assert "<html" in build_page(read_record(run_dir))

@@ -10,7 +10,7 @@ import torch
 from pyarrow import fs as pafs
 from safetensors.torch import load_file
 
-from diffsynth_ray.errors import ModelError, RunError
+from diffsynth_ray.errors import ModelError, OutputError, RunError
 from diffsynth_ray.run_dir import RunDir
 from diffsynth_ray.train import saver as saver_module
 from diffsynth_ray.train.checkpoint import (
@@ -396,3 +396,9 @@ def test_an_older_attempt_ends_when_it_may_not_commit(storage):
     with pytest.raises(RunError, match="newer attempt"):
         savers[0].finish()
     assert find_checkpoints(storage) == []
+
+
+def test_a_url_that_pyarrow_does_not_know_is_the_users_to_mend():
+    """A worker that raises it is not started again."""
+    with pytest.raises(OutputError, match=r"output\.checkpoint_path: .* \(foo://\.\.\.\)$"):
+        Storage.at("foo://key:secret@x")

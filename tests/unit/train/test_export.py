@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_trainer import build_job
 
+from diffsynth_ray.config.schema import Job
+from diffsynth_ray.models.family import ModelFamily
 from diffsynth_ray.train import export
 from diffsynth_ray.train.residency import settle
 from diffsynth_ray.train.trainer import load_family, select_trained
@@ -36,9 +38,7 @@ def test_a_full_disk_is_told_as_one_and_leaves_nothing(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_asked_prefix_is_taken_off_the_first_component_only(tmp_path: Path) -> None:
-    """The LoRA's file; a component trained in full beside it loses its own prefix."""
-    job = build_job(training={"trainable_models": ["vae"]}, output={"remove_prefix_in_ckpt": "pipe."})
+def exported(job: Job, folder: Path) -> tuple[ModelFamily, list[Path]]:
     family = load_family(job, device=torch.device("cpu"))
     select_trained(family, job)
     settle(family, job, say=print)
@@ -48,9 +48,24 @@ def test_the_asked_prefix_is_taken_off_the_first_component_only(tmp_path: Path) 
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
     }
-    lora, vae = (
-        set(load_file(path)) for path in export.export_weights(family, job, masters=masters, output_dir=tmp_path, stem="a")
-    )
+    return family, export.export_weights(family, job, masters=masters, output_dir=folder, stem="a")
+
+
+@pytest.mark.parametrize("formats", [[], ["kohya"], ["kohya", "diffsynth", "kohya"]])
+@pytest.mark.parametrize("full", [False, True])
+def test_diffsynths_names_are_written_whatever_else_is(tmp_path: Path, formats: list[str], full: bool) -> None:
+    trained = {"training": {"trainable_models": ["dit"]}, "lora": {"base_model": None}} if full else {}
+    job = build_job(output={"formats": formats}, **trained)
+    written = exported(job, tmp_path)[1]
+    others = ["kohya/a.safetensors"] if formats and not full else []
+    assert [str(path.relative_to(tmp_path)) for path in written] == ["a.safetensors", *others]
+
+
+def test_the_asked_prefix_is_taken_off_the_first_component_only(tmp_path: Path) -> None:
+    """The LoRA's file; a component trained in full beside it loses its own prefix."""
+    job = build_job(training={"trainable_models": ["vae"]}, output={"remove_prefix_in_ckpt": "pipe."})
+    family, written = exported(job, tmp_path)
+    lora, vae = (set(load_file(path)) for path in written)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "a.vae.safetensors"]
     assert all(key.startswith("dit.") and ".lora_" in key for key in lora)
     assert vae == set(family.checkpoint_tensors("vae", dict(family.component("vae").named_parameters())))

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from diffsynth_ray.config.schema import TrainingSection
+from diffsynth_ray.config.schema import Job, TrainingSection
 from diffsynth_ray.errors import JobFileError
 from diffsynth_ray.train import optim
-from diffsynth_ray.train.optim import MasterOptimizer, load_optimizer_class, lr_factor
+from diffsynth_ray.train.optim import MasterOptimizer, check_optimizer, load_optimizer_class, lr_factor
 
 
 def build(param, **training):
@@ -69,9 +69,16 @@ def test_unknown_optimizer_names_the_key():
         load_optimizer_class("torch.nn.Linear")
 
 
-def test_refused_optimizer_arguments_name_the_key():
+@pytest.mark.parametrize("arguments", [{"beta": 3}, {"betas": [0.9]}, {"betas": 3}, {"betas": [2.0, 0.9]}, {"eps": "small"}])
+def test_refused_optimizer_arguments_name_the_key(arguments):
     with pytest.raises(JobFileError, match=r"training\.optimizer_args"):
-        build(nn.Parameter(torch.zeros(1)), optimizer_args={"beta": 3})
+        build(nn.Parameter(torch.zeros(1)), optimizer_args=arguments)
+
+
+def test_arguments_that_exclude_each_other_are_told_before_anything_is_loaded():
+    job = Job.model_validate({"name": "job", "training": {"optimizer_args": {"foreach": True, "fused": True}}})
+    with pytest.raises(JobFileError, match=r"training\.optimizer_args: torch\.optim\.AdamW does not take .*`foreach`"):
+        check_optimizer(job)
 
 
 class NumbersInItsState(torch.optim.SGD):
