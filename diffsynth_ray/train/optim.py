@@ -93,19 +93,19 @@ def _not_accepted(training: TrainingSection, error: Exception) -> JobFileError:
 
 
 def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the weights that gradients are computed at are not those that are meant: it has `train` and `eval` to go from
-    one to the other, as in the package schedulefree."""
+    """Whether gradients are computed at other weights than those to evaluate and export: it has `train` and `eval` to go from
+    the ones to the others, as in the package schedulefree."""
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
 @contextmanager
 @torch.no_grad()
-def meant_weights(
+def eval_weights(
     optimizers: Sequence[torch.optim.Optimizer], masters: Sequence[Tensor], write_back: Callable[[], object]
 ) -> Iterator[None]:
-    """Inside, the masters of these optimizers are the weights that are meant, outside exactly what they were.
+    """Inside, the masters of schedule-free optimizers are the weights to evaluate, outside exactly what they were.
 
-    `write_back` takes masters over into the model. Where optimizers mean the weights that they train, nothing happens.
+    `write_back` takes masters over into the model. With other optimizers nothing happens.
     """
     apart: list[Any] = [optimizer for optimizer in optimizers if is_schedule_free(optimizer)]
     if not apart:
@@ -233,9 +233,9 @@ class MasterOptimizer:
         finally:
             torch._foreach_copy_([*self.params], kept)
 
-    def meant(self) -> AbstractContextManager[None]:
-        """See `meant_weights`."""
-        return meant_weights([self.optimizer], self.masters, self.write_back)
+    def eval_weights(self) -> AbstractContextManager[None]:
+        """See `eval_weights`."""
+        return eval_weights([self.optimizer], self.masters, self.write_back)
 
     @torch.no_grad()
     def write_back(self) -> None:

@@ -135,13 +135,13 @@ class Validation:
         if self._samples is not None:
             # At the end the workers have nothing else to do.
             is_last = self.has_ended or self._trainer.step == self._trainer.schedule.num_steps
-            with self._trainer.strategy.meant():
+            with self._trainer.strategy.eval_weights():
                 self._samples.make(self._trainer.step, is_last=is_last)
 
     def _compute(self, loss: ValidationLoss) -> None:
         around = self._around
         assert self._trainer.strategy is not None  # built by start()
-        with self._trainer.strategy.meant():
+        with self._trainer.strategy.eval_weights():
             entry = loss.compute(self._trainer.step)
         if self._job.training.ema_decay is not None:
             with self._trainer.strategy.averaged():

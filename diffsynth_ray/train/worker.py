@@ -127,7 +127,7 @@ def _log_path() -> str:
 def _disk_full(resolved: ResolvedJob, error: OSError) -> RunError:
     return RunError(
         f"{error.filename or resolved.output_path}: {error.strerror}",
-        hint="make room and submit the job again: it continues from its last checkpoint, which is whole",
+        hint="make room and submit the job again: it continues from its last checkpoint, if there is one",
     )
 
 
@@ -495,7 +495,7 @@ class _Worker:
     def _export_as(self, stem: str) -> None:
         assert self.trainer.strategy is not None  # built by start()
         self.heartbeat.enter("exporting", self.trainer.step)
-        with self.trainer.strategy.meant():
+        with self.trainer.strategy.eval_weights():
             self._write_export(stem)
 
     def _write_export(self, stem: str) -> None:

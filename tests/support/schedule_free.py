@@ -1,7 +1,8 @@
 """Schedule-free optimizers (Defazio et al. 2024) as the package schedulefree has them.
 
 A job names them as `schedule_free.SGD` and `schedule_free.AdamW`. In training the parameters are y, where gradients are
-computed; `eval` makes them x, the weighted average that is meant, `train` makes them y again: y = (1 - beta) z + beta x.
+computed; `eval` makes them x, the weighted average that is evaluated and exported, `train` makes them y again:
+y = (1 - beta) z + beta x.
 """
 
 import torch

@@ -90,7 +90,7 @@ class Strategy(Protocol):
         """The sum of a tensor over all workers, on every worker."""
         ...
 
-    def meant(self) -> AbstractContextManager[None]:
+    def eval_weights(self) -> AbstractContextManager[None]:
         """Masters and parameters are inside what is validated and exported, outside what is trained and kept to go on.
 
         Called on all ranks. They differ for schedule-free optimizers only.

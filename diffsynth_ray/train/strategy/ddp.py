@@ -120,9 +120,9 @@ class DDPStrategy:
                 dist.all_reduce(value)
         return value
 
-    def meant(self) -> AbstractContextManager[None]:
+    def eval_weights(self) -> AbstractContextManager[None]:
         """See Strategy."""
-        return self.optimizer.meant()
+        return self.optimizer.eval_weights()
 
     def full_masters(self) -> dict[str, Tensor]:
         """See Strategy. Every rank has them."""

@@ -34,7 +34,7 @@ from diffsynth_ray.memory.checkpointing import PartitionedBlockCall
 from diffsynth_ray.memory.placement import WeightSource, find_spots, pinned_memory, read_ahead, release_pinned_memory
 from diffsynth_ray.models.family import ModelFamily
 from diffsynth_ray.schedule import partitioned_components
-from diffsynth_ray.train.optim import NUMBERS, OF_GROUP, GroupNumbers, as_entry, build_optimizer, group_entries, meant_weights
+from diffsynth_ray.train.optim import NUMBERS, OF_GROUP, GroupNumbers, as_entry, build_optimizer, eval_weights, group_entries
 from diffsynth_ray.train.residency import recomputes_at_first
 from diffsynth_ray.train.strategy import trained_parameters
 from diffsynth_ray.train.strategy.base import GradientWatch, StateReader, StateSlice
@@ -242,7 +242,7 @@ class DeepSpeedStrategy:
                 dist.all_reduce(value)
         return value
 
-    def meant(self) -> AbstractContextManager[None]:
+    def eval_weights(self) -> AbstractContextManager[None]:
         """See Strategy. At stage 3, where an optimizer is not shown its weights, refused (`check_optimizer`)."""
         masters = [self._view(name) for name in self._idle if self._parts[name] is not None]
         kept = [master.clone() for master in masters]
@@ -252,7 +252,7 @@ class DeepSpeedStrategy:
                 master.copy_(values)
             self._write_back()
 
-        return meant_weights([self._torch_optimizer], self._flats, write_back)
+        return eval_weights([self._torch_optimizer], self._flats, write_back)
 
     def full_masters(self) -> dict[str, Tensor]:
         """See Strategy. Gathered parameter by parameter; on the CPU, and on rank 0 only."""

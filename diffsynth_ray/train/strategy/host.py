@@ -32,9 +32,9 @@ from diffsynth_ray.train.optim import (
     GroupNumbers,
     as_entry,
     build_optimizer,
+    eval_weights,
     group_entries,
     load_optimizer_class,
-    meant_weights,
 )
 from diffsynth_ray.train.shards import balanced_slices
 from diffsynth_ray.train.strategy.base import GradientWatch, StateReader, StateSlice
@@ -328,12 +328,12 @@ class HostStrategy:
             if group.unit is not None and group.unit.pending is not None:
                 group.unit.pending.wait()
 
-    def meant(self) -> AbstractContextManager[None]:
+    def eval_weights(self) -> AbstractContextManager[None]:
         """See Strategy."""
         self._finish()
         mine = [group for group in self._groups if group.is_mine]
         optimizers = [group.optimizer for group in mine if group.optimizer is not None]
-        return meant_weights(optimizers, [master for group in mine for master in group.masters], self._show_masters)
+        return eval_weights(optimizers, [master for group in mine for master in group.masters], self._show_masters)
 
     def full_masters(self) -> dict[str, Tensor]:
         """See Strategy. Blocks that another worker updates as the weights in host memory, rounded as an export rounds them."""

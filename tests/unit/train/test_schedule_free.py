@@ -1,4 +1,4 @@
-"""Optimizers whose trained weights are not those that are meant: what is validated, exported and kept to go on."""
+"""Optimizers that train other weights than those to evaluate: what is validated, exported and kept to go on."""
 
 import pytest
 import torch
@@ -33,14 +33,14 @@ def test_inside_are_the_averaged_weights_and_outside_the_trained_ones(training, 
     train(trainer, [micro([0, 1])])
     trained = weights(trainer)
     expected = {name: (trained[name] - 0.1 * z.values.reshape(z.shape)) / 0.9 for name, z in z_of(trainer).items()}
-    with trainer.strategy.meant():
-        meant = weights(trainer)
+    with trainer.strategy.eval_weights():
+        evaluated = weights(trainer)
         computed = {name: param.detach().clone() for name, param in parameters(trainer).items()}
     assert expected
     for name, tensor in expected.items():
-        assert torch.allclose(meant[name], tensor, atol=1e-5), name
-        assert torch.equal(computed[name], meant[name].to(computed[name].dtype)), "it is validated with what is exported"
-    assert any(not torch.equal(meant[name], trained[name]) for name in expected)
+        assert torch.allclose(evaluated[name], tensor, atol=1e-5), name
+        assert torch.equal(computed[name], evaluated[name].to(computed[name].dtype)), "it is validated with what is exported"
+    assert any(not torch.equal(evaluated[name], trained[name]) for name in expected)
     for name, param in parameters(trainer).items():
         assert torch.equal(weights(trainer)[name], trained[name])
         assert torch.equal(param, trained[name].to(param.dtype))
@@ -67,7 +67,7 @@ def test_validating_changes_nothing_and_a_block_that_was_loaded_is_loaded_anew(m
         found += train(watched, [micro([0, 1])], steps=1)
         inputs = sample, torch.ones_like(sample.latents), torch.tensor([500])
         outside = watched.evaluate(*inputs)
-        with watched.strategy.meant():
+        with watched.strategy.eval_weights():
             validated.append(watched.evaluate(*inputs).item())
         assert torch.equal(watched.evaluate(*inputs), outside)
         assert validated[-1] != outside.item() or watched.step == 1, "after one step the average is its first weights"
@@ -79,11 +79,11 @@ def test_on_the_host_it_trains_and_means_the_same():
     trainers = [build_trainer(job(ADAM | {"max_grad_norm": 0}, memory)) for memory in MEMORY]
     losses = [train(trainer, [micro([0, 1])], steps=4) for trainer in trainers]
     assert losses[0] == losses[1]
-    meant = []
+    evaluated = []
     for trainer in trainers:
-        with trainer.strategy.meant():
-            meant.append(weights(trainer))
-    assert all(torch.equal(tensor, meant[1][name]) for name, tensor in meant[0].items())
+        with trainer.strategy.eval_weights():
+            evaluated.append(weights(trainer))
+    assert all(torch.equal(tensor, evaluated[1][name]) for name, tensor in evaluated[0].items())
 
 
 @pytest.mark.parametrize("memory", MEMORY)

@@ -221,9 +221,9 @@ def test_early_stopping_ends_the_run(tmp_path, monkeypatch):
 def test_of_a_schedule_free_optimizer_the_averaged_weights_are_validated(tmp_path):
     _, _, published, validation = run(tmp_path, training={"optimizer": "schedule_free.AdamW", "learning_rate": 1e-2})
     trained = validation._loss.compute(6).loss
-    with validation._trainer.strategy.meant():
-        meant = validation._loss.compute(6).loss
-    assert published[6]["validation_loss"] == meant != trained
+    with validation._trainer.strategy.eval_weights():
+        evaluated = validation._loss.compute(6).loss
+    assert published[6]["validation_loss"] == evaluated != trained
 
 
 def test_averaged_weights_are_validated_too(tmp_path):

@@ -146,7 +146,7 @@ def test_without_moving_averages_there_is_one_file(tmp_path):
 def test_of_a_schedule_free_optimizer_the_averaged_weights_are_exported(tmp_path):
     worker = exporting(tmp_path, optimizer="schedule_free.AdamW", learning_rate=1e-2, ema_decay=None)
     train(worker.trainer, [micro([0, 1])], steps=2)
-    with worker.trainer.strategy.meant():
+    with worker.trainer.strategy.eval_weights():
         expected = sorted(float(tensor.norm()) for tensor in weights(worker.trainer).values())
     worker._export_as("step-3")
     found = sorted(float(tensor.float().norm()) for tensor in load_file(tmp_path / "step-3.safetensors").values())

@@ -166,9 +166,9 @@ def run_case(job):
     for _ in range(STEPS):
         loss, norm = train(trainer, steps=1)
         losses, norms = losses + loss, norms + norm
-        with trainer.strategy.meant():
+        with trainer.strategy.eval_weights():
             evaluated.append(evaluate(trainer))
-    with trainer.strategy.meant():
+    with trainer.strategy.eval_weights():
         masters = copied(trainer.strategy.full_masters())
         found = {"losses": losses, "norms": norms, "start": start, "masters": masters, "evaluated": evaluated}
         found["drift"] = drift(trainer, masters)
