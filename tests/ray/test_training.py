@@ -7,12 +7,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 from training_runs import Run, distance
 from waiting import wait_until
 
 from diffsynth_ray.errors import ExitCode
 from diffsynth_ray.train.checkpoint import find_checkpoints
+from diffsynth_ray.train.shards import ShardedState
 from diffsynth_ray.train.storage import Storage
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("local_ray")]
@@ -187,6 +189,24 @@ def test_weights_from_files_and_full_training_beside_a_lora(tmp_path, photos, re
     before = load_file(tiny / "vae/diffusion_pytorch_model.safetensors")
     after = load_file(run.output / "step-2.vae.safetensors")
     assert any((after[key] != before[key].to(after[key].dtype)).any() for key in after), "the VAE was trained"
+
+
+@pytest.mark.slow
+def test_a_schedule_free_optimizer_trains_goes_on_and_exports_its_average(tmp_path, photos):
+    schedule_free = ("training.optimizer=schedule_free.AdamW", "training.max_steps=4")
+    whole, parts = Run(tmp_path, photos, "whole"), Run(tmp_path, photos, "parts")
+    assert whole.start(*schedule_free) == ExitCode.DONE, whole.said
+    assert parts.start(*schedule_free, "training.max_steps=2") == ExitCode.DONE, parts.said
+    assert parts.start(*schedule_free) == ExitCode.DONE, parts.said
+    assert parts.losses() == whole.losses()
+    assert distance(whole.weights(4), parts.weights(4)) == 0
+    storage = Storage.at(whole.dir.checkpoints_dir)
+    state = ShardedState(storage, [shard.name for shard in find_checkpoints(storage)[0].shards])
+    trained = [state.read(name) for name in state.names() if name.startswith("master/")]
+    learnt = {key: tensor for key, tensor in whole.weights(4).items() if "lora_B" in key and tensor.any()}
+    assert learnt
+    for key, tensor in learnt.items():
+        assert not any(torch.equal(tensor.flatten(), each) for each in trained), f"{key} is what gradients are computed at"
 
 
 @pytest.mark.slow
