@@ -218,22 +218,33 @@ class DeepSpeedStrategy:
         self._stop_watch()
         for group in self._zero.param_groups:
             group["lr"] = lr
-        kept = [tensor.clone() for tensor in self._idle_tensors()]
-        with self._timed():
+        with self._idle_ones_stay(), self._timed():
             self.engine.step()
-        for tensor, values in zip(self._idle_tensors(), kept, strict=True):
-            tensor.copy_(values)
         return torch.as_tensor(self.engine.get_global_grad_norm(), device=self._device)
 
+    @contextmanager
+    def _idle_ones_stay(self) -> Iterator[None]:
+        """Parameters that get no gradient are after the optimizer's step what they were before it."""
+        kept = [tensor.clone() for tensor in self._idle_tensors()]
+        # At stage 3 the step puts small ones together on every rank, from the shares that it has updated.
+        small = [param for param in self._idle_params() if getattr(param, "ds_persist", False)]
+        wholes = [param.detach().clone() if _is_whole(param) else None for param in small]
+        yield
+        for tensor, values in zip(self._idle_tensors(), kept, strict=True):
+            tensor.copy_(values)
+        for param, whole in zip(small, wholes, strict=True):
+            if whole is not None:
+                param.detach().copy_(whole)
+            elif _is_whole(param):
+                param.partition()  # lets go what was put together; the next pass gathers it from the shares
+
+    def _idle_params(self) -> list[Any]:
+        return [self._trained[name] for name in self._idle]
+
     def _idle_tensors(self) -> list[Tensor]:
-        """Where this rank has parameters that get no gradient: its part of their masters, and what the model computes with."""
-        tensors = [self._view(name) for name in self._idle if self._parts[name] is not None]
-        for param in (cast(Any, self._trained[name]) for name in self._idle):
-            share = getattr(param, "ds_tensor", None)
-            tensors.append(param.detach() if share is None else share.detach())
-            if share is not None and param.ds_persist:  # small ones are whole on every rank, too
-                tensors.append(param.detach())
-        return tensors
+        """Where this rank has parameters that get no gradient: its part of their masters, and its share of the model's."""
+        masters = [self._view(name) for name in self._idle if self._parts[name] is not None]
+        return masters + [getattr(param, "ds_tensor", param).detach() for param in self._idle_params()]
 
     def sum_over_workers(self, value: Tensor) -> Tensor:
         """See Strategy."""
@@ -432,6 +443,11 @@ def _make_leaf(block: nn.Module) -> None:
 
 def _whole(numbers: dict[str, Tensor]) -> dict[str, StateSlice]:
     return {name: StateSlice(number.reshape(1), 0, ()) for name, number in numbers.items()}
+
+
+def _is_whole(param: Any) -> bool:
+    """Whether a parameter of stage 3 is put together on this rank just now."""
+    return bool(param.ds_status.name == "AVAILABLE")
 
 
 def _fill(param: nn.Parameter, gradient: Tensor | None) -> None:

@@ -49,7 +49,7 @@ def no_process_group_is_left():
 @pytest.fixture(scope="module")
 def two_workers(tmp_path_factory):
     """Few cases that pass through all stages, LoRA and full; the rest is in `test_all_stages`."""
-    return run_ranks(tmp_path_factory.mktemp("ranks"), world_size=2, cases=["chain", "export", "resume", *CASES])
+    return run_ranks(tmp_path_factory.mktemp("ranks"), world_size=2, cases=["chain", "export", "resume", "unprobed", *CASES])
 
 
 def check(found, *, tolerance=1e-5):
@@ -66,6 +66,10 @@ def check(found, *, tolerance=1e-5):
 @pytest.mark.parametrize("case", CASES)
 def test_two_workers_train_and_validate_as_under_ddp(two_workers, case):
     check(two_workers[case])
+
+
+def test_small_parameters_that_are_in_shares_when_a_step_begins_train_as_under_ddp(two_workers):
+    check(two_workers["unprobed"])
 
 
 def test_a_run_may_change_its_strategy_at_every_checkpoint(two_workers):
