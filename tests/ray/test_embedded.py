@@ -7,6 +7,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -62,10 +63,11 @@ def drop_log_streams(dashboard_port):
     import socket
 
     for each in psutil.Process().net_connections("tcp"):
-        if each.status == psutil.CONN_ESTABLISHED and each.fd >= 0 and each.raddr.port == dashboard_port:
-            duplicate = socket.socket(fileno=os.dup(each.fd))
-            duplicate.shutdown(socket.SHUT_RDWR)
-            duplicate.close()
+        if each.status != psutil.CONN_ESTABLISHED or each.fd < 0 or each.raddr.port != dashboard_port:
+            continue
+        with suppress(OSError), socket.socket(fileno=os.dup(each.fd)) as duplicate:  # some end by themselves
+            if duplicate.getpeername()[1] == dashboard_port:
+                duplicate.shutdown(socket.SHUT_RDWR)
 
 
 def test_life(state_dir):
@@ -101,9 +103,11 @@ def test_life(state_dir):
             await original(self, *args)
 
         def drop_once():
-            wait_until(lambda: len(lines) >= 2)
-            drop_log_streams(urlsplit(local.dashboard_url).port)
-            dropped.touch()
+            try:
+                wait_until(lambda: len(lines) >= 2)
+                drop_log_streams(urlsplit(local.dashboard_url).port)
+            finally:
+                dropped.touch()  # the job waits for it
 
         follow._LogReader.read = counted
         try:
