@@ -100,8 +100,7 @@ class ResolvedJob(BaseModel):
 
     def with_keys(self, **sections: dict[str, Any]) -> ResolvedJob:
         """The same with other values of some keys, by section; nothing is resolved anew."""
-        changed = {name: getattr(self.job, name).model_copy(update=keys) for name, keys in sections.items()}
-        return self.model_copy(update={"job": self.job.model_copy(update=changed)})
+        return self.model_copy(update={"job": self.job.with_keys(**sections)})
 
     @property
     def output_path(self) -> Path:
@@ -471,8 +470,7 @@ def _absolute_paths(job: Job, *, remote: bool) -> tuple[Job, list[Problem]]:
         sections.setdefault("model", {})["fp8_models"] = [
             _absolute(text) if text in given else text for text in job.model.fp8_models
         ]
-    updates = {name: getattr(job, name).model_copy(update=values) for name, values in sections.items()}
-    return job.model_copy(update=updates), problems
+    return job.with_keys(**sections), problems
 
 
 def paths_below(job: Job, folder: Path) -> dict[str, str]:

@@ -346,6 +346,10 @@ class Job(Section):
     logging: LoggingSection = Field(default_factory=LoggingSection)
     validation: ValidationSection = Field(default_factory=ValidationSection)
 
+    def with_keys(self, **sections: dict[str, Any]) -> Job:
+        """The same with other values of some keys, by section; nothing is checked anew."""
+        return self.model_copy(update={name: getattr(self, name).model_copy(update=keys) for name, keys in sections.items()})
+
 
 def keys() -> dict[str, FieldInfo]:
     """All keys by dotted name, in the order of the reference."""

@@ -29,11 +29,6 @@ def fp8_components(job: Job, held: Mapping[int, Iterable[str]]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def with_fp8_models(job: Job, names: list[str]) -> Job:
-    """The job with another model.fp8_models."""
-    return job.model_copy(update={"model": job.model.model_copy(update={"fp8_models": names})})
-
-
 def fp8_problems(job: Job, names: list[str]) -> list[Problem]:
     """What is wrong with these components that could not be told of the entries."""
-    return [problem for problem in check_rules(with_fp8_models(job, names)) if problem.key == "model.fp8_models"]
+    return [problem for problem in check_rules(job.with_keys(model={"fp8_models": names})) if problem.key == "model.fp8_models"]

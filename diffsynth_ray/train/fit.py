@@ -78,7 +78,7 @@ def advise(job: Job, cost: ModelCost, device: Device | None, spread: Spread, fou
     """(bytes, setting) of what would lower the peak, the largest first."""
     saved, known = [], check_rules(job)
     for changes, setting in _variants(job, spread):
-        changed = job.model_copy(update={name: getattr(job, name).model_copy(update=keys) for name, keys in changes.items()})
+        changed = job.with_keys(**changes)
         if [problem for problem in check_rules(changed) if problem not in known]:
             continue  # refused with something else that the job has
         other = estimate(changed, cost, device, spread=spread)

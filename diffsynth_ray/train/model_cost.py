@@ -27,7 +27,7 @@ from diffsynth_ray.memory.peak import peak_in_rounds
 from diffsynth_ray.memory.placement import split_units
 from diffsynth_ray.models import sources
 from diffsynth_ray.models.family import BatchShape, ModelFamily, get_family
-from diffsynth_ray.models.fp8_entries import fp8_components, names_entries, with_fp8_models
+from diffsynth_ray.models.fp8_entries import fp8_components, names_entries
 from diffsynth_ray.models.full_size import released_components
 from diffsynth_ray.models.library_family import LibraryFamily
 from diffsynth_ray.models.weights import load_components
@@ -168,11 +168,8 @@ def _with_fp8_components(job: Job) -> Job:
         return job
     alone = [{"paths": [entry], "id_with_origin_paths": []} for entry in job.model.paths]
     alone += [{"paths": [], "id_with_origin_paths": [text]} for text in job.model.id_with_origin_paths]
-    held = {
-        number: find_configs(job.model_copy(update={"model": job.model.model_copy(update=keys)}))[1]
-        for number, keys in enumerate(alone)
-    }
-    return with_fp8_models(job, fp8_components(job, held))
+    held = {number: find_configs(job.with_keys(model=keys))[1] for number, keys in enumerate(alone)}
+    return job.with_keys(model={"fp8_models": fp8_components(job, held)})
 
 
 def measure_model(job: Job, shape: BatchShape, *, capability: tuple[int, int] | None, say: Say) -> ModelCost:

@@ -159,8 +159,7 @@ def run_errand(errand: Errand) -> Iterator[Made]:
     resolved = ResolvedJob.model_validate_json(errand.resolved_json)
     torch.set_num_threads(errand.num_threads)
     # Blocks are compiled for thousands of steps; these are a few.
-    training = resolved.job.training.model_copy(update={"compile": False})
-    job, components = resolved.job.model_copy(update={"training": training}), errand.components
+    job, components = resolved.job.with_keys(training={"compile": False}), errand.components
     if components is not None:
         job = job_of_stage(job, components)
     device = torch.device(resolved.device)

@@ -116,10 +116,8 @@ def job_of_stage(job: Job, components: Sequence[str]) -> Job:
     """The job as a stage loads it: what it says of components that the stage does not load is left out."""
     fp8 = [name for name in job.model.fp8_models if name in components]
     presets = [(path, name) for path, name in preset_loras(job) if name in components]
-    lora = job.lora.model_copy(
-        update={"preset_path": [path for path, _ in presets], "preset_model": [name for _, name in presets]}
-    )
-    return job.model_copy(update={"model": job.model.model_copy(update={"fp8_models": fp8}), "lora": lora})
+    lora = {"preset_path": [path for path, _ in presets], "preset_model": [name for _, name in presets]}
+    return job.with_keys(model={"fp8_models": fp8}, lora=lora)
 
 
 def encoder_digests(
