@@ -356,9 +356,9 @@ class RunDir:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def answer_checkpoint_request(self, request: str) -> None:
-        """Take a request back: a checkpoint of a step after it is committed. A newer request stays."""
-        if self.checkpoint_request() == request:
+    def answer_checkpoint_request(self, request: str | None) -> None:
+        """Take a request, if there was one, back: a checkpoint of a step after it is committed. A newer request stays."""
+        if request is not None and self.checkpoint_request() == request:
             self.checkpoint_request_path.unlink(missing_ok=True)
 
     def write_progress(self, progress: Progress) -> None:

@@ -445,7 +445,7 @@ class _Worker:
         assert self.trainer.strategy is not None  # built by start()
         # A request that comes while this one is written is not answered by it: who asks would lose the steps in between.
         request = self.run_dir.checkpoint_request() if self.rank == 0 else None
-        answer = partial(self.run_dir.answer_checkpoint_request, request) if request is not None else _nothing
+        answer = partial(self.run_dir.answer_checkpoint_request, request)
         self.saver.start(self.trainer.step, self.trainer.strategy.state_slices(), on_commit=answer)
         self.last_checkpoint = time.monotonic()
 
@@ -524,10 +524,6 @@ def _gauges(run: str, rank: int) -> dict[str, Gauge]:
     for gauge in gauges.values():
         gauge.set_default_tags(tags)
     return gauges
-
-
-def _nothing() -> None:
-    """When a checkpoint is committed that nobody has asked for."""
 
 
 def _silent(line: str) -> None:
