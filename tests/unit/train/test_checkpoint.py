@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from held_saver import hold
 from pyarrow import fs as pafs
 from safetensors.torch import load_file
 
@@ -315,14 +316,7 @@ def start(savers, step, tensors):
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(storage, monkeypatch):
-    may_write = threading.Event()
-    original = saver_module.write_shard
-
-    def slow(*arguments):
-        assert may_write.wait(100)
-        return original(*arguments)
-
-    monkeypatch.setattr(saver_module, "write_shard", slow)
+    may_write = hold(monkeypatch, "write_shard")
     tensors = {name: tensor.clone() for name, tensor in TENSORS.items()}
     savers = build_savers(storage)
     start(savers, 3, tensors)
@@ -342,14 +336,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(storage, monkeypatch):
 
 def test_no_worker_writes_the_next_checkpoint_while_one_is_committed(storage, monkeypatch):
     """Whatever is there of other steps is deleted then; a manifest was written over the lack of a shard."""
-    may_commit = threading.Event()
-    original = saver_module.commit_checkpoint
-
-    def slow(*arguments, **options):
-        assert may_commit.wait(100)
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(saver_module, "commit_checkpoint", slow)
+    may_commit = hold(monkeypatch, "commit_checkpoint")
     savers = build_savers(storage)
     start(savers, 3, TENSORS)
     ahead = threading.Thread(target=savers[1].start, args=(4, balanced_slices(TENSORS, rank=1, world_size=2)))

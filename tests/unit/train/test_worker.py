@@ -1,12 +1,12 @@
 """A worker's decisions, without Ray: what it wants after a step, what it exports, what it says of its end."""
 
 import errno
-import threading
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from held_saver import hold
 from ray.train.v2.api.preemption import PreemptionInfo
 from safetensors.torch import load_file
 from tiny_trainer import build_job, build_trainer, micro, train, weights
@@ -15,7 +15,6 @@ from diffsynth_ray.config.resolve import Resources, resolve
 from diffsynth_ray.config.schema import OutputSection
 from diffsynth_ray.errors import ModelError, RunError, SupersededError
 from diffsynth_ray.run_dir import RunDir
-from diffsynth_ray.train import saver as saver_module
 from diffsynth_ray.train import worker as worker_module
 from diffsynth_ray.train.checkpoint import TrainedOn, find_checkpoints
 from diffsynth_ray.train.group import Group
@@ -187,14 +186,7 @@ def test_as_many_checkpoints_are_kept_as_the_job_says_and_a_request_is_taken_bac
 
 def test_a_request_is_not_answered_by_the_checkpoint_that_is_being_written(tmp_path, monkeypatch):
     worker = saving(tmp_path)
-    may_write = threading.Event()
-    original = saver_module.write_shard
-
-    def slow(*arguments):
-        assert may_write.wait(10)
-        return original(*arguments)
-
-    monkeypatch.setattr(saver_module, "write_shard", slow)
+    may_write = hold(monkeypatch, "write_shard")
     worker.trainer.step = 1
     worker._checkpoint()
     worker.run_dir.request_checkpoint()  # steps after it, which the requester would lose
