@@ -346,6 +346,11 @@ class Job(Section):
     logging: LoggingSection = Field(default_factory=LoggingSection)
     validation: ValidationSection = Field(default_factory=ValidationSection)
 
+    @property
+    def updates_on_host(self) -> bool:
+        """Whether masters and optimizer state are in host memory, where they are updated."""
+        return self.offload.optimize_on_cpu or self.distributed.offload_optimizer_device == "cpu"
+
     def with_keys(self, **sections: dict[str, Any]) -> Job:
         """The same with other values of some keys, by section; nothing is checked anew."""
         return self.model_copy(update={name: getattr(self, name).model_copy(update=keys) for name, keys in sections.items()})

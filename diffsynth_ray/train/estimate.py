@@ -382,7 +382,6 @@ def _times(job: Job, cost: ModelCost, device: Device | None, spread: Spread) -> 
     times = {"forward": micro * forward, "backward": micro * backward, "recomputation": micro * again}
     compute_s = sum(times.values())
     elements = cost.weights.num_trained
-    on_host = job.offload.optimize_on_cpu or job.distributed.offload_optimizer_device == "cpu"
     moved = 0
     if job.offload.cpu_offload:
         total, _, _ = _units(job, cost)
@@ -393,7 +392,7 @@ def _times(job: Job, cost: ModelCost, device: Device | None, spread: Spread) -> 
         times["copies of activations"] = micro * bytes_ / device.link_bytes
     copies_s = sum(seconds for name, seconds in times.items() if name.startswith("copies"))
     step_s = max(compute_s, copies_s) + _DISTURBED * min(compute_s, copies_s)
-    if on_host:
+    if job.updates_on_host:
         # An update with clipping waits for the whole backward, the next forward for the update of its first block.
         rate = _HOST_BYTES_PER_S if job.offload.optimize_on_cpu else _LIBRARY_HOST_BYTES_PER_S
         times["the optimizer on the host"] = 28 * elements / rate / spread.workers_on_node

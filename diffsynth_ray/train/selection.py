@@ -80,6 +80,6 @@ def _still_to_come(trainer: Trainer) -> int:
     """What the first step allocates beside the probe's peak: the optimizer's state, and gradients in float32."""
     job = trainer.job
     elements = sum(getattr(param, "ds_numel", param.numel()) for param in trainer.trained.values())
-    if job.offload.optimize_on_cpu or job.distributed.offload_optimizer_device == "cpu":
+    if job.updates_on_host:
         return 4 * elements
     return int(elements * (4 + state_bytes(job.training)))

@@ -170,9 +170,7 @@ class _Worker:
 
     def run(self) -> dict[str, Any]:
         """Train from the newest checkpoint to the end, or to a stop."""
-        if self.device.type == "cpu" or self.job.offload.optimize_on_cpu:
-            # Ray allows one thread a CPU that was asked for; an update on the host needs what the node has.
-            torch.set_num_threads(max(1, available_cpus() // self.local_world_size))
+        self._take_threads()
         # Flags from rank 0 travel on the CPU, so that they never wait for the GPU; checkpoints are written by a thread.
         self.control = Group(self.world_size)
         self.writers = Group(self.world_size)
@@ -186,6 +184,11 @@ class _Worker:
             result = self._train(feed)
         feed.close()
         return {"state": result, "step": self.trainer.step, "num_steps": self.schedule.num_steps}
+
+    def _take_threads(self) -> None:
+        """Ray allows one thread a CPU that was asked for; an update on the host needs what the node has."""
+        if self.device.type == "cpu" or self.job.updates_on_host:
+            torch.set_num_threads(max(1, available_cpus() // self.local_world_size))
 
     def _build_trainer(self) -> None:
         started = time.monotonic()

@@ -89,15 +89,15 @@ class DeepSpeedStrategy:
     ) -> None:
         self.stage = job.distributed.zero_stage
         self._device = family.device
-        self._waits_beside = family.device.type == "cuda" and self.stage == 3
-        """Its collectives run in streams beside the computation, which waits for them where parameters are fetched and at the
-        end of a backward pass."""
         self._deepspeed = load_deepspeed(family.device)
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.communication = CommunicationTimer(family.device, world_size=self.world_size)
         components = partitioned_components(job)
         blocks = [block for name in components for block in family.repeated_blocks(name)]
         config = _engine_config(job, graph, blocks, family.device)
+        overlaps = self.stage == 3 or config["zero_optimization"].get("overlap_comm", False)
+        self._waits_beside = family.device.type == "cuda" and overlaps
+        """Its collectives run in streams beside the computation."""
         for block in blocks:
             _make_leaf(block)
         self._partition_components(family, components, config, say=say)
@@ -194,8 +194,7 @@ class DeepSpeedStrategy:
         comm = self._deepspeed.comm.comm
         timed: list[tuple[Any, str, Any]] = [(comm, "cdb", TimedCollectives(comm.cdb, self.communication))]
         if self._waits_beside:
-            coordinator = self._zero.parameter_offload.get_param_coordinator()
-            for owner, name in ((coordinator, "fetch_sub_module"), (self._zero, "independent_gradient_partition_epilogue")):
+            for owner, name in self._waits_for_streams():
                 timed.append((owner, name, self.communication.timed(getattr(owner, name))))
         before = [getattr(owner, name) for owner, name, _ in timed]
         for owner, name, replacement in timed:
@@ -205,6 +204,13 @@ class DeepSpeedStrategy:
         finally:
             for (owner, name, _), original in zip(timed, before, strict=True):
                 setattr(owner, name, original)
+
+    def _waits_for_streams(self) -> list[tuple[Any, str]]:
+        """Methods of DeepSpeed in which the computation waits for collectives that run in streams beside it."""
+        end_of_backward = (self._zero, "independent_gradient_partition_epilogue")
+        if self.stage == 3:
+            return [(self._zero.parameter_offload.get_param_coordinator(), "fetch_sub_module"), end_of_backward]
+        return [(self._zero, "average_tensor"), end_of_backward]  # a full bucket waits for the one before it
 
     def release_memory(self) -> None:
         """See Strategy. Nothing."""
@@ -484,6 +490,9 @@ def _engine_config(job: Job, graph: nn.Module, blocks: Sequence[nn.Module], devi
     bucket = min(_BUCKET_ELEMENTS, trained + trained % 2)
     zero.setdefault("reduce_bucket_size", bucket)
     zero.setdefault("allgather_bucket_size", bucket)
+    if zero["stage"] == 2 and zero["offload_optimizer"]["device"] == "none" and dist.get_world_size() > 1:
+        # Gradients of a full bucket travel while the next one fills; with a single bucket there is nothing to travel beside.
+        zero.setdefault("overlap_comm", trained > zero["reduce_bucket_size"])
     if recomputes_at_first(job, device):
         # Its own product for Linear keeps no weight from forward to backward, which recomputed blocks do not do either.
         zero.setdefault("memory_efficient_linear", False)

@@ -32,8 +32,11 @@ FULL = {"base_model": None, "rank": 32}
 ON_HOST = {"cpu_offload": True, "optimize_on_cpu": True}
 
 
-def zero(stage):
-    return {"strategy": "deepspeed", "zero_stage": stage}
+SMALL_BUCKETS = str(Path(__file__).parents[2] / "support" / "small_buckets.json")
+
+
+def zero(stage, **keys):
+    return {"strategy": "deepspeed", "zero_stage": stage, **keys}
 
 
 CASES = {
@@ -44,6 +47,7 @@ CASES = {
     "zero 1": {"distributed": zero(1)},
     "zero 2": {"distributed": zero(2)},
     "zero 2, bf16": {"distributed": zero(2), "training": BF16},
+    "zero 2, beside": {"distributed": zero(2, deepspeed_config=SMALL_BUCKETS)},
     "zero 3": {"distributed": zero(3)},
     "zero 3, beside": {"distributed": zero(3)},
     "host": {"lora": FULL, "offload": ON_HOST, "training": {"trainable_models": ["dit"], "max_grad_norm": 0.0}},

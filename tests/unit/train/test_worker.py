@@ -125,6 +125,26 @@ def exporting(tmp_path, *, rank=0, may_commit=True, **training):
     return worker
 
 
+@pytest.mark.parametrize(
+    ("device", "keys", "threads"),
+    [
+        ("cpu", {}, 8),
+        ("cuda", {}, None),
+        ("cuda", {"offload": {"cpu_offload": True, "optimize_on_cpu": True}}, 8),
+        ("cuda", {"distributed": {"strategy": "deepspeed", "offload_optimizer_device": "cpu"}}, 8),
+    ],
+)
+def test_updates_on_the_host_take_a_workers_share_of_the_cpus(monkeypatch, device, keys, threads):
+    """32 CPUs and four workers: Ray would leave one thread to each."""
+    taken = []
+    monkeypatch.setattr(worker_module, "available_cpus", lambda: 32)
+    monkeypatch.setattr(worker_module.torch, "set_num_threads", taken.append)
+    worker = object.__new__(_Worker)
+    worker.device, worker.job, worker.local_world_size = torch.device(device), build_job(**keys), 4
+    worker._take_threads()
+    assert taken == ([] if threads is None else [threads])
+
+
 def test_moving_averages_are_exported_beside_the_weights(tmp_path):
     worker = exporting(tmp_path)
     worker._export_as("step-1")

@@ -42,6 +42,8 @@ def zero(stage, **keys):
 
 
 ON_HOST = {"offload_optimizer_device": "cpu"}
+SMALL_BUCKETS = Path(__file__).parents[2] / "support" / "small_buckets.json"
+"""Of which the tiny model's gradients fill several, so that one travels while the next fills."""
 CASES = {
     1: {
         "lora 2": (LORA, zero(2)),
@@ -53,6 +55,7 @@ CASES = {
         "lora 3": (LORA, zero(3)),
         "full 1 host": (FULL, zero(1, **ON_HOST)),
         "full 2": (FULL, zero(2)),
+        "full 2 overlapped": (FULL, zero(2, deepspeed_config=str(SMALL_BUCKETS))),
         "full 2 host": (FULL, zero(2, **ON_HOST)),
         "full 3": (FULL, zero(3)),
         "full 3 kept": (FULL, {"gradient": {"checkpointing": False}}, zero(3)),
