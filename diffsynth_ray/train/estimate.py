@@ -31,8 +31,9 @@ _DISTURBED = 0.15
 """Share of the shorter one of computation and copies that is lost where they run beside each other."""
 _HOST_BYTES_PER_S = 130e9
 """What our optimizer on the host reads and writes: 4.1e9 parameters in 0.8 to 0.9 s of a step (memory_table.json)."""
-_LIBRARY_HOST_BYTES_PER_S = 40e9
-"""The same by a library's optimizer: 3.1 s with torch's."""
+_LIBRARY_HOST_BYTES_PER_S, _LIBRARY_NODE_BYTES_PER_S = 31e9, 47e9
+"""The same by DeepSpeed's, of one worker and of all on a node: 3.7 s of a step by one, 2.45 s by two (scaling.json). Gradients
+travel three times there, and masters from memory that is not pinned."""
 _UPDATE_BYTES = 52
 """A trained parameter's share of one update: summing its gradient up (6), norm and clipping (12), AdamW on float32 (28), and
 writing the rounded weight back (6)."""
@@ -347,7 +348,9 @@ def _host_memory(job: Job, cost: ModelCost, spread: Spread) -> dict[str, int]:
         found["gradients on the host"] = 4 * elements + cost.weights.trained_bytes
     if job.distributed.strategy == "deepspeed":
         if job.distributed.offload_optimizer_device == "cpu":
-            found["masters, optimizer state and gradients"] = (8 * elements + state) * workers // spread.num_workers
+            # Stage 3 sums gradients up in one place and updates from another.
+            floats = 3 if job.distributed.zero_stage == 3 else 2
+            found["masters, optimizer state and gradients"] = (4 * floats * elements + state) * workers // spread.num_workers
         if job.distributed.offload_param_device == "cpu":
             weights = _partitioned(job, cost)
             found["pinned parameters"] = (weights.frozen_bytes + weights.trained_bytes) * workers // spread.num_workers
@@ -356,6 +359,14 @@ def _host_memory(job: Job, cost: ModelCost, spread: Spread) -> dict[str, int]:
     largest = max((kind.weights.frozen_bytes + kind.weights.trained_bytes for kind in cost.blocks), default=0)
     found["while loading: tensors on their way"] = READ_AHEAD * largest // 4 * workers
     return found
+
+
+def _host_update_s(job: Job, elements: int, spread: Spread) -> float:
+    """Seconds in which the host reads and writes what an update of all trained parameters needs, 28 bytes each."""
+    if job.offload.optimize_on_cpu:  # the workers of a node share its update out
+        return 28 * elements / spread.workers_on_node / _HOST_BYTES_PER_S
+    rate = min(_LIBRARY_HOST_BYTES_PER_S, _LIBRARY_NODE_BYTES_PER_S / spread.workers_on_node)
+    return 28 * elements / spread.num_workers / rate
 
 
 def kernels_s(graph: GraphCost, device: Device, *, backward: bool) -> float:
@@ -394,8 +405,7 @@ def _times(job: Job, cost: ModelCost, device: Device | None, spread: Spread) -> 
     step_s = max(compute_s, copies_s) + _DISTURBED * min(compute_s, copies_s)
     if job.updates_on_host:
         # An update with clipping waits for the whole backward, the next forward for the update of its first block.
-        rate = _HOST_BYTES_PER_S if job.offload.optimize_on_cpu else _LIBRARY_HOST_BYTES_PER_S
-        times["the optimizer on the host"] = 28 * elements / rate / spread.workers_on_node
+        times["the optimizer on the host"] = _host_update_s(job, elements, spread)
         step_s = step_s + times["the optimizer on the host"]
     else:
         share = spread.num_workers if job.distributed.strategy == "deepspeed" else 1
