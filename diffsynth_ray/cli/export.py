@@ -39,7 +39,10 @@ def export(
     from diffsynth_ray.train.export import write_tensors
 
     state, name = convert_lora(file, target=target, family=family)
-    write_tensors(path, {key: tensor.contiguous() for key, tensor in state.items()})
+    try:
+        write_tensors(path, {key: tensor.contiguous() for key, tensor in state.items()})
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}", hint="give another place with -o") from error
     if as_json:
         render.result_json({"path": str(path), "family": name, "format": target, "num_tensors": len(state)})
     else:
