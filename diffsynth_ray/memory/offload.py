@@ -2,10 +2,12 @@
 
 A unit is what is loaded at once: a repeated block, or a smaller module where a block is larger than the threshold. A second
 stream loads the units that come next while the present one computes, in forward, recomputation and backward. Which unit comes
-next is not guessed: every micro step uses the units in the same order, so that the order of the last one predicts this one,
-around the end into the next. A unit on the device stays until its room is needed; then the one goes whose next use is
-furthest (the optimal choice of Belady, IBM Systems Journal 1966). A larger budget is therefore the only difference between
-"three blocks at a time" and "as many resident as fit".
+next is not guessed: every micro step uses the units in the same order, so that the order of the last one of its kind (training,
+validation, a picture) predicts this one, around the end into the next. A unit on the device stays until its room is needed;
+then the one goes whose next use is furthest (the optimal choice of Belady, IBM Systems Journal 1966). A larger budget is
+therefore the only difference between "three blocks at a time" and "as many resident as fit". Where units come round and round,
+as in passes that only go forward, what is loaded ahead would take each unit's room before its turn comes again: some stay there
+for good (`choose_residents`).
 
 While a unit is away its parameters are NaN of the right shape and device, which takes no memory: a use without `acquire` shows.
 """
@@ -13,6 +15,7 @@ While a unit is away its parameters are NaN of the right shape and device, which
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -112,19 +115,26 @@ class LayerOffload:
         """What the computation waits for weights."""
         self._loaded: dict[Unit, None] = {}
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._orders: dict[str, list[Unit]] = {}
+        """What the last micro step of each kind used."""
         self._order: list[Unit] = []
         self._positions: dict[Unit, list[int]] = {}
+        self._residents: set[Unit] = set()
         self._recorded: list[Unit] = []
-        self._cursor = -1
+        self._kind, self._cursor = "train", -1
 
-    def begin(self) -> None:
-        """A micro step begins: what the last one used, in its order, predicts this one."""
+    def begin(self, kind: str = "train") -> None:
+        """A micro step begins: what the last one of its kind used, in its order, predicts this one."""
         if self._recorded:
-            self._order, self._recorded = self._recorded, []
-            self._positions = {}
-            for position, unit in enumerate(self._order):
-                self._positions.setdefault(unit, []).append(position)
-        self._cursor = -1
+            self._orders[self._kind], self._recorded = self._recorded, []
+        before = self._orders.get(kind, self._orders.get(self._kind, []))
+        self._kind, self._cursor = kind, -1
+        if before == self._order:
+            return
+        self._order, self._positions = before, {}
+        for position, unit in enumerate(before):
+            self._positions.setdefault(unit, []).append(position)
+        self._residents = choose_residents(before, budget_bytes=self.budget_bytes)
 
     @contextmanager
     def use(self, unit: Unit) -> Iterator[None]:
@@ -228,9 +238,32 @@ class LayerOffload:
     def _make_room(self, num_bytes: int, *, before: int | None) -> bool:
         """Evict until `num_bytes` fit. With `before`, only units whose next use is later than that; whether they fit then."""
         while self.loaded_bytes + num_bytes > self.budget_bytes:
-            idle = [unit for unit in self._loaded if not unit.uses]
-            victim = max(idle, key=self._next_use, default=None)
+            idle = [unit for unit in self._loaded if not unit.uses and (before is None or unit not in self._residents)]
+            victim = max(idle, key=lambda unit: (unit not in self._residents, self._next_use(unit)), default=None)
             if victim is None or (before is not None and self._next_use(victim) <= before):
                 return False
             self.evict(victim)
         return True
+
+
+def choose_residents(order: Sequence[Unit], *, budget_bytes: int) -> set[Unit]:
+    """Units that stay on the device, where those that are used most often come round and round in one order; none elsewhere.
+
+    They take what the budget has beyond the ring, and lie evenly between the others, so that a resident one's turn is time to
+    load the next.
+    """
+    counts = Counter(order)
+    most = max(counts.values(), default=0)
+    once = [unit for unit, count in counts.items() if count == most]
+    total = sum(unit.num_bytes for unit in once)
+    spare = budget_bytes - RING_UNITS * max((unit.num_bytes for unit in counts), default=0)
+    goes_round = [unit for unit in order if counts[unit] == most] == once * most
+    if spare <= 0 or not goes_round or budget_bytes >= sum(unit.num_bytes for unit in counts):
+        return set()
+    residents, passed, taken = set[Unit](), 0, 0
+    for unit in once:
+        passed += unit.num_bytes
+        if (taken + unit.num_bytes) * total <= passed * spare:
+            residents.add(unit)
+            taken += unit.num_bytes
+    return residents

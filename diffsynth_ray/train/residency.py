@@ -57,10 +57,10 @@ class Residency:
         if self.offload is not None:
             self.offload.stalls.forget()
 
-    def begin(self) -> None:
-        """A micro step begins."""
+    def begin(self, kind: str = "train") -> None:
+        """A micro step begins, or what stands for one; those of a kind use the same weights in the same order."""
         if self.offload is not None:
-            self.offload.begin()
+            self.offload.begin(kind)
         if self.activations is not None:
             self.activations.clear()
 

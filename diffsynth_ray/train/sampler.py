@@ -87,7 +87,7 @@ class Sampler:
             seed=validation.seed,
             inputs=self._inputs(number, height=height, width=width),
         )
-        self._residency.begin()
+        self._residency.begin("sample")
         with fastest_attention(), torch.no_grad():
             return family.sample(request)
 

@@ -268,7 +268,7 @@ class SampleEncoder:
     @torch.no_grad()
     def encode_texts(self, prompts: Sequence[str]) -> list[Entry]:
         """An entry a prompt: the conditions without the batch, `prompt_embeds` [n, d]."""
-        self.residency.begin()
+        self.residency.begin("texts")
         with fastest_attention():
             conditions = self.family.encode_text(prompts)
         singles = split_conditions(conditions, num_samples=len(prompts))
@@ -280,7 +280,7 @@ class SampleEncoder:
 
         `pixels` uint8 [1, f, h, w, 3] are what is trained on, `given` the metadata's columns among the names.
         """
-        self.residency.begin()
+        self.residency.begin("extra")
         moved = pixels.to(self.family.device)
         extra = extra_inputs(given, moved, names)
         with fastest_attention():
@@ -294,7 +294,7 @@ class SampleEncoder:
     @torch.no_grad()
     def encode_images(self, pixels: np.ndarray) -> list[Entry]:
         """An entry a sample: `latents` [c, (f,) h, w] of uint8 [b, f, h, w, 3]. A batch too large for the device is halved."""
-        self.residency.begin()
+        self.residency.begin("images")
         try:
             with fastest_attention():
                 latents = self.family.encode_image(torch.from_numpy(pixels))

@@ -234,7 +234,7 @@ class Trainer:
     @torch.no_grad()
     def encode(self, batch: AnyBatch) -> EncodedBatch:
         """Samples, decoded or not, -> encoded ones, outside of a step and without gradients."""
-        self.residency.begin()
+        self.residency.begin("encode")
         with fastest_attention():
             return self.graph.encode(batch)
 
@@ -242,7 +242,7 @@ class Trainer:
     def evaluate(self, batch: AnyBatch, noise: Tensor, timestep_ids: Tensor) -> Tensor:
         """Weighted losses [b] at this noise and these timesteps, without gradients; changes nothing."""
         assert self.strategy is not None, "start() comes first"
-        self.residency.begin()
+        self.residency.begin("evaluate")
         with fastest_attention():
             return self.strategy.evaluate(batch, noise, timestep_ids)
 

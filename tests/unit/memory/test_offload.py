@@ -13,7 +13,7 @@ from torch import nn
 
 from diffsynth_ray.memory.checkpointing import BlockCall
 from diffsynth_ray.memory.host import HostSegment, NodePlace, populate
-from diffsynth_ray.memory.offload import LayerOffload
+from diffsynth_ray.memory.offload import LayerOffload, Unit, choose_residents
 from diffsynth_ray.memory.placement import place, split_units
 
 torch.set_num_threads(1)
@@ -126,6 +126,72 @@ def test_known_order_loads_no_more_than_the_optimum(slots, loads):
     offload.begin()
     step(model, torch.ones(1, 64))
     assert (offload.moved_bytes - before) / BLOCK_BYTES <= loads
+
+
+def units_of(sizes):
+    return [Unit(f"{n}", [], size, host=torch.zeros(size, dtype=torch.uint8)) for n, size in enumerate(sizes)]
+
+
+def loads(offload, order):
+    """Names of the units that a micro step with these uses loads, in a step that is predicted; all that is waited for."""
+    for _ in range(4):
+        offload.begin()
+        for unit in order:
+            with offload.use(unit):
+                pass
+    loaded, load = [], offload._load
+    offload._load = lambda unit: (loaded.append(unit.name), load(unit))
+    offload.stalls.take_s()
+    offload.begin()
+    for unit in order:
+        with offload.use(unit):
+            pass
+    assert offload.stalls.take_s() == 0
+    offload._load = load
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("count", "slots", "resident"), [(12, 2, 0), (12, 4, 0), (12, 5, 1), (12, 8, 4), (12, 11, 7), (12, 12, 12), (60, 30, 26)]
+)
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_what_only_goes_forward_loads_what_does_not_fit_beside_the_ring(count, slots, resident, rounds):
+    """Units that come round and round; loading ahead alone would load all of them in each round."""
+    units = units_of([10] * count)
+    offload = LayerOffload(units, device=CPU, budget_bytes=10 * slots)
+    assert len(loads(offload, units * rounds)) == (count - resident) * rounds
+
+
+def test_residents_lie_evenly_between_the_others():
+    units = units_of([10] * 12)
+    offload = LayerOffload(units, device=CPU, budget_bytes=80)
+    assert set(loads(offload, units)) == {unit.name for number, unit in enumerate(units) if number % 3 != 2}
+
+
+def test_a_pictures_steps_keep_their_units_though_others_come_before_and_after():
+    encoder, dit, vae = units_of([30] * 3), units_of([10] * 40), units_of([20])
+    offload = LayerOffload([*encoder, *dit, *vae], device=CPU, budget_bytes=4 * 30 + 60)
+    found = loads(offload, encoder * 2 + dit * 8 + vae)
+    assert len(found) <= 2 * 3 + (40 - 6) * 8 + 1
+
+
+def test_large_and_small_units_take_no_more_than_the_budget():
+    sizes = [30, 10, 20, 10, 30, 10, 20, 10, 10, 10]
+    units = units_of(sizes)
+    offload = LayerOffload(units, device=CPU, budget_bytes=4 * 30 + 30)
+    highest, load = [], offload._load
+    offload._load = lambda unit: (load(unit), highest.append(offload.loaded_bytes))
+    assert len(loads(offload, units)) < len(units)
+    assert max(highest) <= 150
+
+
+@pytest.mark.parametrize("budget", [20, 40, 50, 80, 110])
+def test_where_passes_go_forth_and_back_nothing_stays_by_plan(budget):
+    units = units_of([10] * 12)
+    both = [*units, *reversed(units)]
+    assert choose_residents(both, budget_bytes=budget) == set()
+    assert choose_residents([*units_of([10] * 3), *both], budget_bytes=budget) == set()
+    assert choose_residents([], budget_bytes=budget) == set()
 
 
 def test_the_next_unit_is_loaded_while_one_computes():
@@ -294,6 +360,29 @@ def test_in_a_known_order_everything_is_there_before_it_is_asked_for(slots, monk
         step(model, torch.ones(1, 64))
     assert late == []
     assert offload.stalls.take_s() == 0
+
+
+def test_after_a_validation_the_order_of_training_is_known(monkeypatch):
+    units = units_of([10] * 12)
+    offload, late = LayerOffload(units, device=CPU, budget_bytes=50), []
+
+    def run(kind, order):
+        late.clear()
+        offload.begin(kind)
+        for unit in order:
+            with offload.use(unit):
+                pass
+        return len(late)
+
+    arrive = offload._arrive
+    monkeypatch.setattr(offload, "_arrive", lambda unit: (late.append(unit.name), arrive(unit)))
+    both = [*units, *reversed(units)]
+    for _ in range(3):
+        run("train", both)
+        run("evaluate", units)
+        run("evaluate", units)
+    assert run("train", both) == 0
+    assert run("evaluate", units) == 0
 
 
 def test_a_unit_that_is_being_written_is_waited_for_and_not_loaded_ahead():
