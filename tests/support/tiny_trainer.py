@@ -1,7 +1,11 @@
 """A trainer of the tiny Qwen-Image in this process, and samples for it."""
 
+import faulthandler
+from datetime import timedelta
+
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from diffsynth_ray.config.schema import Job
 from diffsynth_ray.schedule import build_schedule
@@ -51,3 +55,15 @@ def train(trainer, micro_inputs, steps=3):
         result = trainer.train_step(micro_inputs, num_samples=sum(len(m.indices) for m in micro_inputs if not m.is_dummy))
         losses.append(result.loss_sum.item())
     return losses
+
+
+def train_as_rank(rank, folder, job, hand):
+    """One step as one of two workers, from a hand of micro inputs; the weights are then in the folder as RANK.pt."""
+    faulthandler.dump_traceback_later(80, exit=True)
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    trainer = build_trainer(job)
+    trainer.train_step(hand, num_samples=4)
+    torch.save(weights(trainer), folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()

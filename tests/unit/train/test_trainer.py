@@ -1,13 +1,11 @@
 """One step of the trainer, at the tiny size, in this process."""
 
 import math
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
-from forked import fork
-from tiny_trainer import build_job, build_trainer, micro, train, weights
+from forked import start_clean
+from tiny_trainer import build_job, build_trainer, micro, train, train_as_rank, weights
 
 from diffsynth_ray.errors import JobFileError, ModelError
 from diffsynth_ray.train.checkpoint import commit_checkpoint, find_checkpoints, read_checkpoint, shard_name
@@ -306,16 +304,6 @@ def test_the_trained_range_of_timesteps_is_the_jobs():
     assert 490 <= int(torch.cat(ids).max()) < 500
 
 
-def train_as_rank(rank, folder, job, hand):
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    trainer = build_trainer(job)
-    trainer.train_step(hand, num_samples=4)
-    torch.save(weights(trainer), folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_two_workers_sum_the_gradients_of_all_their_micro_steps(precision, tmp_path):
     """In bf16 each micro step's go over the workers by themselves, before they are added to the masters' gradients."""
@@ -325,7 +313,7 @@ def test_two_workers_sum_the_gradients_of_all_their_micro_steps(precision, tmp_p
     before = weights(alone)
     alone.train_step([micro([index]) for index in range(4)], num_samples=4)
     hands = [[micro([0]), micro([1])], [micro([2]), micro([3])]]
-    ranks = [fork(train_as_rank, rank, tmp_path, job, hand) for rank, hand in enumerate(hands)]
+    ranks = [start_clean(train_as_rank, rank, tmp_path, job, hand) for rank, hand in enumerate(hands)]
     for process in ranks:
         process.join(100)
         process.kill()
