@@ -124,17 +124,17 @@ class LayerOffload:
         self._kind, self._cursor = "train", -1
 
     def begin(self, kind: str = "train") -> None:
-        """A micro step begins: what the last one of its kind used, in its order, predicts this one."""
+        """A micro step begins: what the last one of its kind used, in its order, predicts this one, else what was used last."""
         if self._recorded:
-            self._orders[self._kind], self._recorded = self._recorded, []
-        before = self._orders.get(kind, self._orders.get(self._kind, []))
-        self._kind, self._cursor = kind, -1
-        if before == self._order:
+            self._orders[self._kind] = self._recorded
+        order = self._orders.get(kind, self._recorded or self._order)
+        self._recorded, self._kind, self._cursor = [], kind, -1
+        if order == self._order:
             return
-        self._order, self._positions = before, {}
-        for position, unit in enumerate(before):
+        self._order, self._positions = order, {}
+        for position, unit in enumerate(order):
             self._positions.setdefault(unit, []).append(position)
-        self._residents = choose_residents(before, budget_bytes=self.budget_bytes)
+        self._residents = choose_residents(order, budget_bytes=self.budget_bytes)
 
     @contextmanager
     def use(self, unit: Unit) -> Iterator[None]:

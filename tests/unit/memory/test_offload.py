@@ -132,20 +132,21 @@ def units_of(sizes):
     return [Unit(f"{n}", [], size, host=torch.zeros(size, dtype=torch.uint8)) for n, size in enumerate(sizes)]
 
 
-def loads(offload, order):
-    """Names of the units that a micro step with these uses loads, in a step that is predicted; all that is waited for."""
-    for _ in range(4):
-        offload.begin()
-        for unit in order:
-            with offload.use(unit):
-                pass
-    loaded, load = [], offload._load
-    offload._load = lambda unit: (loaded.append(unit.name), load(unit))
-    offload.stalls.take_s()
-    offload.begin()
+def use_all(offload, order, kind="train"):
+    offload.begin(kind)
     for unit in order:
         with offload.use(unit):
             pass
+
+
+def loads(offload, order):
+    """Names of the units that a predicted micro step with these uses loads; it waits for none of them."""
+    for _ in range(4):
+        use_all(offload, order)
+    loaded, load = [], offload._load
+    offload._load = lambda unit: (loaded.append(unit.name), load(unit))
+    offload.stalls.take_s()
+    use_all(offload, order)
     assert offload.stalls.take_s() == 0
     offload._load = load
     return loaded
@@ -362,27 +363,41 @@ def test_in_a_known_order_everything_is_there_before_it_is_asked_for(slots, monk
     assert offload.stalls.take_s() == 0
 
 
-def test_after_a_validation_the_order_of_training_is_known(monkeypatch):
+@pytest.fixture
+def late(monkeypatch):
+    """How many units a micro step waits for."""
+
+    def count(offload, order, kind):
+        found = []
+        with monkeypatch.context() as patched:
+            arrive = offload._arrive
+            patched.setattr(offload, "_arrive", lambda unit: (found.append(unit.name), arrive(unit)))
+            use_all(offload, order, kind)
+        return len(found)
+
+    return count
+
+
+def test_after_a_validation_the_order_of_training_is_known(late):
     units = units_of([10] * 12)
-    offload, late = LayerOffload(units, device=CPU, budget_bytes=50), []
-
-    def run(kind, order):
-        late.clear()
-        offload.begin(kind)
-        for unit in order:
-            with offload.use(unit):
-                pass
-        return len(late)
-
-    arrive = offload._arrive
-    monkeypatch.setattr(offload, "_arrive", lambda unit: (late.append(unit.name), arrive(unit)))
+    offload = LayerOffload(units, device=CPU, budget_bytes=50)
     both = [*units, *reversed(units)]
     for _ in range(3):
-        run("train", both)
-        run("evaluate", units)
-        run("evaluate", units)
-    assert run("train", both) == 0
-    assert run("evaluate", units) == 0
+        use_all(offload, both, "train")
+        use_all(offload, units, "evaluate")
+        use_all(offload, units, "evaluate")
+    assert late(offload, both, "train") == 0
+    assert late(offload, units, "evaluate") == 0
+
+
+def test_the_first_pass_of_a_kind_is_predicted_by_what_was_used_last(late):
+    """Also where what came between used nothing, as the encoding of samples that are encoded."""
+    units = units_of([10] * 12)
+    offload = LayerOffload(units, device=CPU, budget_bytes=50)
+    for _ in range(3):
+        use_all(offload, [*units, *reversed(units)], "train")
+    use_all(offload, [], "encode")
+    assert late(offload, units, "evaluate") == 0
 
 
 def test_a_unit_that_is_being_written_is_waited_for_and_not_loaded_ahead():
