@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from diffsynth_ray.cli import render
-from diffsynth_ray.cli.options import Json
+from diffsynth_ray.cli.options import Json, writing_output
 from diffsynth_ray.errors import ExitCode, OutputError
 
 Format = Literal["diffsynth", "diffusers", "comfyui", "kohya"]
@@ -39,10 +39,8 @@ def export(
     from diffsynth_ray.train.export import write_tensors
 
     state, name = convert_lora(file, target=target, family=family)
-    try:
+    with writing_output(path):
         write_tensors(path, {key: tensor.contiguous() for key, tensor in state.items()})
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}", hint="give another place with -o") from error
     if as_json:
         render.result_json({"path": str(path), "family": name, "format": target, "num_tensors": len(state)})
     else:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffsynth_ray.cli import render
-from diffsynth_ray.cli.options import Json
-from diffsynth_ray.errors import DsrayError, ExitCode, JobFileError, OutputError
+from diffsynth_ray.cli.options import Json, writing_output
+from diffsynth_ray.errors import DsrayError, ExitCode, JobFileError
 
 if TYPE_CHECKING:
     from diffsynth_ray.errors import Problem
@@ -56,13 +56,9 @@ def import_script(
     written = []
     for draft, path, name in zip(migration.drafts, paths, migration.names(), strict=True):
         given = None if _can_be_name(path.stem) else name
-        try:
+        with writing_output(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, _text(migration, draft, script, name=given))
-        except OSError as error:
-            raise OutputError(
-                f"{path} cannot be written: {error.strerror or error}", hint="give another place with -o"
-            ) from error
         written.append(path)
     return _report(migration, written, as_json=as_json)
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from diffsynth_ray.cli import render
-from diffsynth_ray.cli.options import Json, Run
-from diffsynth_ray.errors import ExitCode, OutputError, RunNotFoundError
+from diffsynth_ray.cli.options import Json, Run, writing_output
+from diffsynth_ray.errors import ExitCode, RunNotFoundError
 
 
 def report(
@@ -37,11 +37,9 @@ def report(
         )
     record = read_record(run_dir)
     path = output or run_dir.path / "report.html"
-    try:
+    with writing_output(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, build_page(record))
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}", hint="give another place with -o") from error
     if as_json:
         render.result_json({"path": str(path), "run": record.resolved.run, "state": record.state, "step": record.step})
     else:
